@@ -1,0 +1,154 @@
+"""Cut a component into blocks: what is lowered, loaded and freed as one.
+
+A model names its units (``pair.3``, with ``spatial`` and ``temporal`` in it; ``embed``; ``final``).
+Numbered units are packed together, by count or by bytes of weights; every other unit is a block of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import groupby, islice
+
+from pydantic import ByteSize, Field, model_validator
+from torch import fx
+
+from toolchain.errors import LoweringError
+from toolchain.graph import Graph, compute_nodes
+from toolchain.passbase import Pass, PassConfig, PassResult
+
+Unit = tuple[str, ...]
+
+
+class PartitionConfig(PassConfig):
+    """One of the three; without any, one layer (for STDiT3: one spatial + temporal pair) is a block."""
+
+    layers_per_block: int | None = Field(default=None, ge=1, description="Layers (pairs) in a block.")
+    blocks: int | None = Field(default=None, ge=1, description="Number of blocks that the layers are divided into.")
+    max_bytes: ByteSize | None = Field(default=None, ge=1, description="Most bytes of weights in a block, as '200MB'.")
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> PartitionConfig:
+        given = [n for n in ("layers_per_block", "blocks", "max_bytes") if getattr(self, n) is not None]
+        if len(given) > 1:
+            raise ValueError(f"give one of {', '.join(given)}, not {len(given)}")
+        return self
+
+
+class Partition(Pass):
+    """Give every node its block (``meta["block"]``), in all functions alike."""
+
+    name = "partition"
+    Config = PartitionConfig
+    config: PartitionConfig
+
+    def requires(self, graph: Graph) -> None:
+        if graph.blocks():
+            raise LoweringError("the graph is partitioned already; list the pass once")
+
+    def call(self, graph: Graph) -> PassResult:
+        graph = graph.copy()
+        base = graph.functions["base"]
+        units = list(dict.fromkeys(n.meta["unit"] for n in compute_nodes(base) if n.meta["rate"] != "build"))
+        bytes_of = {u: _weight_bytes(graph, base, u) for u in units}
+        names: dict[Unit, str] = {}
+        for stem, run in groupby(units, key=_stem):
+            layers = list(run)
+            if stem is None:
+                names |= {u: ".".join(u) for u in layers}
+            else:
+                names |= self._pack(stem, layers, bytes_of)
+        for gm in graph.functions.values():
+            for node in compute_nodes(gm):
+                node.meta["block"] = "tables" if node.meta["rate"] == "build" else names[node.meta["unit"]]
+        return PassResult(graph, True)
+
+    def ensures(self, graph: Graph) -> None:
+        order = {name: i for i, name in enumerate(graph.blocks())}
+        for function, gm in graph.functions.items():
+            for node in compute_nodes(gm):
+                for i in node.all_input_nodes:
+                    if order.get(i.meta.get("block", ""), -1) > order.get(node.meta["block"], len(order)):
+                        raise LoweringError(f"'{function}': '{node.name}' needs '{i.name}' from a later block")
+
+    def _pack(self, stem: str, units: list[Unit], bytes_of: dict[Unit, float]) -> dict[Unit, str]:
+        layers = [list(parts) for _, parts in groupby(units, key=lambda u: u[0])]
+        width = len(str(max(_number(parts[0]) for parts in layers)))
+        if self.config.max_bytes is not None:
+            bins = _by_bytes(layers, float(self.config.max_bytes), bytes_of)
+        else:
+            per_block = self.config.layers_per_block or 1
+            counts = [per_block] * (-(-len(layers) // per_block))
+            if self.config.blocks is not None:
+                if self.config.blocks > len(layers):
+                    raise LoweringError(f"blocks: {self.config.blocks} is more than the {len(layers)} layers of '{stem}'")
+                least, more = divmod(len(layers), self.config.blocks)
+                counts = [least + 1] * more + [least] * (self.config.blocks - more)
+            rest = iter(layers)
+            bins = [[u for parts in islice(rest, n) for u in parts] for n in counts]
+        parts_of = {_number(parts[0]): len(parts) for parts in layers}
+        return {u: _name(stem, packed, width, parts_of) for packed in bins for u in packed}
+
+
+def _by_bytes(layers: list[list[Unit]], most: float, bytes_of: dict[Unit, float]) -> list[list[Unit]]:
+    """Pack in order, greedily; a layer that is too large is cut into its parts."""
+    bins: list[list[Unit]] = []
+    room = 0.0
+
+    def put(units: list[Unit], size: float) -> None:
+        nonlocal room
+        if size > room:
+            bins.append([])
+            room = most
+        bins[-1].extend(units)
+        room -= size
+
+    for parts in layers:
+        size = sum(bytes_of[u] for u in parts)
+        if size <= most:
+            put(parts, size)
+            continue
+        for part in parts:
+            if bytes_of[part] > most:
+                where, needed = ".".join(part), int(bytes_of[part])
+                raise LoweringError(f"max_bytes: '{where}' alone has {needed} bytes of weights, more than {int(most)}")
+            put([part], bytes_of[part])
+        room = 0.0  # parts of one layer share a block with no other layer
+    return bins
+
+
+def _name(stem: str, units: list[Unit], width: int, parts_of: dict[int, int]) -> str:
+    """``pair_03``, ``pair_03_05`` for a run of layers, ``pair_03_spatial`` for parts of a layer."""
+    numbers = sorted({_number(u) for u in units})
+    name = f"{stem}_{numbers[0]:0{width}d}"
+    if len(numbers) > 1:
+        return f"{name}_{numbers[-1]:0{width}d}"
+    if len(units) < parts_of[numbers[0]]:
+        return "_".join((name, *(".".join(u[1:]) for u in units)))
+    return name
+
+
+def _stem(unit: Unit) -> str | None:
+    stem, dot, number = unit[0].partition(".")
+    return stem if dot and number.isdigit() else None
+
+
+def _number(unit: Unit) -> int:
+    return int(unit[0].partition(".")[2])
+
+
+def _weight_bytes(graph: Graph, gm: fx.GraphModule, unit: Unit) -> float:
+    """Bytes of the weights that a unit's nodes use, at the precision they will be stored in."""
+    paths: set[str] = set()
+    for node in compute_nodes(gm):
+        if node.meta["unit"] == unit:
+            paths |= {str(node.target)} if node.op == "call_module" else set()
+            paths |= {str(i.target) for i in node.all_input_nodes if i.op == "get_attr"}
+    within: Callable[[str], bool] = lambda name: any(name == p or name.startswith(f"{p}.") for p in paths)
+    return sum(_numel(s.shape) for name, s in graph.weights.items() if within(name)) * graph.bytes_per_weight
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    n = 1
+    for size in shape:
+        n *= size
+    return n

@@ -1,0 +1,1 @@
+"""Ready recipes and the small checkpoints that they use."""

@@ -1,0 +1,49 @@
+"""Core ML: one ``.mlpackage`` a block (mlprogram, iOS 18), functions of a multifunction model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from targets.exporting import quiet
+from toolchain.blocks import Block, Port
+from toolchain.target import (
+    Artifact,
+    Engine,
+    EngineUnavailableError,
+    Target,
+    TargetConfig,
+    package_versions,
+)
+
+
+class CoreMLConfig(TargetConfig):
+    precision: Literal["float16", "float32"] = "float16"
+
+
+class CoreMLTarget(Target):
+    name = "coreml"
+    suffix = ".mlpackage"
+    rules = ("patch-linear", "gelu-formula")
+    Config = CoreMLConfig
+
+    def lower(self, block: Block, weights: Mapping[str, torch.Tensor], out: Path) -> Artifact:
+        with quiet():
+            from targets.coreml.lower import lower
+
+        return lower(block, weights, out, self.precision)
+
+    def check(self, path: Path, block: Block) -> None:
+        with quiet():
+            from targets.coreml.check import check
+
+        check(path, block, self.precision)
+
+    def engine(self, path: Path, inputs: Sequence[Port], outputs: Sequence[Port]) -> Engine:
+        raise EngineUnavailableError("Core ML packages are executed on macOS only; this version checks their interface")
+
+    def versions(self) -> dict[str, str]:
+        return package_versions("torch", "coremltools")

@@ -1,0 +1,57 @@
+"""Reading a package back and holding its interface against the block's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import coremltools as ct
+import numpy as np
+from coremltools.converters.mil.frontend.milproto.load import load as load_program
+
+from targets.coreml.lower import port_dtype
+from targets.exporting import quiet
+from toolchain.blocks import Block
+from toolchain.errors import LoweringError
+from toolchain.target import distinct_functions
+
+Interface = tuple[list[tuple[str, tuple[int, ...], str]], list[tuple[str, tuple[int, ...], str]]]
+
+
+def check(package: Path, block: Block, precision: str) -> None:
+    """Parse the package and its weights into a program; compare functions and ports.
+
+    Raises:
+        LoweringError: the package cannot be read, or names what differs.
+    """
+    found = interfaces(package)
+    expected = set(distinct_functions(block))
+    if set(found) != expected:
+        raise LoweringError(f"block '{block.name}': package has functions {sorted(found)}, expected {sorted(expected)}")
+    ports = tuple(
+        [(p.name, p.shape, np.dtype(port_dtype(p, precision)).name) for p in side] for side in (block.inputs, block.outputs)
+    )
+    for function, interface in found.items():
+        for side, have, want in zip(("inputs", "outputs"), interface, ports, strict=True):
+            if have != want:
+                raise LoweringError(f"block '{block.name}', function '{function}': {side} are {have}, expected {want}")
+
+
+def interfaces(package: Path) -> dict[str, Interface]:
+    """Inputs and outputs (name, shape, dtype) of every function, read from the saved program itself."""
+    with quiet():
+        try:
+            spec = ct.utils.load_spec(str(package))
+            program = load_program(spec, spec.specificationVersion, file_weights_dir=str(package / "Data/com.apple.CoreML/weights"))
+        except Exception as e:
+            raise LoweringError(f"'{package.name}' is not a package that can be read back: {e}") from e
+    return {
+        name: ([_port(k, v) for k, v in f.inputs.items()], [_port(v.name, v) for v in f.outputs])
+        for name, f in program.functions.items()
+    }
+
+
+def _port(name: str, value: Any) -> tuple[str, tuple[int, ...], str]:
+    from coremltools.converters.mil.mil.types.type_mapping import nptype_from_builtin
+
+    return name, tuple(int(s) for s in value.shape), np.dtype(nptype_from_builtin(value.dtype)).name

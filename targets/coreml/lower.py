@@ -1,0 +1,83 @@
+"""Lowering a block to a Core ML package."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import coremltools as ct
+import numpy as np
+import torch
+
+from targets.coreml.canonical import canonicalise
+from targets.exporting import export, quiet
+from toolchain.blocks import Block, Port
+from toolchain.errors import LoweringError
+from toolchain.target import Artifact, distinct_functions
+
+ANGLE_OPS = ("sin", "cos")
+PRECISIONS = {"float16": (ct.precision.FLOAT16, np.float16), "float32": (ct.precision.FLOAT32, np.float32)}
+
+
+def lower(block: Block, weights: Mapping[str, torch.Tensor], out: Path, precision: str) -> Artifact:
+    """One package with a function per function; their equal weights are stored once.
+
+    A block with one function gets a plain package, whose function Core ML calls ``main``.
+    """
+    functions = distinct_functions(block)
+    with quiet(), tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.stem}-") as tmp:
+        packages = {f: _convert(block, f, weights, precision, Path(tmp) / f"{f}.mlpackage") for f in functions}
+        merged = ct.utils.MultiFunctionDescriptor()
+        for function, path in packages.items():
+            merged.add_function(str(path), src_function_name="main", target_function_name=function)
+        merged.default_function_name = "base"
+        ct.utils.save_multifunction(merged, str(out))
+    canonicalise(out)
+    return Artifact(out, functions)
+
+
+def _convert(block: Block, function: str, weights: Mapping[str, torch.Tensor], precision: str, path: Path) -> Path:
+    compute, _ = PRECISIONS[precision]
+    if precision == "float16":
+        compute = ct.transform.FP16ComputePrecision(op_selector=_not_an_angle)
+    program = export(block, function, weights)
+    try:
+        model = ct.convert(
+            program,
+            convert_to="mlprogram",
+            inputs=[ct.TensorType(name=p.name, shape=p.shape, dtype=port_dtype(p, precision)) for p in block.inputs],
+            outputs=[ct.TensorType(name=p.name, dtype=port_dtype(p, precision)) for p in block.outputs],
+            minimum_deployment_target=ct.target.iOS18,
+            compute_precision=compute,
+            skip_model_load=True,
+        )
+        model.save(str(path))
+    except Exception as e:  # the converter raises whatever it likes
+        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise LoweringError(f"block '{block.name}', function '{function}': Core ML cannot lower it: {reason}") from e
+    return path
+
+
+def port_dtype(port: Port, precision: str) -> Any:
+    """The numpy dtype of a port in the package."""
+    if not port.dtype.is_floating_point:
+        return np.int32
+    return np.float32 if port.exact else PRECISIONS[precision][1]
+
+
+def _not_an_angle(op: Any) -> bool:
+    """False for sines, cosines and the arithmetic that leads to them.
+
+    A timestep of 977 times a frequency is an angle that float16 rounds by half a radian.
+    """
+    if op.op_type in ANGLE_OPS:
+        return False
+    users = [user for out in op.outputs for user in out.child_ops]
+    return not users or not all(user.op_type in ANGLE_OPS or _leads_to_angle(user) for user in users)
+
+
+def _leads_to_angle(op: Any) -> bool:
+    users = [user for out in op.outputs for user in out.child_ops]
+    return bool(users) and all(user.op_type in ANGLE_OPS or _leads_to_angle(user) for user in users)

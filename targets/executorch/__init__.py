@@ -1,0 +1,45 @@
+"""ExecuTorch: one ``.pte`` program a block, functions as methods, XNNPACK kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from targets.exporting import quiet
+from toolchain.blocks import Block, Port
+from toolchain.target import Artifact, Engine, Target, TargetConfig, package_versions
+
+
+class ExecuTorchConfig(TargetConfig):
+    precision: Literal["float32"] = "float32"
+
+
+class ExecuTorchTarget(Target):
+    name = "executorch"
+    suffix = ".pte"
+    rules = ("patch-linear", "bmm", "conv3d-taps")
+    Config = ExecuTorchConfig
+
+    def lower(self, block: Block, weights: Mapping[str, torch.Tensor], out: Path) -> Artifact:
+        with quiet():
+            from targets.executorch.lower import lower
+
+        return lower(block, weights, out)
+
+    def check(self, path: Path, block: Block) -> None:
+        with quiet():
+            from targets.executorch.engine import check
+
+        check(path, block)
+
+    def engine(self, path: Path, inputs: Sequence[Port], outputs: Sequence[Port]) -> Engine:
+        with quiet():
+            from targets.executorch.engine import ExecuTorchEngine
+
+        return ExecuTorchEngine(path, inputs, outputs)
+
+    def versions(self) -> dict[str, str]:
+        return package_versions("torch", "executorch")

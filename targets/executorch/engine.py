@@ -1,0 +1,54 @@
+"""Running an ExecuTorch program on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from executorch.runtime import Runtime, Verification
+
+from targets.exporting import quiet
+from toolchain.blocks import Block, Port
+from toolchain.errors import LoweringError
+from toolchain.target import distinct_functions
+
+
+class ExecuTorchEngine:
+    """A loaded program; functions are loaded at their first call."""
+
+    def __init__(self, path: Path, inputs: Sequence[Port], outputs: Sequence[Port]) -> None:
+        self._path = path
+        self._inputs, self._outputs = inputs, outputs
+        try:
+            with quiet():  # the runtime describes the CPU when it first starts
+                self._program = Runtime.get().load_program(path, verification=Verification.Minimal)
+        except RuntimeError as e:
+            raise LoweringError(f"'{path.name}' is not a program that ExecuTorch can load: {e}") from e
+
+    @property
+    def functions(self) -> set[str]:
+        return set(self._program.method_names)
+
+    def __call__(self, function: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        try:
+            method = self._program.load_method(function)
+            results = method.execute([inputs[p.name].contiguous() for p in self._inputs])
+        except RuntimeError as e:
+            raise LoweringError(f"'{self._path.name}', function '{function}': failed when run: {e}") from e
+        # the runtime reuses its buffers at the next call
+        return {p.name: r.clone() for p, r in zip(self._outputs, results, strict=True)}
+
+
+def check(path: Path, block: Block) -> None:
+    """Hold the program's methods, and the shapes they take and give, against the block."""
+    engine = ExecuTorchEngine(path, block.inputs, block.outputs)
+    expected = set(distinct_functions(block))
+    if engine.functions != expected:
+        raise LoweringError(f"block '{block.name}': program has {sorted(engine.functions)}, expected {sorted(expected)}")
+    for function in expected:
+        meta = engine._program.metadata(function)
+        shapes = [tuple(meta.input_tensor_meta(i).sizes()) for i in range(meta.num_inputs())]
+        shapes += [tuple(meta.output_tensor_meta(i).sizes()) for i in range(meta.num_outputs())]
+        if shapes != [p.shape for p in (*block.inputs, *block.outputs)]:
+            raise LoweringError(f"block '{block.name}', function '{function}': program's shapes are {shapes}")

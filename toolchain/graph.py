@@ -1,0 +1,303 @@
+"""The graph that passes rewrite and targets lower.
+
+A component is captured with ``torch.fx`` at the level of its *leaves*: modules that mean something to
+a reader (Attention, Mlp, …) and that are looked into only when a block is lowered. Weights are never
+allocated: parameters live on the ``meta`` device, and a :class:`WeightSource` says which tensor of the
+checkpoint each of them stands for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, TypeVar, cast
+
+import torch
+from torch import fx, nn
+
+from toolchain.errors import LoweringError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+Rate = Literal["build", "prompt", "step"]
+"""How often a value changes: never (known when the bundle is built), per prompt, per denoising step."""
+
+RATES: tuple[Rate, ...] = ("build", "prompt", "step")
+
+
+def leaf_function(fn: F) -> F:
+    """Make a function on tensors one node of the graph, wherever it is imported to.
+
+    (``fx.wrap`` only knows calls from the module that defines the function.)
+    """
+
+    @functools.wraps(fn)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        proxies = [a for a in (*args, *kwargs.values()) if isinstance(a, fx.Proxy)]
+        if proxies:
+            return proxies[0].tracer.create_proxy("call_function", call, args, kwargs)
+        return fn(*args, **kwargs)
+
+    return cast(F, call)
+
+
+@leaf_function
+def wire(value: torch.Tensor, name: str) -> torch.Tensor:
+    """Name a value that may cross a block's border; the identity otherwise.
+
+    Names are a block's interface, so equal blocks must use equal names: the residual stream is ``x``
+    after every layer. Capture records the name and removes the call.
+    """
+    return value
+
+
+@dataclass(frozen=True)
+class Input:
+    """An input of a component: ``shape`` and ``dtype``, and how often it changes.
+
+    ``exact`` inputs stay float32 whatever the precision of the artifact: a timestep of 977 is not a
+    float16 number.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    rate: Rate = "step"
+    dtype: torch.dtype = torch.float32
+    exact: bool = False
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """Where a parameter's numbers come from: ``checkpoint[tensor]``, selected and reshaped.
+
+    ``select`` holds ``(dim, index)`` pairs, applied in order; then the result is viewed as ``shape``.
+    A convolution's taps and a patch embedding written as a matrix product are such views.
+    """
+
+    tensor: str
+    shape: tuple[int, ...]
+    select: tuple[tuple[int, int], ...] = ()
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The parameter's value, given the checkpoint's whole ``tensor``."""
+        for dim, index in self.select:
+            tensor = tensor.select(dim, index)
+        return tensor.reshape(self.shape)
+
+
+class Leaf(nn.Module):
+    """A module that capture does not look into.
+
+    ``kind`` is what passes match on (``self_attention``, ``cross_attention``, …); it is the only thing
+    that they know of a model.
+    """
+
+    kind: ClassVar[str] = ""
+
+    def legal(self, rule: str) -> LegalLeaf | None:
+        """The form of this leaf that obeys ``rule`` (a target's need, as ``bmm``), or None if it does already."""
+        return None
+
+
+@dataclass(frozen=True)
+class LegalLeaf:
+    """A leaf's legal form, and where its parameters come from; sources name the old leaf's parameters.
+
+    ``sources`` is None for a form that shares the old leaf's parameters.
+    """
+
+    leaf: Leaf
+    sources: Mapping[str, WeightSource] | None = None
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One component: its functions, which share modules and therefore weights."""
+
+    component: str
+    functions: Mapping[str, fx.GraphModule]
+    inputs: tuple[Input, ...]
+    outputs: tuple[str, ...]
+    dims: Mapping[str, int]
+    """Sizes that the graph was captured for: ``B`` batch, ``T`` frames, ``S`` tokens a frame, …"""
+    weights: Mapping[str, WeightSource] = field(default_factory=dict)
+    bytes_per_weight: float = 4.0
+    """Size of a stored weight at the artifact's precision; what ``partition`` counts with."""
+
+    def node_count(self) -> int:
+        return sum(len(gm.graph.nodes) for gm in self.functions.values())
+
+    def copy(self) -> Graph:
+        """The same graph with nodes of its own and shared modules, so that a pass may edit it."""
+        return dataclasses.replace(self, functions={k: copy_module(v) for k, v in self.functions.items()})
+
+    def input(self, name: str) -> Input:
+        return next(i for i in self.inputs if i.name == name)
+
+    def blocks(self) -> tuple[str, ...]:
+        """Names of the blocks in the order in which they run; empty before ``partition``."""
+        nodes = compute_nodes(self.functions["base"])
+        return tuple(dict.fromkeys(n.meta["block"] for n in nodes if "block" in n.meta and n.meta["rate"] != "build"))
+
+
+class LoweredForm(nn.Module):
+    """A model as it is lowered: fixed shapes, no data-dependent control flow, outputs named by ``wire``.
+
+    Its children are the model's own, under the official names, so parameters keep their official keys.
+    """
+
+    component: ClassVar[str]
+    entry: str = "forward"
+    """The method that is traced; its arguments are the inputs, in order."""
+
+    def inputs(self) -> tuple[Input, ...]:
+        raise NotImplementedError
+
+    def dims(self) -> dict[str, int]:
+        raise NotImplementedError
+
+    def unit(self, path: str) -> tuple[str, ...]:
+        """The partition unit of the module at ``path``, coarse to fine: ``("pair.3", "spatial")``."""
+        raise NotImplementedError
+
+
+class _LeafTracer(fx.Tracer):
+    proxy_buffer_attributes = True
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, Leaf) or super().is_leaf_module(m, module_qualified_name)
+
+
+def capture(form: LoweredForm) -> Graph:
+    """Capture ``form`` as a :class:`Graph` with the one function ``base``.
+
+    Every node's ``meta`` gets ``val`` (a meta tensor: shape and dtype), ``rate`` (:data:`Rate`) and
+    ``unit`` (what partition may cut between). Nothing is computed and no weight is allocated when the
+    model was built under ``torch.device("meta")``.
+    """
+    tracer = _LeafTracer()
+    tracer.traced_func_name = form.entry
+    graph = tracer.trace(form)
+    gm = fx.GraphModule(form, graph, class_name=type(form).__name__)
+    inputs = form.inputs()
+    output = output_node(gm)
+    results = output.args[0] if isinstance(output.args[0], tuple) else (output.args[0],)
+    named = [n for n in cast(tuple[fx.Node, ...], results) if n.target is wire]
+    if len(named) != len(results):
+        raise LoweringError(f"{form.component}: every output of a lowered form needs a name; wrap it in wire()")
+    outputs = tuple(str(n.args[1]) for n in named)
+    output.args = (results,)
+    _fold_wires(gm)
+    propagate_shapes(gm, inputs)
+    _propagate_rates(gm, inputs)
+    _propagate_units(gm, form)
+    weights = {name: WeightSource(name, tuple(p.shape)) for name, p in gm.named_parameters()}
+    weights |= {name: WeightSource(name, tuple(b.shape)) for name, b in gm.named_buffers()}
+    return Graph(form.component, {"base": gm}, inputs, outputs, form.dims(), weights)
+
+
+def _fold_wires(gm: fx.GraphModule) -> None:
+    for node in list(gm.graph.nodes):
+        if node.target is wire:
+            value, name = node.args
+            value.meta["wire"] = name
+            node.replace_all_uses_with(value)
+            gm.graph.erase_node(node)
+    gm.recompile()
+
+
+def propagate_shapes(gm: fx.GraphModule, inputs: tuple[Input, ...]) -> None:
+    """Fill ``meta["val"]`` of every node that lacks it, by running those nodes on meta tensors."""
+
+    class Recorder(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> object:
+            if "val" in n.meta:
+                return n.meta["val"]
+            try:
+                n.meta["val"] = super().run_node(n)
+            except LoweringError:
+                raise
+            except Exception as e:
+                raise LoweringError(f"shapes do not fit at '{n.name}' ({describe_target(n)}): {_first_line(e)}") from e
+            return n.meta["val"]
+
+    args = [torch.empty(i.shape, dtype=i.dtype, device="meta") for i in inputs]
+    with torch.device("meta"):
+        recorder = Recorder(gm)
+        recorder.extra_traceback = False  # our own error says where
+        recorder.run(*args)
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _propagate_rates(gm: fx.GraphModule, inputs: tuple[Input, ...]) -> None:
+    by_name = {i.name: i.rate for i in inputs}
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            rate = by_name[str(node.target)]
+        else:
+            rate = max((n.meta["rate"] for n in node.all_input_nodes), key=RATES.index, default="build")
+        node.meta["rate"] = rate
+
+
+def _propagate_units(gm: fx.GraphModule, form: LoweredForm) -> None:
+    order: dict[tuple[str, ...], int] = {}
+    for node in compute_nodes(gm):
+        stack = node.meta.get("nn_module_stack") or {}
+        path = next(reversed(stack.values()))[0] if stack else ""
+        if path:
+            node.meta["unit"] = form.unit(path)
+        else:  # arithmetic between leaves belongs with the latest of what it combines
+            units = [n.meta["unit"] for n in node.all_input_nodes if "unit" in n.meta]
+            if not units:
+                continue
+            node.meta["unit"] = max(units, key=lambda u: order[u])
+        order.setdefault(node.meta["unit"], len(order))
+    for node in reversed(list(compute_nodes(gm))):  # arithmetic on inputs alone: with its first user
+        if "unit" not in node.meta:
+            node.meta["unit"] = next(u.meta["unit"] for u in node.users)
+
+
+def compute_nodes(gm: fx.GraphModule) -> Iterator[fx.Node]:
+    """The nodes that compute something: neither inputs, outputs, nor reads of a parameter."""
+    return (n for n in gm.graph.nodes if n.op not in ("placeholder", "output", "get_attr"))
+
+
+def output_node(gm: fx.GraphModule) -> fx.Node:
+    return cast(fx.Node, next(n for n in reversed(gm.graph.nodes) if n.op == "output"))
+
+
+def output_values(gm: fx.GraphModule) -> tuple[fx.Node, ...]:
+    """The nodes that a function returns, in order."""
+    return cast(tuple[fx.Node, ...], output_node(gm).args[0])
+
+
+def leaf_of(gm: fx.GraphModule, node: fx.Node) -> Leaf | None:
+    """The leaf that a node calls, or None."""
+    if node.op != "call_module":
+        return None
+    module = gm.get_submodule(str(node.target))
+    return module if isinstance(module, Leaf) else None
+
+
+def copy_module(gm: fx.GraphModule) -> fx.GraphModule:
+    """A graph module with nodes of its own (``meta`` copied) that calls the same modules."""
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    for node in gm.graph.nodes:
+        copied[node] = graph.node_copy(node, copied.__getitem__)
+        copied[node].name = node.name
+        copied[node].meta = dict(node.meta)
+    return fx.GraphModule(gm, graph, class_name=type(gm).__name__)
+
+
+def describe_target(node: fx.Node) -> str:
+    """A node's target as a reader would name it: a module's path, or an operator."""
+    if node.op in ("call_module", "get_attr", "placeholder"):
+        return str(node.target)
+    return getattr(node.target, "__name__", str(node.target))

@@ -1,0 +1,185 @@
+"""What the device reads: everything about a bundle that a player has to know.
+
+Paths are relative to the bundle and stay inside it. Shapes are concrete: a bundle is for one geometry.
+"""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from toolchain.schedule import Leap
+
+FORMAT_VERSION = 1
+FILE_NAME = "manifest.json"
+
+
+class Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _inside(path: str) -> str:
+    parts = PurePosixPath(path)
+    if not path or parts.is_absolute() or ".." in parts.parts or "\\" in path or ":" in path:
+        raise ValueError(f"path '{path}' leaves the bundle")
+    return path
+
+
+BundlePath = Annotated[str, AfterValidator(_inside)]
+
+
+class File(Entry):
+    """A file of the bundle, by its path, size and digest."""
+
+    path: BundlePath
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class TensorSpec(Entry):
+    """A tensor that crosses a border: of a component, or of a block."""
+
+    name: str
+    dtype: Literal["float16", "float32", "int32"]
+    shape: list[int]
+
+
+class InputSpec(TensorSpec):
+    """An input of a block. ``source`` is ``inputs.NAME``, ``tables.NAME`` or ``BLOCK.OUTPUT``."""
+
+    source: str
+
+
+class ComponentInput(TensorSpec):
+    """An input of a component, and how often it changes: per ``prompt`` or per denoising ``step``."""
+
+    rate: Literal["prompt", "step"]
+    meaning: str
+
+
+class Accuracy(Entry):
+    """A function of a block, executed and held against eager float32.
+
+    ``relative_error`` is the norm of the difference over the norm of the reference, the worst of the
+    block's outputs; ``max_abs`` the largest difference of a number.
+    """
+
+    relative_error: float
+    cosine: float
+    max_abs: float
+    limit: float
+
+
+class BlockEntry(Entry):
+    """One block. ``artifact`` is what an engine opens: a file, or a folder whose files are ``files``."""
+
+    name: str
+    artifact: BundlePath
+    files: list[File]
+    rate: Literal["prompt", "step"]
+    functions: list[str]
+    inputs: list[InputSpec]
+    outputs: list[TensorSpec]
+    parameters: int
+    structure: str = Field(description="Digest shared by blocks that differ in their weights alone.")
+    accuracy: dict[str, Accuracy] | None = Field(description="By function; null where no engine could execute the artifact.")
+
+
+class Table(Entry):
+    """A value known when the bundle was built, stored under its name in the component's tables file."""
+
+    name: str
+    dtype: Literal["float32"] = "float32"
+    shape: list[int]
+
+
+class LoadOrder(Entry):
+    """Blocks in the order in which they run: once for a prompt, then at every step."""
+
+    prompt: list[str]
+    step: list[str]
+
+
+class Component(Entry):
+    """A component of the model: run its blocks in ``load_order``, wiring inputs by ``source``.
+
+    A block that lacks the function a step asks for runs ``base``.
+    """
+
+    dims: dict[str, int]
+    config: dict[str, Any]
+    passes: list[str]
+    inputs: list[ComponentInput]
+    output: str = Field(description="Where the component's result comes from: BLOCK.OUTPUT.")
+    tables_file: File | None
+    tables: list[Table]
+    blocks: list[BlockEntry]
+    load_order: LoadOrder
+
+
+class StepEntry(Entry):
+    """One call of the denoiser: at ``timestep``, with ``function``; then z += velocity · ``dt``."""
+
+    timestep: float
+    dt: float
+    function: str
+    leap: bool
+
+
+class SamplerEntry(Entry):
+    """Rectified flow. The velocity is the first half of the output's channels.
+
+    The batch is the conditional half, then the unconditional one; v = u + guidance · (c - u).
+    ``steps`` is the whole plan with a static leap taken; with a dynamic rule it is the plan without the
+    leap, which the rule takes when it says so: then dt is timestep / 1000.
+    """
+
+    kind: Literal["rectified-flow"] = "rectified-flow"
+    guidance: float
+    leap: Leap | None
+    merged_steps: int
+    steps: list[StepEntry]
+
+
+class Geometry(Entry):
+    """The video, in frames and pixels, and its latents."""
+
+    frames: int
+    height: int
+    width: int
+    fps: int
+    latent_channels: int
+    latent_frames: int
+    latent_height: int
+    latent_width: int
+
+
+class Gate(Entry):
+    """What was executed before this manifest was written. ``interface`` means read back, not executed."""
+
+    mode: Literal["every", "interface"]
+    seed: int
+    limits: dict[str, float]
+
+
+class TargetEntry(Entry):
+    name: str
+    options: dict[str, Any]
+
+
+class Manifest(Entry):
+    """The whole bundle."""
+
+    format_version: int = FORMAT_VERSION
+    name: str
+    model: str
+    target: TargetEntry
+    precision: Literal["float16", "float32"]
+    geometry: Geometry
+    sampler: SamplerEntry
+    components: dict[str, Component]
+    gate: Gate
+    tools: dict[str, str]
+    recipe: File

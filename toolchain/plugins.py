@@ -1,0 +1,60 @@
+"""Finds passes and targets by name, through entry points, importing only the one asked for."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from toolchain.errors import RecipeError
+from toolchain.passbase import Pass
+from toolchain.target import Target
+from toolchain.validation import explain
+
+PASSES = "sora_compile.passes"
+TARGETS = "sora_compile.targets"
+
+
+def names(group: str) -> list[str]:
+    """Names that are registered in an entry-point group."""
+    return sorted({e.name for e in entry_points(group=group)})
+
+
+def find_pass(name: str, options: dict[str, Any], key: str) -> Pass:
+    """The pass called ``name`` with its options; ``key`` is where the recipe names it.
+
+    Raises:
+        RecipeError: there is no such pass, or its options are wrong.
+    """
+    cls = _load(PASSES, name, "pass", key)
+    return cls(_config(cls.Config, options, f"{key}.{name}"))  # type: ignore[no-any-return]
+
+
+def find_target(name: str, options: dict[str, Any], key: str = "target") -> Target:
+    """The target called ``name`` with its options.
+
+    Raises:
+        RecipeError: there is no such target, or its options are wrong.
+    """
+    cls = _load(TARGETS, name, "target", key)
+    return cls(_config(cls.Config, options, key))  # type: ignore[no-any-return]
+
+
+def _load(group: str, name: str, what: str, key: str) -> Any:
+    found: Iterable[EntryPoint] = entry_points(group=group, name=name)
+    for entry in found:
+        return entry.load()
+    known = names(group)
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
+    raise RecipeError(f"{key}: no {what} is called '{name}'; {hint}")
+
+
+def _config(cls: type[BaseModel], options: dict[str, Any], key: str) -> Any:
+    try:
+        return cls.model_validate(options)
+    except ValidationError as e:
+        raise RecipeError(explain(e, cls, key)) from e

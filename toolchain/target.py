@@ -1,0 +1,104 @@
+"""The protocol of a target: what turns a block into an artifact, and runs it."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from toolchain.blocks import Block, Port
+from toolchain.errors import ResourceError
+
+
+class TargetConfig(BaseModel):
+    """Base of a target's options. ``precision`` is what weights are stored and computed in."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    precision: Any = "float32"
+
+
+class EngineUnavailableError(ResourceError):
+    """This machine cannot execute artifacts of the target; says why and where it can be done."""
+
+
+class Engine(Protocol):
+    """An artifact, loaded: call a function with tensors by port name, get tensors by port name."""
+
+    def __call__(self, function: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What ``lower`` wrote: a file or, for packages, a folder at ``path``, holding ``functions``."""
+
+    path: Path
+    functions: tuple[str, ...]
+
+
+class Target(abc.ABC):
+    """Lowers blocks to one kind of artifact.
+
+    A target imports its converter only inside its methods, so that ``sora-compile plan`` and the player
+    never pay for it.
+    """
+
+    name: ClassVar[str]
+    suffix: ClassVar[str]
+    rules: ClassVar[tuple[str, ...]]
+    """Legalisation rules that the target needs (see ``toolchain.legalise``)."""
+    Config: ClassVar[type[TargetConfig]]
+
+    def __init__(self, config: TargetConfig | None = None) -> None:
+        self.config = config if config is not None else self.Config()
+
+    @property
+    def precision(self) -> str:
+        return str(self.config.precision)
+
+    @abc.abstractmethod
+    def lower(self, block: Block, weights: Mapping[str, torch.Tensor], out: Path) -> Artifact:
+        """Lower all functions of ``block`` with ``weights`` (float32, by the block's names) into ``out``.
+
+        Raises:
+            LoweringError: names the block, the function and, where known, the operator.
+        """
+
+    @abc.abstractmethod
+    def check(self, path: Path, block: Block) -> None:
+        """Load an artifact back and hold its functions and ports against the block's.
+
+        Raises:
+            LoweringError: names what differs.
+        """
+
+    @abc.abstractmethod
+    def engine(self, path: Path, inputs: Sequence[Port], outputs: Sequence[Port]) -> Engine:
+        """Load an artifact for execution on this machine.
+
+        Raises:
+            EngineUnavailableError: this machine cannot.
+        """
+
+    @abc.abstractmethod
+    def versions(self) -> dict[str, str]:
+        """Versions of the tools that decide an artifact's bytes."""
+
+
+def package_versions(*names: str) -> dict[str, str]:
+    """Installed versions of distributions, for :meth:`Target.versions`."""
+    from importlib.metadata import version
+
+    return {name: version(name) for name in names}
+
+
+def distinct_functions(block: Block) -> tuple[str, ...]:
+    """The block's functions without those that compute the same as ``base`` (no token merged in them)."""
+    from toolchain.graph_text import function_text
+
+    base = function_text(block.functions["base"], "")
+    return tuple(n for n, gm in block.functions.items() if n == "base" or function_text(gm, "") != base)
