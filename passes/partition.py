@@ -6,7 +6,7 @@ Numbered units are packed together, by count or by bytes of weights; every other
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from itertools import groupby, islice
 
 from pydantic import ByteSize, Field, model_validator
@@ -80,7 +80,9 @@ class Partition(Pass):
             counts = [per_block] * (-(-len(layers) // per_block))
             if self.config.blocks is not None:
                 if self.config.blocks > len(layers):
-                    raise LoweringError(f"blocks: {self.config.blocks} is more than the {len(layers)} layers of '{stem}'")
+                    raise LoweringError(
+                        f"blocks: {self.config.blocks} is more than the {len(layers)} layers of '{stem}'"
+                    )
                 least, more = divmod(len(layers), self.config.blocks)
                 counts = [least + 1] * more + [least] * (self.config.blocks - more)
             rest = iter(layers)
@@ -143,12 +145,8 @@ def _weight_bytes(graph: Graph, gm: fx.GraphModule, unit: Unit) -> float:
         if node.meta["unit"] == unit:
             paths |= {str(node.target)} if node.op == "call_module" else set()
             paths |= {str(i.target) for i in node.all_input_nodes if i.op == "get_attr"}
-    within: Callable[[str], bool] = lambda name: any(name == p or name.startswith(f"{p}.") for p in paths)
-    return sum(_numel(s.shape) for name, s in graph.weights.items() if within(name)) * graph.bytes_per_weight
 
+    def within(name: str) -> bool:
+        return any(name == p or name.startswith(f"{p}.") for p in paths)
 
-def _numel(shape: tuple[int, ...]) -> int:
-    n = 1
-    for size in shape:
-        n *= size
-    return n
+    return sum(math.prod(s.shape) for name, s in graph.weights.items() if within(name)) * graph.bytes_per_weight

@@ -84,7 +84,8 @@ class TokenMerge(Pass):
                 node.kwargs = {**node.kwargs, "frames": (frames + 1) // 2}
             with gm.graph.inserting_after(node):
                 unmerged = gm.graph.call_function(unmerge_frames, (node,), {"frames": frames})
-            node.replace_all_uses_with(unmerged, delete_user_cb=lambda user, own=unmerged: user is not own)
+            for user in [u for u in node.users if u is not unmerged]:
+                user.replace_input_with(node, unmerged)
             for new in (merged, unmerged):
                 new.meta = {k: v for k, v in node.meta.items() if k not in ("wire", "val")}
             del node.meta["val"]

@@ -1,13 +1,8 @@
-"""What the targets share: exporting a block's function, and keeping converters quiet."""
+"""Exporting a block's function, as all targets need it."""
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import os
-import sys
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 
@@ -25,34 +20,20 @@ def export(block: Block, function: str, weights: Mapping[str, torch.Tensor]) -> 
     try:
         program = torch.export.export(block.module(function, weights), args, strict=False)
         # the empty table keeps attention, linear and gelu as they are; the default one takes them apart
-        return program.run_decompositions({})
+        program = program.run_decompositions({})
+        _drop_aliases(program)
     except Exception as e:
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise LoweringError(f"block '{block.name}', function '{function}': cannot export: {reason}") from e
+    return program
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence converters: progress bars of their own, remarks on versions, missing accelerators and the CPU.
-
-    They write to the process's streams from Python and from C++, so the streams themselves are redirected;
-    what they raise is not touched.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    kept = [(stream, os.dup(stream)) for stream in (1, 2)]
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with open(os.devnull, "w") as nowhere, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            for stream, _ in kept:
-                os.dup2(nowhere.fileno(), stream)
-            yield
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        for stream, copy in kept:
-            os.dup2(copy, stream)
-            os.close(copy)
-        logging.disable(before)
+def _drop_aliases(program: torch.export.ExportedProgram) -> None:
+    """Remove ``alias``: what slicing a whole dimension exports to, and what no runtime has a kernel for."""
+    for node in list(program.graph.nodes):
+        if node.target is torch.ops.aten.alias.default:
+            source = node.args[0]
+            node.replace_all_uses_with(source)
+            program.graph_signature.replace_all_uses(node.name, source.name)
+            program.graph.erase_node(node)
+    program.graph_module.recompile()

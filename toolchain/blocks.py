@@ -152,7 +152,9 @@ class _Cut:
         return user.op != "output" and self.place(user) != self.place(node)
 
     def wire_name(self, node: fx.Node) -> str:
-        return str(node.meta.get("wire") or self.returned.get(node) or (node.target if node.op == "placeholder" else node.name))
+        return str(
+            node.meta.get("wire") or self.returned.get(node) or (node.target if node.op == "placeholder" else node.name)
+        )
 
     def nodes(self, block: str) -> list[fx.Node]:
         return [n for n in compute_nodes(self.gm) if n.meta["block"] == block]
@@ -203,7 +205,9 @@ def _extract(graph: Graph, cuts: Mapping[str, _Cut], name: str) -> Block:
         in_names = _unique(cut.wire_name(n) for n in ins)
         exact = {i.name for i in graph.inputs if i.exact}
         inputs = tuple(
-            Port(port, tuple(n.meta["val"].shape), n.meta["val"].dtype, n.op == "placeholder" and str(n.target) in exact)
+            Port(
+                port, tuple(n.meta["val"].shape), n.meta["val"].dtype, n.op == "placeholder" and str(n.target) in exact
+            )
             for n, port in zip(ins, in_names, strict=True)
         )
         out_names = cut.output_names(name)
@@ -218,7 +222,9 @@ def _extract(graph: Graph, cuts: Mapping[str, _Cut], name: str) -> Block:
     reference = interfaces["base"]
     for function, interface in interfaces.items():
         if interface != reference:
-            raise LoweringError(f"{graph.component}: block '{name}': '{function}' has other inputs or outputs than 'base'")
+            raise LoweringError(
+                f"{graph.component}: block '{name}': '{function}' has other inputs or outputs than 'base'"
+            )
     used = {k for gm in functions.values() for k, _ in (*gm.named_parameters(), *gm.named_buffers())}
     kept = {k: v for k, v in sorted(weights.items()) if k in used}
     return Block(graph.component, name, rate, functions, reference[0], reference[1], reference[2], kept)
@@ -249,7 +255,11 @@ def _local_paths(paths: Iterator[str]) -> dict[str, str]:
 
 
 def _submodule(
-    gm: fx.GraphModule, nodes: list[fx.Node], inputs: Mapping[fx.Node, str], outputs: list[fx.Node], local: Mapping[str, str]
+    gm: fx.GraphModule,
+    nodes: list[fx.Node],
+    inputs: Mapping[fx.Node, str],
+    outputs: list[fx.Node],
+    local: Mapping[str, str],
 ) -> fx.GraphModule:
     """A graph module of ``nodes``, with ``inputs`` as placeholders and modules at their local paths."""
     new = fx.Graph()

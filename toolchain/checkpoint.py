@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import hashlib
 import json
 import pickle
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +21,11 @@ from safetensors import SafetensorError, safe_open
 
 from toolchain.errors import CheckpointError
 
-INDEX_NAMES = ("model.safetensors.index.json", "diffusion_pytorch_model.safetensors.index.json", "pytorch_model.bin.index.json")
+INDEX_NAMES = (
+    "model.safetensors.index.json",
+    "diffusion_pytorch_model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+)
 FILE_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin")
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 WRAPPERS = ("state_dict", "model", "module", "ema")
@@ -57,6 +62,14 @@ class Checkpoint(abc.ABC):
     def files(self) -> tuple[Path, ...]:
         """The files that hold the tensors, sorted."""
 
+    def digest(self) -> str:
+        """sha256 over the digests of the files, in order: the checkpoint's content, wherever it lies."""
+        whole = hashlib.sha256()
+        for path in self.files():
+            with path.open("rb") as f:
+                whole.update(hashlib.file_digest(f, "sha256").digest())
+        return whole.hexdigest()
+
     def config(self) -> dict[str, Any] | None:
         """The ``config.json`` beside the weights, or None."""
         return read_config(self.root)
@@ -90,7 +103,9 @@ class SafetensorsCheckpoint(Checkpoint):
                 for name in f.keys():  # noqa: SIM118 - not a dict
                     part = f.get_slice(name)
                     self._shard_of[name] = shard
-                    self._infos[name] = TensorInfo(tuple(part.get_shape()), _DTYPES.get(part.get_dtype(), torch.float32))
+                    self._infos[name] = TensorInfo(
+                        tuple(part.get_shape()), _DTYPES.get(part.get_dtype(), torch.float32)
+                    )
 
     def infos(self) -> Mapping[str, TensorInfo]:
         return self._infos
@@ -206,8 +221,9 @@ def _open_folder(location: str, root: Path, find: Callable[[str], Path | None]) 
     others = sorted(root.glob("*.safetensors")) if root.is_dir() else []
     if len(others) == 1:
         return _open_files(location, root, (others[0],))
-    found = ", ".join(sorted(p.name for p in root.iterdir())[:SHOWN]) if root.is_dir() else ""
-    raise CheckpointError(f"no weights in '{location}': expected {', '.join(FILE_NAMES)} or an index; it holds {found or 'nothing'}")
+    found = _some(sorted(p.name for p in root.iterdir())) if root.is_dir() else ""
+    expected = f"{', '.join(FILE_NAMES)} or an index"
+    raise CheckpointError(f"no weights in '{location}': expected {expected}; it holds {found or 'nothing'}")
 
 
 def _open_index(location: str, index: Path, find: Callable[[str], Path | None]) -> Checkpoint:
@@ -227,7 +243,9 @@ def _open_files(location: str, root: Path, files: tuple[Path, ...]) -> Checkpoin
         return SafetensorsCheckpoint(location, root, files)
     if all(f.suffix in TORCH_SUFFIXES for f in files):
         return TorchCheckpoint(location, root, files)
-    raise CheckpointError(f"'{files[0]}': expected a file of type .safetensors, {', '.join(TORCH_SUFFIXES)} or .index.json")
+    raise CheckpointError(
+        f"'{files[0]}': expected a file of type .safetensors, {', '.join(TORCH_SUFFIXES)} or .index.json"
+    )
 
 
 def _read_json(path: Path) -> Any:
@@ -257,8 +275,14 @@ def match(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], compo
         if names
     ]
     if problems:
-        hint = "it is of another model or size" if len(missing) + len(misshapen) > len(expected) // 2 else "check its config"
-        raise CheckpointError(f"checkpoint '{checkpoint.location}' does not fit {component}: {'; '.join(problems)}; {hint}")
+        hint = (
+            "it is of another model or size"
+            if len(missing) + len(misshapen) > len(expected) // 2
+            else "check its config"
+        )
+        raise CheckpointError(
+            f"checkpoint '{checkpoint.location}' does not fit {component}: {'; '.join(problems)}; {hint}"
+        )
 
 
 def _some(names: list[str]) -> str:

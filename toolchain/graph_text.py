@@ -78,7 +78,9 @@ def leaves_text(gm: fx.GraphModule) -> str:
     lines = []
     for path, module in seen.items():
         for name, part in module.named_modules(prefix=path):
-            weights = {k: list(v.shape) for k, v in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False))}
+            weights = {
+                k: list(v.shape) for k, v in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False))
+            }
             lines.append(f"{name}: {type(part).__name__} {_plain_attributes(part)} {weights}")
     return "\n".join(lines)
 
@@ -86,5 +88,7 @@ def leaves_text(gm: fx.GraphModule) -> str:
 def _plain_attributes(module: nn.Module) -> dict[str, object]:
     plain = (bool, int, float, str, tuple)
     return {
-        k: v for k, v in sorted(vars(module).items()) if not k.startswith("_") and k != "training" and isinstance(v, plain)
+        k: v
+        for k, v in sorted(vars(module).items())
+        if not k.startswith("_") and k != "training" and isinstance(v, plain)
     }

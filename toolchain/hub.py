@@ -41,7 +41,9 @@ def fetch(location: str) -> tuple[str, Path, Callable[[str], Path | None]]:
 
     config = download("config.json")
     if config is None:
-        raise CheckpointError(f"cannot fetch '{location}': no config.json there, or no network and nothing in the cache")
+        raise CheckpointError(
+            f"cannot fetch '{location}': no config.json there, or no network and nothing in the cache"
+        )
     commit = config.parts[config.parts.index("snapshots") + 1]
     pinned = f"hf://{repo}@{commit}" + (f"/{folder}" if folder else "")
     revision = commit

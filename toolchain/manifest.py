@@ -84,7 +84,9 @@ class BlockEntry(Entry):
     outputs: list[TensorSpec]
     parameters: int
     structure: str = Field(description="Digest shared by blocks that differ in their weights alone.")
-    accuracy: dict[str, Accuracy] | None = Field(description="By function; null where no engine could execute the artifact.")
+    accuracy: dict[str, Accuracy] | None = Field(
+        description="By function; null where no engine could execute the artifact."
+    )
 
 
 class Table(Entry):

@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    model_serializer,
+    model_validator,
+)
 
 from toolchain.errors import RecipeError
 from toolchain.schedule import PRESETS, Leap, timesteps
@@ -47,17 +56,11 @@ def _named(value: Any) -> Any:
     raise ValueError("expected a name, or a name with options such as 'partition: {max_bytes: 200MB}'")
 
 
-PassSpec = Annotated[Named, BeforeValidator(_named)]
-
-
-def _target(value: Any) -> Any:
-    if isinstance(value, str):
-        return Named(name=value)
-    if isinstance(value, dict) and isinstance(value.get("name"), str):
-        return Named(name=value["name"], options={k: v for k, v in value.items() if k != "name"})
-    if isinstance(value, Named):
-        return value
-    raise ValueError("expected a target's name, or 'name: coreml' with its options beside it")
+PassSpec = Annotated[
+    Named,
+    BeforeValidator(_named),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object", "minProperties": 1, "maxProperties": 1}]}),
+]
 
 
 class TargetSpec(Named):
@@ -66,6 +69,30 @@ class TargetSpec(Named):
     @model_serializer
     def _flat(self) -> str | dict[str, Any]:
         return {"name": self.name, **self.options} if self.options else self.name
+
+
+def _target(value: Any) -> Any:
+    if isinstance(value, str):
+        return TargetSpec(name=value)
+    if isinstance(value, dict) and isinstance(value.get("name"), str):
+        return TargetSpec(name=value["name"], options={k: v for k, v in value.items() if k != "name"})
+    if isinstance(value, TargetSpec):
+        return value
+    raise ValueError("expected a target's name, or 'name: coreml' with its options beside it")
+
+
+Target = Annotated[
+    TargetSpec,
+    BeforeValidator(_target),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string"},
+                {"type": "object", "required": ["name"], "properties": {"name": {"type": "string"}}},
+            ]
+        }
+    ),
+]
 
 
 class Video(Strict):
@@ -110,7 +137,9 @@ class SamplerRecipe(Strict):
         description="Linear Proportional Leap: ordinary steps before the leap, a preset's name, or a rule.",
     )
     merged_steps: int = Field(default=0, ge=0, description="How many of the first steps run with merged tokens.")
-    discrete_timesteps: bool = Field(default=False, description="Round timesteps to whole numbers before the transform.")
+    discrete_timesteps: bool = Field(
+        default=False, description="Round timesteps to whole numbers before the transform."
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> SamplerRecipe:
@@ -128,7 +157,10 @@ class ComponentRecipe(Strict):
     """One component: where its weights are and what is done to its graph."""
 
     checkpoint: str = Field(description="Path, hf://owner/name[@revision][/folder] or shipped://name.")
-    config: dict[str, Any] | None = Field(default=None, description="The model's configuration; read beside the weights if absent.")
+    sha256: str | None = Field(default=None, description="Digest of a local checkpoint; refuse any other content.")
+    config: dict[str, Any] | None = Field(
+        default=None, description="The model's configuration; read beside the weights if absent."
+    )
     passes: list[PassSpec] = Field(default_factory=list, description="Graph passes, in order; 'partition' last.")
 
 
@@ -154,7 +186,7 @@ class Recipe(Strict):
     video: Video
     sampler: SamplerRecipe = SamplerRecipe()
     transformer: TransformerRecipe
-    target: Annotated[TargetSpec, BeforeValidator(_target)]
+    target: Target
     gate: GateRecipe = GateRecipe()
 
     @model_validator(mode="after")
@@ -171,7 +203,11 @@ class Recipe(Strict):
         """The denoising timesteps, 1000 … 0, before any leap."""
         video, sampler = self.video, self.sampler
         return timesteps(
-            sampler.steps, height=video.height, width=video.width, frames=video.frames, discrete=sampler.discrete_timesteps
+            sampler.steps,
+            height=video.height,
+            width=video.width,
+            frames=video.frames,
+            discrete=sampler.discrete_timesteps,
         )
 
     def to_yaml(self) -> str:
@@ -245,7 +281,7 @@ class _UniqueKeys(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", key_node.start_mark)
             seen.add(key)

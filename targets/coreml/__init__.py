@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from targets.exporting import quiet
+from targets.streams import quiet
 from toolchain.blocks import Block, Port
 from toolchain.target import (
     Artifact,

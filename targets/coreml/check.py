@@ -10,7 +10,7 @@ import numpy as np
 from coremltools.converters.mil.frontend.milproto.load import load as load_program
 
 from targets.coreml.lower import port_dtype
-from targets.exporting import quiet
+from targets.streams import quiet
 from toolchain.blocks import Block
 from toolchain.errors import LoweringError
 from toolchain.target import distinct_functions
@@ -29,7 +29,8 @@ def check(package: Path, block: Block, precision: str) -> None:
     if set(found) != expected:
         raise LoweringError(f"block '{block.name}': package has functions {sorted(found)}, expected {sorted(expected)}")
     ports = tuple(
-        [(p.name, p.shape, np.dtype(port_dtype(p, precision)).name) for p in side] for side in (block.inputs, block.outputs)
+        [(p.name, p.shape, np.dtype(port_dtype(p, precision)).name) for p in side]
+        for side in (block.inputs, block.outputs)
     )
     for function, interface in found.items():
         for side, have, want in zip(("inputs", "outputs"), interface, ports, strict=True):
@@ -42,7 +43,9 @@ def interfaces(package: Path) -> dict[str, Interface]:
     with quiet():
         try:
             spec = ct.utils.load_spec(str(package))
-            program = load_program(spec, spec.specificationVersion, file_weights_dir=str(package / "Data/com.apple.CoreML/weights"))
+            program = load_program(
+                spec, spec.specificationVersion, file_weights_dir=str(package / "Data/com.apple.CoreML/weights")
+            )
         except Exception as e:
             raise LoweringError(f"'{package.name}' is not a package that can be read back: {e}") from e
     return {

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from targets.coreml.canonical import canonicalise
-from targets.exporting import export, quiet
+from targets.exporting import export
+from targets.streams import quiet
 from toolchain.blocks import Block, Port
 from toolchain.errors import LoweringError
 from toolchain.target import Artifact, distinct_functions

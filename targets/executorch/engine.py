@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from executorch.runtime import Runtime, Verification
 
-from targets.exporting import quiet
+from targets.streams import quiet
 from toolchain.blocks import Block, Port
 from toolchain.errors import LoweringError
 from toolchain.target import distinct_functions
@@ -31,11 +32,14 @@ class ExecuTorchEngine:
         return set(self._program.method_names)
 
     def __call__(self, function: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        try:
-            method = self._program.load_method(function)
-            results = method.execute([inputs[p.name].contiguous() for p in self._inputs])
-        except RuntimeError as e:
-            raise LoweringError(f"'{self._path.name}', function '{function}': failed when run: {e}") from e
+        with quiet() as said:  # the runtime describes the CPU at first, and failures only here
+            try:
+                method = self._program.load_method(function)
+                results = method.execute([inputs[p.name].contiguous() for p in self._inputs])
+            except RuntimeError as e:
+                operator = re.search(r"in operator (\S+?):", said())
+                where = f", operator '{operator[1]}'" if operator else ""
+                raise LoweringError(f"'{self._path.name}', function '{function}'{where}: failed when run: {e}") from e
         # the runtime reuses its buffers at the next call
         return {p.name: r.clone() for p, r in zip(self._outputs, results, strict=True)}
 
@@ -45,7 +49,9 @@ def check(path: Path, block: Block) -> None:
     engine = ExecuTorchEngine(path, block.inputs, block.outputs)
     expected = set(distinct_functions(block))
     if engine.functions != expected:
-        raise LoweringError(f"block '{block.name}': program has {sorted(engine.functions)}, expected {sorted(expected)}")
+        raise LoweringError(
+            f"block '{block.name}': program has {sorted(engine.functions)}, expected {sorted(expected)}"
+        )
     for function in expected:
         meta = engine._program.metadata(function)
         shapes = [tuple(meta.input_tensor_meta(i).sizes()) for i in range(meta.num_inputs())]

@@ -10,7 +10,8 @@ from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPar
 from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
 from executorch.exir.passes import MemoryPlanningPass
 
-from targets.exporting import export, quiet
+from targets.exporting import export
+from targets.streams import quiet
 from toolchain.blocks import Block
 from toolchain.errors import LoweringError
 from toolchain.target import Artifact, distinct_functions

@@ -24,7 +24,9 @@ MASKED = -30000.0
 -inf it stays finite in every runtime."""
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, kernel: Kernel) -> torch.Tensor:
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, kernel: Kernel
+) -> torch.Tensor:
     """Scaled dot-product attention.
 
     Args:

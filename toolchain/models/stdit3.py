@@ -243,7 +243,7 @@ def denoise(
     fps_embedded = model.fps_embedder(fps)
     t = wire(model.t_embedder(timestep) + fps_embedded, "t")
     t_mlp = wire(model.t_block(t), "t_mlp")
-    final = (t,)
+    final: tuple[torch.Tensor, ...] = (t,)
     if x_mask is not None:
         t0 = wire(model.t_embedder(timestep * 0) + fps_embedded, "t0")
         t_mlp = wire(select_frames(x_mask, t_mlp, model.t_block(t0)), "t_mlp")

@@ -142,7 +142,9 @@ class TimestepEmbedder(Leaf):
         freqs = torch.exp(-math.log(10000.0) / half * torch.arange(half, dtype=torch.float32, device=t.device))
         angles = t.reshape(-1, 1, 1).float() * freqs.reshape(1, 1, half)
         embedded = torch.cat((angles.cos(), angles.sin()), dim=-1)
-        out: torch.Tensor = self.mlp(embedded.to(self.mlp[0].weight.dtype))
+        first = self.mlp[0]
+        assert isinstance(first, nn.Linear)
+        out: torch.Tensor = self.mlp(embedded.to(first.weight.dtype))
         return out
 
 

@@ -1,0 +1,50 @@
+"""sora-compile: Open-Sora text-to-video models, from PyTorch to a phone.
+
+>>> import toolchain
+>>> recipe = toolchain.load_recipe("tiny", ["target=executorch"])
+>>> bundle = toolchain.compile_recipe(recipe, "build/tiny")  # doctest: +SKIP
+
+Names are imported when they are first used: ``import toolchain`` loads neither torch nor a converter.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from toolchain.bundle import Bundle, load_bundle
+    from toolchain.errors import SoraCompileError
+    from toolchain.listener import Listener
+    from toolchain.pipeline import Plan, compile_recipe, plan
+    from toolchain.recipe import Recipe, load_recipe
+
+_HOMES = {
+    "Bundle": "bundle",
+    "Listener": "listener",
+    "Plan": "pipeline",
+    "Recipe": "recipe",
+    "SoraCompileError": "errors",
+    "compile_recipe": "pipeline",
+    "load_bundle": "bundle",
+    "load_recipe": "recipe",
+    "plan": "pipeline",
+}
+
+__all__ = [
+    "Bundle",
+    "Listener",
+    "Plan",
+    "Recipe",
+    "SoraCompileError",
+    "compile_recipe",
+    "load_bundle",
+    "load_recipe",
+    "plan",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'toolchain' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"toolchain.{_HOMES[name]}"), name)

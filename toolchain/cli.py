@@ -1,0 +1,157 @@
+"""The ``sora-compile`` command. No logic: parses, calls the library, prints."""
+
+from __future__ import annotations
+
+import difflib
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    pass
+
+
+class _CompileByDefault(TyperGroup):
+    """``sora-compile RECIPE …`` is ``sora-compile compile RECIPE …``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        own = {o for p in self.params for o in p.opts} | {"--help"}
+        if args and args[0] not in self.commands and args[0] not in own:
+            args = ["compile", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=_CompileByDefault,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Compile Open-Sora text-to-video models into bundles for phones: [bold]sora-compile RECIPE -o BUNDLE[/bold].",
+    rich_markup_mode="rich",
+)
+
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A recipe's path, or the name of a shipped one (tiny, …).")
+]
+SetOption = Annotated[
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe: sampler.steps=20.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")]
+VerboseOption = Annotated[bool, typer.Option("-v", "--verbose", help="Say more, and show tracebacks.")]
+PrintOption = Annotated[
+    str | None,
+    typer.Option("--print-after", metavar="PASS|all", help="Print the graph after a pass (capture, legalise, …)."),
+]
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        from toolchain.version import VERSION
+
+        typer.echo(VERSION)
+        raise typer.Exit
+
+
+@app.command("compile")
+def compile_(
+    recipe: RecipeArgument,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="BUNDLE", help="The folder to write.")],
+    overrides: SetOption = [],  # noqa: B006 - typer reads it
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+    print_after: PrintOption = None,
+) -> None:
+    """Build a recipe into a bundle. (The default command.)"""
+    from toolchain.console import Console
+
+    with Console(as_json, verbose) as console:
+        import toolchain
+        from toolchain.recipe import find_recipe
+
+        with console.progress(print_after) as listener:
+            path = find_recipe(recipe)
+            loaded = toolchain.load_recipe(path, overrides)
+            listener.check_print_after(loaded)
+            bundle = toolchain.compile_recipe(loaded, output, base=path.parent, listener=listener)
+        from toolchain.report import bundle_json, bundle_summary
+
+        console.answer(bundle_json(bundle), bundle_summary(bundle))
+
+
+@app.command()
+def plan(
+    recipe: RecipeArgument,
+    overrides: SetOption = [],  # noqa: B006
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+    print_after: PrintOption = None,
+) -> None:
+    """Show what would be built: blocks, parameters, bytes, order. Lowers nothing."""
+    from toolchain.console import Console
+
+    with Console(as_json, verbose) as console:
+        import toolchain
+        from toolchain.recipe import find_recipe
+
+        with console.progress(print_after) as listener:
+            path = find_recipe(recipe)
+            loaded = toolchain.load_recipe(path, overrides)
+            listener.check_print_after(loaded)
+            planned = toolchain.plan(loaded, base=path.parent, listener=listener)
+        from toolchain.report import plan_json, plan_table
+
+        console.answer(plan_json(planned), plan_table(planned))
+
+
+@app.command()
+def inspect(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")],
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Show what a bundle holds, after checking its files."""
+    from toolchain.console import Console
+
+    with Console(as_json, verbose) as console:
+        import toolchain
+        from toolchain.report import bundle_json, bundle_table
+
+        loaded = toolchain.load_bundle(bundle)
+        loaded.check_files()
+        console.answer(bundle_json(loaded), bundle_table(loaded))
+
+
+@app.command()
+def schema(
+    what: Annotated[str, typer.Argument(metavar="recipe|manifest", help="Which file's schema.")],
+) -> None:
+    """Print the JSON Schema of recipes or manifests."""
+    from toolchain.console import Console
+
+    with Console(as_json=True, verbose=False) as console:
+        from toolchain.errors import RecipeError
+        from toolchain.manifest import Manifest
+        from toolchain.recipe import Recipe
+
+        models: dict[str, Any] = {"recipe": Recipe, "manifest": Manifest}
+        if what not in models:
+            close = difflib.get_close_matches(what, models, n=1)
+            raise RecipeError(
+                f"schema {what}: expected 'recipe' or 'manifest'" + (f"; did you mean '{close[0]}'?" if close else "")
+            )
+        console.answer(models[what].model_json_schema(), None)
+
+
+def main() -> None:
+    """Entry point of the command."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # unwinds, so nothing half-written stays
+    app()
+
+
+if __name__ == "__main__":
+    main()
