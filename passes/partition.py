@@ -1,7 +1,8 @@
 """Cut a component into blocks: what is lowered, loaded and freed as one.
 
-A model names its units (``pair.3``, with ``spatial`` and ``temporal`` in it; ``embed``; ``final``).
-Numbered units are packed together, by count or by bytes of weights; every other unit is a block of its own.
+A model names its units: layers (``pair.3``, with ``spatial`` and ``temporal`` in it) and others (``embed``,
+``final``). Layers in a row are packed together, by count or by bytes of weights; every other unit is a
+block of its own.
 """
 
 from __future__ import annotations
@@ -52,11 +53,10 @@ class Partition(Pass):
         bytes_of = {u: _weight_bytes(graph, base, u) for u in units}
         names: dict[Unit, str] = {}
         for stem, run in groupby(units, key=_stem):
-            layers = list(run)
             if stem is None:
-                names |= {u: ".".join(u) for u in layers}
+                names |= {u: ".".join(u) for u in run}
             else:
-                names |= self._pack(stem, layers, bytes_of)
+                names |= self._pack(stem, list(run), bytes_of)
         for gm in graph.functions.values():
             for node in compute_nodes(gm):
                 node.meta["block"] = "tables" if node.meta["rate"] == "build" else names[node.meta["unit"]]
@@ -72,7 +72,6 @@ class Partition(Pass):
 
     def _pack(self, stem: str, units: list[Unit], bytes_of: dict[Unit, float]) -> dict[Unit, str]:
         layers = [list(parts) for _, parts in groupby(units, key=lambda u: u[0])]
-        width = len(str(max(_number(parts[0]) for parts in layers)))
         if self.config.max_bytes is not None:
             bins = _by_bytes(layers, float(self.config.max_bytes), bytes_of)
         else:
@@ -87,8 +86,7 @@ class Partition(Pass):
                 counts = [least + 1] * more + [least] * (self.config.blocks - more)
             rest = iter(layers)
             bins = [[u for parts in islice(rest, n) for u in parts] for n in counts]
-        parts_of = {_number(parts[0]): len(parts) for parts in layers}
-        return {u: _name(stem, packed, width, parts_of) for packed in bins for u in packed}
+        return _names(stem, layers, bins)
 
 
 def _by_bytes(layers: list[list[Unit]], most: float, bytes_of: dict[Unit, float]) -> list[list[Unit]]:
@@ -118,24 +116,29 @@ def _by_bytes(layers: list[list[Unit]], most: float, bytes_of: dict[Unit, float]
     return bins
 
 
-def _name(stem: str, units: list[Unit], width: int, parts_of: dict[int, int]) -> str:
-    """``pair_03``, ``pair_03_05`` for a run of layers, ``pair_03_spatial`` for parts of a layer."""
-    numbers = sorted({_number(u) for u in units})
-    name = f"{stem}_{numbers[0]:0{width}d}"
-    if len(numbers) > 1:
-        return f"{name}_{numbers[-1]:0{width}d}"
-    if len(units) < parts_of[numbers[0]]:
-        return "_".join((name, *(".".join(u[1:]) for u in units)))
-    return name
+def _names(stem: str, layers: list[list[Unit]], bins: list[list[Unit]]) -> dict[Unit, str]:
+    """``pair_03``, ``pair_03_05`` for a run of layers, ``pair_03_spatial`` for parts of a layer.
+
+    Layers are numbered in the order in which they run.
+    """
+    number = {u: i for i, parts in enumerate(layers) for u in parts}
+    width = len(str(len(layers) - 1))
+    names: dict[Unit, str] = {}
+    for packed in bins:
+        first, last = number[packed[0]], number[packed[-1]]
+        name = f"{stem}_{first:0{width}d}"
+        if last > first:
+            name = f"{name}_{last:0{width}d}"
+        elif len(packed) < len(layers[first]):
+            name = "_".join((name, *(".".join(u[1:]) for u in packed)))
+        names |= dict.fromkeys(packed, name)
+    return names
 
 
 def _stem(unit: Unit) -> str | None:
-    stem, dot, number = unit[0].partition(".")
-    return stem if dot and number.isdigit() else None
-
-
-def _number(unit: Unit) -> int:
-    return int(unit[0].partition(".")[2])
+    """What a layer is one of: ``pair`` for ``pair.3``; None for a unit that stands alone."""
+    stem, dot, _ = unit[0].partition(".")
+    return stem if dot else None
 
 
 def _weight_bytes(graph: Graph, gm: fx.GraphModule, unit: Unit) -> float:

@@ -95,7 +95,8 @@ def hold(
         if not accuracy.relative_error <= limit:
             raise AccuracyError(
                 f"block '{block.name}', function '{function}': relative error {accuracy.relative_error:.3g} "
-                f"is over the limit {limit:.3g} (cosine {accuracy.cosine:.6f}, largest difference {accuracy.max_abs:.3g}); "
+                f"is over the limit {limit:.3g} "
+                f"(cosine {accuracy.cosine:.6f}, largest difference {accuracy.max_abs:.3g}); "
                 "the artifact is wrong, or gate.max_relative_error is too strict for this model"
             )
         measured[function] = accuracy

@@ -177,6 +177,8 @@ def capture(form: LoweredForm) -> Graph:
     ``unit`` (what partition may cut between). Nothing is computed and no weight is allocated when the
     model was built under ``torch.device("meta")``.
     """
+    if any(not p.is_meta for p in form.parameters()):
+        raise LoweringError(f"{form.component}: build the model under torch.device('meta') to capture it")
     tracer = _LeafTracer()
     tracer.traced_func_name = form.entry
     graph = tracer.trace(form)

@@ -91,6 +91,8 @@ def load_passes(recipe: Recipe) -> tuple[Pass, ...]:
         raise RecipeError("transformer.passes: 'partition' must be the last pass, and be listed once")
     if not passes or passes[-1].name != "partition":
         passes.append(find_pass("partition", {}, "transformer.passes"))
+    if recipe.sampler.merged_steps and not any(p.name == "token-merge" for p in passes):
+        raise RecipeError("sampler.merged_steps: needs 'token-merge' in transformer.passes")
     return tuple(passes)
 
 

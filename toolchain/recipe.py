@@ -195,8 +195,6 @@ class Recipe(Strict):
             self.timesteps()
         except RecipeError as e:
             raise ValueError(f"video: {e}") from e
-        if self.sampler.merged_steps and not any(p.name == "token-merge" for p in self.transformer.passes):
-            raise ValueError("sampler.merged_steps needs 'token-merge' in transformer.passes")
         return self
 
     def timesteps(self) -> tuple[float, ...]:
@@ -237,7 +235,7 @@ def find_recipe(name: str | Path) -> Path:
     stem = path.name.removesuffix(".yaml") if len(path.parts) == 1 else ""
     if stem in known:
         return known[stem]
-    close = difflib.get_close_matches(str(name), known, n=1)
+    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     hint = f"did you mean '{close[0]}'?" if close else f"shipped recipes: {', '.join(known)}"
     raise RecipeError(f"recipe '{name}' is neither a file nor a shipped recipe; {hint}")
 

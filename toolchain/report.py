@@ -79,7 +79,8 @@ def plan_table(planned: Plan) -> RenderableType:
     groups.append(
         Text(
             f"{video.frames} frames of {video.width}×{video.height} at {video.fps}/s: "
-            f"latents {dims['T']}×{dims['H']}×{dims['W']}, {dims['N']} tokens; {data['denoiser_calls']} denoiser calls, {data['merged_calls']} of them merged; "
+            f"latents {dims['T']}×{dims['H']}×{dims['W']}, {dims['N']} tokens; "
+            f"{data['denoiser_calls']} denoiser calls, {data['merged_calls']} of them merged; "
             f"{planned.target.name} {planned.target.precision}"
         )
     )

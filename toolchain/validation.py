@@ -18,6 +18,8 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") ->
         close = difflib.get_close_matches(str(path[-1]), known, n=1)
         hint = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(known)}"
         text = f"{key}: unknown key; {hint}"
+    elif not path and first["type"] == "value_error":
+        text = _message(first)  # a check of several keys names them itself
     else:
         text = f"{key}: {_message(first)}"
     return text + (f" (and {len(more)} more problem{'s' if len(more) > 1 else ''})" if more else "")

@@ -20,7 +20,7 @@ class ExecuTorchConfig(TargetConfig):
 class ExecuTorchTarget(Target):
     name = "executorch"
     suffix = ".pte"
-    rules = ("patch-linear", "bmm", "conv3d-taps")
+    rules = ("patch-linear", "bmm", "gelu-sigmoid", "conv3d-taps")
     Config = ExecuTorchConfig
 
     def lower(self, block: Block, weights: Mapping[str, torch.Tensor], out: Path) -> Artifact:

@@ -11,6 +11,7 @@ from torch import nn
 
 from toolchain.graph import Leaf, LegalLeaf, WeightSource, leaf_function
 from toolchain.models.attention import MASKED
+from toolchain.models.gelu import GELUS
 from toolchain.models.modulation import modulate, per_token
 
 
@@ -167,7 +168,7 @@ class Mlp(Leaf):
     """Linear, tanh-GELU, linear."""
 
     kind = "mlp"
-    gelu_as_formula = False
+    gelu = ""
 
     def __init__(self, dim: int, hidden: int, out: int) -> None:
         super().__init__()
@@ -175,22 +176,15 @@ class Mlp(Leaf):
         self.fc2 = nn.Linear(hidden, out)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = self.fc1(x)
-        out: torch.Tensor = self.fc2(gelu_formula(h) if self.gelu_as_formula else F.gelu(h, approximate="tanh"))
+        out: torch.Tensor = self.fc2(GELUS[self.gelu](self.fc1(x)))
         return out
 
     def legal(self, rule: str) -> LegalLeaf | None:
-        if rule != "gelu-formula" or self.gelu_as_formula:
+        if rule not in GELUS or self.gelu:
             return None
         other = copy.copy(self)
-        other.gelu_as_formula = True
+        other.gelu = rule
         return LegalLeaf(other)
-
-
-def gelu_formula(x: torch.Tensor) -> torch.Tensor:
-    """tanh-GELU written out. Core ML's converter reads ``gelu(approximate="tanh")`` as the exact GELU, but
-    recognises this formula."""
-    return x * (0.5 * (torch.tanh((0.044715 * torch.pow(x, 3) + x) * math.sqrt(2 / math.pi)) + 1))
 
 
 class FinalLayer(Leaf):
