@@ -19,30 +19,57 @@ import yaml
 from safetensors.torch import save_file
 from torch import nn
 
+COMPONENTS = ("text_encoder", "transformer", "vae")
+FIXED = {"scale": (3.85, 2.32, 2.33, 3.06), "shift": (-0.10, 0.34, 0.27, 0.98)}
+"""The VAE's latent normalisation, as published."""
+
 SHARD_BYTES = 1_000_000_000
 
 
 def shapes(component: str, config: Mapping[str, Any]) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
     """Official names and shapes of a component's tensors, and its whole configuration."""
-    if component != "transformer":
-        raise SystemExit(f"no component is called '{component}'")
-    from toolchain.models.stdit3 import STDiT3, STDiT3Config
-
-    parsed = STDiT3Config.from_json(config)
     with torch.device("meta"):
-        model: nn.Module = STDiT3(parsed)
-    return {k: tuple(v.shape) for k, v in model.state_dict().items()}, dataclasses.asdict(parsed)
+        parsed, model = _build(component, config)
+    names = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    if component == "text_encoder":
+        from toolchain.models.t5 import TIED
+
+        names = {k: v for k, v in names.items() if k not in TIED.values()}
+        return names, dataclasses.asdict(parsed) | {"model_type": "t5", "feed_forward_proj": "gated-gelu"}
+    return names, dataclasses.asdict(parsed)
+
+
+def _build(component: str, config: Mapping[str, Any]) -> tuple[Any, nn.Module]:
+    if component == "transformer":
+        from toolchain.models.stdit3 import STDiT3, STDiT3Config
+
+        transformer = STDiT3Config.from_json(config)
+        return transformer, STDiT3(transformer)
+    if component == "text_encoder":
+        from toolchain.models.t5 import T5Config, T5Encoder
+
+        known = {f.name for f in dataclasses.fields(T5Config)}
+        encoder = T5Config(**{k: v for k, v in config.items() if k in known})
+        return encoder, T5Encoder(encoder)
+    from toolchain.models.vae import OpenSoraVAE, OpenSoraVAEConfig
+
+    vae = OpenSoraVAEConfig.from_json(config)
+    return vae, OpenSoraVAE(vae)
 
 
 def value(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     """A weight such as a trained model might have: activations stay of order one through any depth."""
     if name.endswith("rope.freqs"):
         return 10000 ** (-torch.arange(0, 2 * shape[0], 2).float() / (2 * shape[0]))
+    if name in FIXED:
+        return torch.tensor(FIXED[name]).reshape(shape)
     noise = torch.randn(shape, generator=generator)
-    if name.endswith("norm.weight"):
+    if len(shape) == 1 and name.endswith("weight"):
         return 1 + 0.1 * noise
     if name.endswith("bias"):
         return 0.02 * noise
+    if name.startswith("shared."):
+        return noise
     fan_in = torch.Size(shape[1:]).numel() if len(shape) > 1 else shape[0]
     return noise / fan_in**0.5
 
@@ -76,7 +103,7 @@ def write(component: str, out: Path, config: Mapping[str, Any], dtype: torch.dty
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("component", choices=["transformer"])
+    parser.add_argument("component", choices=COMPONENTS)
     parser.add_argument("out", type=Path)
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override the full-size configuration"

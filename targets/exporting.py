@@ -16,7 +16,7 @@ def export(block: Block, function: str, weights: Mapping[str, torch.Tensor]) -> 
     Raises:
         LoweringError: names the block, the function and the operator.
     """
-    args = tuple(torch.zeros(p.shape, dtype=p.dtype) for p in block.inputs)
+    args = tuple(torch.zeros(p.shape, dtype=p.dtype) for p in block.signatures[function].inputs)
     try:
         program = torch.export.export(block.module(function, weights), args, strict=False)
         # the empty table keeps attention, linear and gelu as they are; the default one takes them apart

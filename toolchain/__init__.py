@@ -16,31 +16,37 @@ if TYPE_CHECKING:
     from toolchain.bundle import Bundle, load_bundle
     from toolchain.errors import SoraCompileError
     from toolchain.listener import Listener
-    from toolchain.pipeline import Plan, compile_recipe, plan
+    from toolchain.lowering import Plan, plan
+    from toolchain.pipeline import compile_recipe
+    from toolchain.player import Player, play
     from toolchain.recipe import Recipe, load_recipe
 
 _HOMES = {
     "Bundle": "bundle",
     "Listener": "listener",
-    "Plan": "pipeline",
+    "Plan": "lowering",
+    "Player": "player",
     "Recipe": "recipe",
     "SoraCompileError": "errors",
     "compile_recipe": "pipeline",
     "load_bundle": "bundle",
     "load_recipe": "recipe",
-    "plan": "pipeline",
+    "plan": "lowering",
+    "play": "player",
 }
 
 __all__ = [
     "Bundle",
     "Listener",
     "Plan",
+    "Player",
     "Recipe",
     "SoraCompileError",
     "compile_recipe",
     "load_bundle",
     "load_recipe",
     "plan",
+    "play",
 ]
 
 

@@ -41,8 +41,19 @@ class Port:
 
 
 @dataclass(frozen=True)
+class Signature:
+    """The ports of one function, in order."""
+
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+
+    def names(self) -> tuple[list[str], list[str]]:
+        return [p.name for p in self.inputs], [p.name for p in self.outputs]
+
+
+@dataclass(frozen=True)
 class Block:
-    """One block: functions over the same ports and the same weights.
+    """One block: functions over the same weights and the same ports, whose shapes may differ by function.
 
     ``sources`` says where each input comes from: ``inputs.NAME`` (of the component), ``tables.NAME``, or
     ``BLOCK.PORT``. ``weights`` maps the block's own parameter names to tensors of the checkpoint.
@@ -52,10 +63,19 @@ class Block:
     name: str
     rate: Rate
     functions: Mapping[str, fx.GraphModule]
-    inputs: tuple[Port, ...]
-    outputs: tuple[Port, ...]
+    signatures: Mapping[str, Signature]
     sources: Mapping[str, str]
     weights: Mapping[str, WeightSource]
+
+    @property
+    def inputs(self) -> tuple[Port, ...]:
+        """Inputs of ``base``."""
+        return self.signatures["base"].inputs
+
+    @property
+    def outputs(self) -> tuple[Port, ...]:
+        """Outputs of ``base``."""
+        return self.signatures["base"].outputs
 
     @property
     def parameters(self) -> int:
@@ -64,20 +84,22 @@ class Block:
 
     def structure(self) -> str:
         """A digest that blocks share when they differ in nothing but their weights."""
-        parts = [f"{p}" for p in (*self.inputs, *self.outputs)]
+        parts = []
         for name, gm in self.functions.items():
-            parts += [function_text(gm, name), leaves_text(gm)]
+            parts += [name, str(self.signatures[name]), function_text(gm, name), leaves_text(gm)]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def module(self, function: str, weights: Mapping[str, torch.Tensor]) -> fx.GraphModule:
         """A function with real weights, ready to run or export; takes and returns tensors by port order."""
-        gm = self.functions[function]
-        real = fx.GraphModule(_materialised(gm, weights), gm.graph, class_name=type(gm).__name__)
-        return real.eval()
+        return materialise(self.functions[function], weights)
 
 
-def _materialised(gm: fx.GraphModule, weights: Mapping[str, torch.Tensor]) -> nn.Module:
-    """A skeleton of ``gm``'s modules (not its own: those are shared) holding ``weights``."""
+def materialise(gm: fx.GraphModule, weights: Mapping[str, torch.Tensor]) -> fx.GraphModule:
+    """``gm`` with real weights, by parameter name; its own modules are shared and stay as they are."""
+    return fx.GraphModule(_skeleton(gm, weights), gm.graph, class_name=type(gm).__name__).eval()
+
+
+def _skeleton(gm: fx.GraphModule, weights: Mapping[str, torch.Tensor]) -> nn.Module:
     memo: dict[int, object] = {}
     for name, p in (*gm.named_parameters(), *gm.named_buffers()):
         value = weights[name]
@@ -195,7 +217,8 @@ def _unique(names: Iterator[str]) -> list[str]:
 
 def _extract(graph: Graph, cuts: Mapping[str, _Cut], name: str) -> Block:
     functions: dict[str, fx.GraphModule] = {}
-    interfaces: dict[str, tuple[tuple[Port, ...], tuple[Port, ...], dict[str, str]]] = {}
+    signatures: dict[str, Signature] = {}
+    sources: dict[str, dict[str, str]] = {}
     rate: Rate = "build"
     weights: dict[str, WeightSource] = {}
     local = _local_paths(t for cut in cuts.values() for n in cut.nodes(name) for t in _targets(n))
@@ -212,22 +235,22 @@ def _extract(graph: Graph, cuts: Mapping[str, _Cut], name: str) -> Block:
         )
         out_names = cut.output_names(name)
         outputs = tuple(Port(port, tuple(n.meta["val"].shape), n.meta["val"].dtype) for n, port in out_names.items())
-        interfaces[function] = (inputs, outputs, {p: cut.source(n) for n, p in zip(ins, in_names, strict=True)})
+        signatures[function] = Signature(inputs, outputs)
+        sources[function] = {p: cut.source(n) for n, p in zip(ins, in_names, strict=True)}
         functions[function] = _submodule(cut.gm, nodes, dict(zip(ins, in_names, strict=True)), list(out_names), local)
         rate = max((rate, *(n.meta["rate"] for n in nodes)), key=RATES.index)
         for path, inner in local.items():
             for full, source in graph.weights.items():
                 if full == path or full.startswith(f"{path}."):
                     weights[inner + full.removeprefix(path)] = source
-    reference = interfaces["base"]
-    for function, interface in interfaces.items():
-        if interface != reference:
+    for function, signature in signatures.items():
+        if signature.names() != signatures["base"].names() or sources[function] != sources["base"]:
             raise LoweringError(
                 f"{graph.component}: block '{name}': '{function}' has other inputs or outputs than 'base'"
             )
     used = {k for gm in functions.values() for k, _ in (*gm.named_parameters(), *gm.named_buffers())}
     kept = {k: v for k, v in sorted(weights.items()) if k in used}
-    return Block(graph.component, name, rate, functions, reference[0], reference[1], reference[2], kept)
+    return Block(graph.component, name, rate, functions, signatures, sources["base"], kept)
 
 
 def _targets(node: fx.Node) -> Iterator[str]:

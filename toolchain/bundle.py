@@ -31,6 +31,8 @@ class Bundle:
     def files(self) -> Iterator[File]:
         """Every file that the manifest names."""
         yield self.manifest.recipe
+        if self.manifest.text is not None:
+            yield self.manifest.text.tokenizer
         for component in self.manifest.components.values():
             if component.tables_file is not None:
                 yield component.tables_file

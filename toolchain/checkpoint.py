@@ -49,6 +49,8 @@ class Checkpoint(abc.ABC):
     def __init__(self, location: str, root: Path) -> None:
         self.location = location
         self.root = root
+        self.find: Callable[[str], Path | None] | None = None
+        """Fetches a file of a remote repository by name; None for local checkpoints."""
 
     @abc.abstractmethod
     def infos(self) -> Mapping[str, TensorInfo]:
@@ -61,6 +63,11 @@ class Checkpoint(abc.ABC):
     @abc.abstractmethod
     def files(self) -> tuple[Path, ...]:
         """The files that hold the tensors, sorted."""
+
+    def beside(self, name: str) -> Path | None:
+        """A file that lies beside the weights, fetched if need be; None if there is no such file."""
+        path = self.find(name) if self.find is not None else self.root / name
+        return path if path is not None and path.is_file() else None
 
     def digest(self) -> str:
         """sha256 over the digests of the files, in order: the checkpoint's content, wherever it lies."""
@@ -182,7 +189,9 @@ def open_checkpoint(location: str, base: Path) -> Checkpoint:
         from toolchain.hub import fetch
 
         pinned, root, fetcher = fetch(location)
-        return _open_folder(pinned, root, fetcher)
+        checkpoint = _open_folder(pinned, root, fetcher)
+        checkpoint.find = fetcher
+        return checkpoint
     path = local_path(location, base)
     if path.is_dir():
         return _open_folder(location, path, lambda name: path / name if (path / name).is_file() else None)
@@ -255,13 +264,24 @@ def _read_json(path: Path) -> Any:
         raise CheckpointError(f"cannot read '{path}' as JSON: {e}") from e
 
 
-def match(checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], component: str) -> None:
+def match(
+    checkpoint: Checkpoint,
+    expected: Mapping[str, tuple[int, ...]],
+    component: str,
+    aliases: Mapping[str, str] | None = None,
+) -> None:
     """Hold a checkpoint's keys and shapes against the model's.
+
+    ``aliases`` are other names of expected tensors: a checkpoint may hold either or both.
 
     Raises:
         CheckpointError: lists missing, unexpected and misshapen keys, all in one line.
     """
-    infos = checkpoint.infos()
+    infos = dict(checkpoint.infos())
+    for name, other in (aliases or {}).items():
+        if other in infos:
+            infos.setdefault(name, infos.pop(other))
+            infos.pop(other, None)
     missing = sorted(expected.keys() - infos.keys())
     extra = sorted(infos.keys() - expected.keys())
     misshapen = [

@@ -127,6 +127,30 @@ def inspect(
 
 
 @app.command()
+def play(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")],
+    prompt: Annotated[str, typer.Option("--prompt", help="What the video shows.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="VIDEO", help="The .mp4 file to write.")],
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Decides the initial noise.")] = 0,
+    frames: Annotated[Path | None, typer.Option("--frames", metavar="FOLDER", help="Also write PNGs.")] = None,
+    trace: Annotated[Path | None, typer.Option("--trace", metavar="FILE", help="Also write a Chrome trace.")] = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Make a video of a prompt with nothing but a bundle."""
+    from toolchain.console import Console
+
+    with Console(as_json, verbose) as console:
+        import toolchain
+
+        with console.stages() as progress:
+            video = toolchain.play(
+                bundle, prompt, output, seed=seed, frames=frames, trace=trace, progress=progress, warn=console.warn
+            )
+        console.answer({"video": str(video)}, str(video))
+
+
+@app.command()
 def schema(
     what: Annotated[str, typer.Argument(metavar="recipe|manifest", help="Which file's schema.")],
 ) -> None:

@@ -5,14 +5,15 @@ A component's model lives in ``toolchain.models``; this is the only place that c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from toolchain.errors import RecipeError
-from toolchain.graph import LoweredForm
+from toolchain.graph import Input, LoweredForm
 from toolchain.recipe import Recipe
 
 MEANINGS = {
@@ -20,9 +21,22 @@ MEANINGS = {
     "timestep": "denoising timestep, 1000 to 0",
     "y": "text encoder output; tables.null_text for the unconditional half",
     "mask": "1 for the prompt's tokens, 0 for padding; the conditional half's mask for both halves",
-    "fps": "frames per second; 120 for a single frame",
+    "fps": "frames per second: sampler.model_fps",
     "x_mask": "per latent frame, 0 where it is given as condition, else 1",
+    "input_ids": "token ids of the prompt, padded",
+    "z": "a micro chunk of latents",
+    "x_z": "frames of the spatial VAE's latents",
+    "pixels": "frames, red green blue, -1 to 1",
 }
+SPATIAL_FRAMES = 4
+
+
+@dataclass(frozen=True)
+class Forms:
+    """What is captured as one graph: ``base``, and the same modules at other sizes as other functions."""
+
+    base: LoweredForm
+    others: Mapping[str, LoweredForm] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -33,25 +47,46 @@ class Definition:
     config: dict[str, Any]
     expected: Mapping[str, tuple[int, ...]]
     """Official names and shapes of the checkpoint's tensors."""
-    form: LoweredForm
+    forms: tuple[Forms, ...]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Tensors that a checkpoint may hold under another name, or under both."""
 
 
-def define_transformer(recipe: Recipe, config: Mapping[str, Any]) -> Definition:
-    """STDiT3 for the recipe's video.
+def define(component: str, recipe: Recipe, config: Mapping[str, Any], text_tokens: int = 0) -> Definition:
+    """A component of the recipe, for the recipe's video and, the text encoder, prompts of ``text_tokens`` tokens.
 
     Raises:
         RecipeError: the configuration or the video's size is not one the model can have.
     """
-    from dataclasses import asdict
+    try:
+        if component == "text_encoder":
+            return _text_encoder(config, text_tokens)
+        return _transformer(recipe, config) if component == "transformer" else _vae(recipe, config)
+    except (ValueError, TypeError, ZeroDivisionError) as e:
+        raise RecipeError(f"{component}.config: {e}") from e
 
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {k: tuple(v.shape) for k, v in model.state_dict().items()}
+
+
+def _text_encoder(config: Mapping[str, Any], tokens: int) -> Definition:
+    from toolchain.models.t5 import TIED, LoweredT5, T5Config, T5Encoder
+
+    parsed = T5Config.from_json(config)
+    with torch.device("meta"):
+        model = T5Encoder(parsed)
+    expected = {k: v for k, v in _shapes(model).items() if k not in TIED.values()}
+    forms = (Forms(LoweredT5(model, prompts=1, length=tokens)),)
+    return Definition("text_encoder", asdict(parsed), expected, forms, aliases=TIED)
+
+
+def _transformer(recipe: Recipe, config: Mapping[str, Any]) -> Definition:
     from toolchain.models.stdit3 import LoweredSTDiT3, STDiT3, STDiT3Config
 
-    try:
-        parsed = STDiT3Config.from_json(config)
-        with torch.device("meta"):
-            model = STDiT3(parsed)
-    except (ValueError, TypeError, ZeroDivisionError) as e:
-        raise RecipeError(f"transformer.config: {e}") from e
+    parsed = STDiT3Config.from_json(config)
+    with torch.device("meta"):
+        model = STDiT3(parsed)
     height, width = recipe.video.latent_size
     form = LoweredSTDiT3(
         model,
@@ -63,27 +98,68 @@ def define_transformer(recipe: Recipe, config: Mapping[str, Any]) -> Definition:
         width_px=recipe.video.width,
         frame_conditions=recipe.transformer.frame_conditions,
     )
-    expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    return Definition("transformer", asdict(parsed), expected, form)
+    return Definition("transformer", asdict(parsed), _shapes(model), (Forms(form),))
 
 
-def sample_inputs(form: LoweredForm, recipe: Recipe, seed: int) -> dict[str, torch.Tensor]:
-    """Inputs as a real run has them: latents of unit variance, a padded prompt, a timestep of the schedule."""
-    generator = torch.Generator().manual_seed(seed)
-    steps = recipe.timesteps()
-    values: dict[str, torch.Tensor] = {}
-    for spec in form.inputs():
-        match spec.name:
-            case "timestep":
-                choice = steps[int(torch.randint(len(steps), (), generator=generator))]
-                values[spec.name] = torch.full(spec.shape, choice)
-            case "fps":
-                values[spec.name] = torch.full(spec.shape, float(recipe.video.fps))
-            case "mask":
-                length = int(torch.randint(1, spec.shape[1] + 1, (), generator=generator))
-                values[spec.name] = (torch.arange(spec.shape[1]) < length).float().expand(spec.shape).contiguous()
-            case "x_mask":
-                values[spec.name] = (torch.rand(spec.shape, generator=generator) < 0.5).float()
-            case _:
-                values[spec.name] = torch.randn(spec.shape, generator=generator)
-    return values
+def _vae(recipe: Recipe, config: Mapping[str, Any]) -> Definition:
+    from toolchain.models import vae_lowered as lowered
+    from toolchain.models.vae import OpenSoraVAE, OpenSoraVAEConfig
+
+    parsed = OpenSoraVAEConfig.from_json(config)
+    with torch.device("meta"):
+        model = OpenSoraVAE(parsed)
+    height, width = recipe.video.latent_size
+    chunks = chunk_functions(parsed.chunks(recipe.video.frames))
+    temporal = {
+        name: lowered.LoweredTemporalDecoder(model, latents=latents, frames=frames, height=height, width=width)
+        for name, (latents, frames) in chunks.items()
+    }
+    spatial = lowered.LoweredSpatialDecoder(model, frames=frames_per_call(recipe), height=height, width=width)
+    forms = [Forms(temporal.pop("base"), temporal), Forms(spatial)]
+    if recipe.vae is not None and recipe.vae.encoder:
+        px = {"height_px": recipe.video.height, "width_px": recipe.video.width}
+        encoders = {
+            name: lowered.LoweredTemporalEncoder(model, frames=frames, height=height, width=width)
+            for name, (_, frames) in chunks.items()
+        }
+        forms += [
+            Forms(lowered.LoweredSpatialEncoder(model, frames=frames_per_call(recipe), **px)),
+            Forms(encoders.pop("base"), encoders),
+        ]
+    return Definition("vae", asdict(parsed), _shapes(model), tuple(forms))
+
+
+def chunk_functions(chunks: Sequence[tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    """The temporal VAE's functions: ``base`` for all chunks, and ``tail`` if the last one is shorter.
+
+    ``chunks`` and the values are latents and frames of a chunk.
+    """
+    return {"base": chunks[0]} | ({"tail": chunks[-1]} if chunks[-1] != chunks[0] else {})
+
+
+def frames_per_call(recipe: Recipe) -> int:
+    """Frames that the spatial VAE takes at once: as asked for, or the largest divisor up to 4."""
+    if recipe.vae is not None and recipe.vae.frames_per_call is not None:
+        return recipe.vae.frames_per_call
+    return max(n for n in range(1, SPATIAL_FRAMES + 1) if recipe.video.frames % n == 0)
+
+
+def sample_input(spec: Input, recipe: Recipe, generator: torch.Generator) -> torch.Tensor:
+    """An input as a real run has it: unit variance, a padded prompt, a timestep of the schedule."""
+    match spec.name:
+        case "timestep":
+            steps = recipe.timesteps()
+            return torch.full(spec.shape, steps[int(torch.randint(len(steps), (), generator=generator))])
+        case "fps":
+            return torch.full(spec.shape, recipe.model_fps)
+        case "mask":
+            length = int(torch.randint(1, spec.shape[1] + 1, (), generator=generator))
+            return (torch.arange(spec.shape[1]) < length).float().expand(spec.shape).contiguous()
+        case "x_mask":
+            return (torch.rand(spec.shape, generator=generator) < 0.5).float()
+        case "input_ids":
+            return torch.randint(0, 32, spec.shape, generator=generator, dtype=spec.dtype)
+        case "pixels":
+            return torch.rand(spec.shape, generator=generator) * 2 - 1
+        case _:
+            return torch.randn(spec.shape, generator=generator)

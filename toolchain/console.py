@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -63,19 +63,37 @@ class Console:
         width = None if self._out.isatty() else 140
         RichConsole(file=self._out, width=width, highlight=False, soft_wrap=not self._out.isatty()).print(text)
 
+    def warn(self, text: str) -> None:
+        """Say something on stderr that does not stop the command."""
+        self._err.write(f"sora-compile: warning: {text}\n")
+
+    @contextlib.contextmanager
+    def stages(self) -> Iterator[Callable[[str, int, int], None]]:
+        """Progress bars for stages, by name, done and total; drawn on a terminal only."""
+        with self._bar() as bar:
+            tasks: dict[str, TaskID] = {}
+
+            def update(stage: str, done: int, total: int) -> None:
+                if stage not in tasks:
+                    tasks[stage] = bar.add_task("", total=total, component=stage)
+                bar.update(tasks[stage], completed=done, total=total)
+
+            yield update
+
     @contextlib.contextmanager
     def progress(self, print_after: str | None) -> Iterator[ConsoleListener]:
         """A listener that draws a progress bar (on a terminal), or writes a line a block with ``-v``."""
+        with self._bar() as bar:
+            yield ConsoleListener(bar, self.verbose, print_after)
+
+    def _bar(self) -> Progress:
         from rich.console import Console as RichConsole
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
         console = RichConsole(file=self._err, highlight=False)
         columns = (TextColumn("{task.fields[component]}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        bar = Progress(
-            *columns, TextColumn("{task.description}"), console=console, transient=True, disable=not console.is_terminal
-        )
-        with bar:
-            yield ConsoleListener(bar, self.verbose, print_after)
+        text = TextColumn("{task.description}")
+        return Progress(*columns, text, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _explain(error: BaseException | None) -> tuple[int, str | None]:
@@ -105,9 +123,9 @@ class ConsoleListener(Listener):
         """Refuse a pass that this recipe does not run, before anything is built."""
         if self._print_after in (None, "all"):
             return
-        from toolchain.pipeline import load_passes, printed_graphs
+        from toolchain.lowering import PRINTED, load_passes
 
-        known = printed_graphs(p.name for p in load_passes(recipe))
+        known = {*PRINTED, *(p.name for name in recipe.components() for p in load_passes(recipe, name))}
         if self._print_after not in known:
             raise RecipeError(
                 f"--print-after {self._print_after}: no such pass in this recipe; it runs {', '.join(sorted(known))}"
@@ -115,9 +133,9 @@ class ConsoleListener(Listener):
 
     def graph(self, component: str, pass_name: str, graph: Graph) -> None:
         if self._print_after in ("all", pass_name):
-            from toolchain.pipeline import graph_dump
+            from toolchain.graph_text import graph_text
 
-            self._write(graph_dump(component, pass_name, graph))
+            self._write(f"// after {pass_name} ({component})\n{graph_text(graph)}")
 
     def start(self, component: str, blocks: list[str]) -> None:
         self._tasks[component] = self._bar.add_task("", total=len(blocks), component=component)

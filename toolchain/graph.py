@@ -12,7 +12,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeVar, cast
+from typing import Any, ClassVar, Literal, TypeVar, cast, get_args
 
 import torch
 from torch import fx, nn
@@ -21,10 +21,11 @@ from toolchain.errors import LoweringError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-Rate = Literal["build", "prompt", "step"]
-"""How often a value changes: never (known when the bundle is built), per prompt, per denoising step."""
+Rate = Literal["build", "prompt", "step", "chunk", "frames", "encode_frames", "encode_chunk"]
+"""How often a value changes: never (known when the bundle is built), per prompt, per denoising step; in the
+VAE per micro chunk of latents and per group of frames, decoding and encoding."""
 
-RATES: tuple[Rate, ...] = ("build", "prompt", "step")
+RATES: tuple[Rate, ...] = get_args(Rate)
 
 
 def leaf_function(fn: F) -> F:
@@ -133,13 +134,23 @@ class Graph:
         """The same graph with nodes of its own and shared modules, so that a pass may edit it."""
         return dataclasses.replace(self, functions={k: copy_module(v) for k, v in self.functions.items()})
 
-    def input(self, name: str) -> Input:
-        return next(i for i in self.inputs if i.name == name)
+    def inputs_of(self, function: str) -> tuple[Input, ...]:
+        """Inputs with the shapes that a function takes (``base``'s, for one that the graph does not have)."""
+        gm = self.functions.get(function, self.functions["base"])
+        shapes = {str(n.target): tuple(n.meta["val"].shape) for n in gm.graph.nodes if n.op == "placeholder"}
+        return tuple(dataclasses.replace(i, shape=shapes[i.name]) for i in self.inputs)
 
     def blocks(self) -> tuple[str, ...]:
         """Names of the blocks in the order in which they run; empty before ``partition``."""
         nodes = compute_nodes(self.functions["base"])
         return tuple(dict.fromkeys(n.meta["block"] for n in nodes if "block" in n.meta and n.meta["rate"] != "build"))
+
+
+def with_function(graph: Graph, name: str, other: Graph) -> Graph:
+    """``graph`` with ``other``'s ``base`` as the function ``name``: the same modules at other sizes."""
+    if other.outputs != graph.outputs or [i.name for i in other.inputs] != [i.name for i in graph.inputs]:
+        raise LoweringError(f"{graph.component}: '{name}' has other inputs or outputs than 'base'")
+    return dataclasses.replace(graph, functions={**graph.functions, name: other.functions["base"]})
 
 
 class LoweredForm(nn.Module):
@@ -213,12 +224,20 @@ def _fold_wires(gm: fx.GraphModule) -> None:
 def propagate_shapes(gm: fx.GraphModule, inputs: tuple[Input, ...]) -> None:
     """Fill ``meta["val"]`` of every node that lacks it, by running those nodes on meta tensors."""
 
+    known: dict[object, object] = {}  # equal leaves on equal shapes, as in the layers of a transformer
+
     class Recorder(fx.Interpreter):
         def run_node(self, n: fx.Node) -> object:
             if "val" in n.meta:
                 return n.meta["val"]
+            key = _computation_key(gm, n)
+            if key in known:
+                n.meta["val"] = known[key]
+                return n.meta["val"]
             try:
                 n.meta["val"] = super().run_node(n)
+                if key is not None:
+                    known[key] = n.meta["val"]
             except LoweringError:
                 raise
             except Exception as e:
@@ -230,6 +249,27 @@ def propagate_shapes(gm: fx.GraphModule, inputs: tuple[Input, ...]) -> None:
         recorder = Recorder(gm)
         recorder.extra_traceback = False  # our own error says where
         recorder.run(*args)
+
+
+def _computation_key(gm: fx.GraphModule, node: fx.Node) -> object:
+    """What decides the shape of a called module's result; None for other nodes."""
+    if node.op != "call_module":
+        return None
+    module = gm.get_submodule(str(node.target))
+    parts = tuple((type(m), str(plain_attributes(m))) for m in module.modules())
+    weights = tuple(tuple(p.shape) for p in module.parameters())
+    arguments = fx.node.map_arg((node.args, node.kwargs), lambda n: (tuple(n.meta["val"].shape), n.meta["val"].dtype))
+    return parts, weights, str(arguments)
+
+
+def plain_attributes(module: nn.Module) -> dict[str, object]:
+    """A module's numbers, strings and tuples: what distinguishes it besides its weights and parts."""
+    plain = (bool, int, float, str, tuple)
+    return {
+        k: v
+        for k, v in sorted(vars(module).items())
+        if not k.startswith("_") and k != "training" and isinstance(v, plain)
+    }
 
 
 def _first_line(error: Exception) -> str:

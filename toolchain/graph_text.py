@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import fx, nn
 
-from toolchain.graph import Graph, describe_target, output_node
+from toolchain.graph import Graph, describe_target, output_node, plain_attributes
 
 _DTYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
 
@@ -81,14 +81,5 @@ def leaves_text(gm: fx.GraphModule) -> str:
             weights = {
                 k: list(v.shape) for k, v in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False))
             }
-            lines.append(f"{name}: {type(part).__name__} {_plain_attributes(part)} {weights}")
+            lines.append(f"{name}: {type(part).__name__} {plain_attributes(part)} {weights}")
     return "\n".join(lines)
-
-
-def _plain_attributes(module: nn.Module) -> dict[str, object]:
-    plain = (bool, int, float, str, tuple)
-    return {
-        k: v
-        for k, v in sorted(vars(module).items())
-        if not k.startswith("_") and k != "training" and isinstance(v, plain)
-    }

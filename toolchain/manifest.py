@@ -52,10 +52,15 @@ class InputSpec(TensorSpec):
     source: str
 
 
-class ComponentInput(TensorSpec):
-    """An input of a component, and how often it changes: per ``prompt`` or per denoising ``step``."""
+Rate = Literal["prompt", "step", "chunk", "frames", "encode_chunk", "encode_frames"]
+"""How often something runs or changes: once for a prompt; at every denoising step; in the VAE for every micro
+chunk of latents and for every group of frames (``encode_…`` for the encoder's)."""
 
-    rate: Literal["prompt", "step"]
+
+class ComponentInput(TensorSpec):
+    """An input of a component, and how often it changes."""
+
+    rate: Rate
     meaning: str
 
 
@@ -78,10 +83,13 @@ class BlockEntry(Entry):
     name: str
     artifact: BundlePath
     files: list[File]
-    rate: Literal["prompt", "step"]
+    rate: Rate
     functions: list[str]
     inputs: list[InputSpec]
     outputs: list[TensorSpec]
+    other_shapes: dict[str, dict[str, list[int]]] = Field(
+        default_factory=dict, description="Shapes of ports, by function and port, where they differ from base."
+    )
     parameters: int
     structure: str = Field(description="Digest shared by blocks that differ in their weights alone.")
     accuracy: dict[str, Accuracy] | None = Field(
@@ -97,28 +105,23 @@ class Table(Entry):
     shape: list[int]
 
 
-class LoadOrder(Entry):
-    """Blocks in the order in which they run: once for a prompt, then at every step."""
-
-    prompt: list[str]
-    step: list[str]
-
-
 class Component(Entry):
-    """A component of the model: run its blocks in ``load_order``, wiring inputs by ``source``.
+    """A component of the model: run the blocks of a rate in their order, wiring inputs by ``source``.
 
-    A block that lacks the function a step asks for runs ``base``.
+    A block that lacks the function asked for runs ``base``.
     """
 
+    precision: Literal["float16", "float32"]
     dims: dict[str, int]
     config: dict[str, Any]
     passes: list[str]
     inputs: list[ComponentInput]
-    output: str = Field(description="Where the component's result comes from: BLOCK.OUTPUT.")
+    outputs: dict[Rate, list[str]] = Field(description="By rate, where the results come from: BLOCK.OUTPUT.")
     tables_file: File | None
     tables: list[Table]
     blocks: list[BlockEntry]
-    load_order: LoadOrder
+    load_order: dict[Rate, list[str]] = Field(description="By rate, blocks in the order in which they run.")
+    resident: list[str] = Field(description="Blocks to keep loaded between runs; the others are freed after each.")
 
 
 class StepEntry(Entry):
@@ -139,9 +142,14 @@ class SamplerEntry(Entry):
     """
 
     kind: Literal["rectified-flow"] = "rectified-flow"
+    noise: Literal["philox4x32-10"] = Field(
+        default="philox4x32-10", description="Initial latents: Philox counter, Box-Muller; see docs/manifest.md."
+    )
+    model_fps: float = Field(description="Value of the transformer's input fps.")
     guidance: float
     leap: Leap | None
     merged_steps: int
+    timesteps: list[float] = Field(description="The whole schedule, before any leap.")
     steps: list[StepEntry]
 
 
@@ -156,6 +164,34 @@ class Geometry(Entry):
     latent_frames: int
     latent_height: int
     latent_width: int
+
+
+class TextEntry(Entry):
+    """From a prompt to the text encoder's input: append, clean, tokenise, pad."""
+
+    tokenizer: File
+    kind: Literal["sentencepiece"] = "sentencepiece"
+    max_tokens: int
+    cleaning: Literal["open-sora-v1.2"] = "open-sora-v1.2"
+    aesthetic_score: float | None
+
+
+class ChunkEntry(Entry):
+    """A micro chunk: ``latents`` latent frames become ``frames`` frames with the temporal decoder's ``function``."""
+
+    latents: int
+    frames: int
+    function: str
+
+
+class DecodingEntry(Entry):
+    """From latents to frames: chunk by chunk in time, then ``frames_per_call`` frames at once in space.
+
+    A last group with too few frames is filled up with any; frames do not influence one another.
+    """
+
+    chunks: list[ChunkEntry]
+    frames_per_call: int
 
 
 class Gate(Entry):
@@ -178,9 +214,10 @@ class Manifest(Entry):
     name: str
     model: str
     target: TargetEntry
-    precision: Literal["float16", "float32"]
     geometry: Geometry
+    text: TextEntry | None
     sampler: SamplerEntry
+    decoding: DecodingEntry | None
     components: dict[str, Component]
     gate: Gate
     tools: dict[str, str]

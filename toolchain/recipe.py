@@ -23,7 +23,7 @@ from toolchain.errors import RecipeError
 from toolchain.schedule import PRESETS, Leap, timesteps
 from toolchain.validation import explain
 
-SUFFIXES = (".yaml", ".yml", ".json")
+IMAGE_FPS = 120
 GATE_DEFAULTS = {"float32": 1e-3, "float16": 2e-2}
 """Largest relative error of a block by precision: norm of the difference over norm of the reference."""
 
@@ -161,7 +161,30 @@ class ComponentRecipe(Strict):
     config: dict[str, Any] | None = Field(
         default=None, description="The model's configuration; read beside the weights if absent."
     )
+    precision: str | None = Field(default=None, description="The target's precision for this component alone.")
     passes: list[PassSpec] = Field(default_factory=list, description="Graph passes, in order; 'partition' last.")
+
+
+class TextEncoderRecipe(ComponentRecipe):
+    tokenizer: str = Field(
+        default="spiece.model", description="The sentencepiece model: a file beside the weights, or a path."
+    )
+    aesthetic_score: float | None = Field(
+        default=6.5, description="Appended to every prompt, as the official code does."
+    )
+
+
+class VaeRecipe(ComponentRecipe):
+    passes: list[PassSpec] = Field(
+        default_factory=lambda: [Named(name="partition", options={"max_bytes": "200MB"})],
+        description="Graph passes, in order; 'partition' last.",
+    )
+    frames_per_call: int | None = Field(
+        default=None,
+        ge=1,
+        description="Frames that the spatial decoder takes at once; a divisor of the frames up to 4 if absent.",
+    )
+    encoder: bool = Field(default=False, description="Lower the encoder too, for images given as condition.")
 
 
 class TransformerRecipe(ComponentRecipe):
@@ -185,7 +208,9 @@ class Recipe(Strict):
     model: Literal["open-sora-v1.2"]
     video: Video
     sampler: SamplerRecipe = SamplerRecipe()
+    text_encoder: TextEncoderRecipe | None = None
     transformer: TransformerRecipe
+    vae: VaeRecipe | None = None
     target: Target
     gate: GateRecipe = GateRecipe()
 
@@ -196,6 +221,20 @@ class Recipe(Strict):
         except RecipeError as e:
             raise ValueError(f"video: {e}") from e
         return self
+
+    def components(self) -> dict[str, ComponentRecipe]:
+        """The components that the recipe has, in the order in which they run."""
+        parts: dict[str, ComponentRecipe | None] = {
+            "text_encoder": self.text_encoder,
+            "transformer": self.transformer,
+            "vae": self.vae,
+        }
+        return {name: part for name, part in parts.items() if part is not None}
+
+    @property
+    def model_fps(self) -> float:
+        """What the model is told as frames per second: a single frame counts as 120, as in its training."""
+        return float(IMAGE_FPS if self.video.frames == 1 else self.video.fps)
 
     def timesteps(self) -> tuple[float, ...]:
         """The denoising timesteps, 1000 … 0, before any leap."""

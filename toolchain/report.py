@@ -9,8 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from toolchain.bundle import Bundle
+from toolchain.describe import sampler
+from toolchain.lowering import Lowering, Plan
 from toolchain.manifest import BlockEntry
-from toolchain.pipeline import Plan, sampler_entry
 from toolchain.target import distinct_functions
 
 
@@ -23,37 +24,45 @@ def size(count: float) -> str:
     return f"{count:.2f} GB"
 
 
+def runs(rate: str) -> str:
+    """How often a block runs, for people."""
+    unit = {"chunk": "chunk of latents", "frames": "group of frames"}.get(rate, rate.replace("_", " "))
+    return f"each {unit}"
+
+
 def plan_json(planned: Plan) -> dict[str, Any]:
     """A plan as plain data."""
-    sampler = sampler_entry(planned.recipe)
+    steps = sampler(planned.recipe).steps
     return {
         "name": planned.recipe.name,
         "target": planned.target.name,
-        "precision": planned.target.precision,
-        "dims": dict(planned.lowering.graph.dims),
-        "denoiser_calls": len(sampler.steps),
-        "merged_calls": sum(s.function == "merged" for s in sampler.steps),
-        "components": {
-            planned.lowering.definition.name: {
-                "passes": [str(p) for p in planned.lowering.passes],
-                "parameters": sum(b.parameters for b in planned.blocks),
-                "weight_bytes": int(sum(b.parameters for b in planned.blocks) * planned.weight_bytes),
-                "distinct_structures": len({b.structure() for b in planned.blocks}),
-                "blocks": [
-                    {
-                        "name": b.name,
-                        "rate": b.rate,
-                        "functions": list(distinct_functions(b)),
-                        "parameters": b.parameters,
-                        "weight_bytes": int(b.parameters * planned.weight_bytes),
-                        "structure": b.structure(),
-                        "inputs": {p.name: {"shape": list(p.shape), "source": b.sources[p.name]} for p in b.inputs},
-                        "outputs": {p.name: {"shape": list(p.shape)} for p in b.outputs},
-                    }
-                    for b in planned.blocks
-                ],
+        "denoiser_calls": len(steps),
+        "merged_calls": sum(s.function == "merged" for s in steps),
+        "components": {name: _component_json(c) for name, c in planned.components.items()},
+    }
+
+
+def _component_json(lowering: Lowering) -> dict[str, Any]:
+    return {
+        "precision": lowering.target.precision,
+        "dims": dict(lowering.graphs[0].dims),
+        "passes": [str(p) for p in lowering.passes],
+        "parameters": lowering.parameters,
+        "weight_bytes": int(lowering.parameters * lowering.bytes_per_weight),
+        "distinct_structures": len({b.structure() for b in lowering.blocks}),
+        "blocks": [
+            {
+                "name": b.name,
+                "rate": b.rate,
+                "functions": list(distinct_functions(b)),
+                "parameters": b.parameters,
+                "weight_bytes": int(b.parameters * lowering.bytes_per_weight),
+                "structure": b.structure(),
+                "inputs": {p.name: {"shape": list(p.shape), "source": b.sources[p.name]} for p in b.inputs},
+                "outputs": {p.name: {"shape": list(p.shape)} for p in b.outputs},
             }
-        },
+            for b in lowering.blocks
+        ],
     }
 
 
@@ -67,21 +76,21 @@ def plan_table(planned: Plan) -> RenderableType:
             table.add_column(column, justify="right" if column in ("parameters", "bytes") else "left")
         for b in component["blocks"]:
             each = (f"{b['parameters']:,}", size(b["weight_bytes"]), b["structure"][:8])
-            table.add_row(b["name"], f"each {b['rate']}", ", ".join(b["functions"]), *each)
+            table.add_row(b["name"], runs(b["rate"]), ", ".join(b["functions"]), *each)
         groups.append(table)
         groups.append(
             Text(
-                f"{component['parameters']:,} parameters, {size(component['weight_bytes'])} of weights in "
-                f"{len(component['blocks'])} blocks of {component['distinct_structures']} structures"
+                f"{component['parameters']:,} parameters, {size(component['weight_bytes'])} "
+                f"of {component['precision']} in {len(component['blocks'])} blocks of {component['distinct_structures']} structures"
             )
         )
-    video, dims = planned.recipe.video, data["dims"]
+    video, dims = planned.recipe.video, data["components"]["transformer"]["dims"]
     groups.append(
         Text(
             f"{video.frames} frames of {video.width}×{video.height} at {video.fps}/s: "
             f"latents {dims['T']}×{dims['H']}×{dims['W']}, {dims['N']} tokens; "
             f"{data['denoiser_calls']} denoiser calls, {data['merged_calls']} of them merged; "
-            f"{planned.target.name} {planned.target.precision}"
+            f"{planned.target.name}"
         )
     )
     return Group(*groups)
@@ -110,7 +119,7 @@ def bundle_summary(bundle: Bundle) -> RenderableType:
         else "interfaces checked, not executed here"
     )
     total = sum(f.bytes for f in bundle.files())
-    return Text(f"{bundle.path}\n{m.target.name} {m.precision}: {blocks} blocks, {size(total)}; {proof}")
+    return Text(f"{bundle.path}\n{m.target.name}: {blocks} blocks, {size(total)}; {proof}")
 
 
 def bundle_table(bundle: Bundle) -> RenderableType:
@@ -118,19 +127,19 @@ def bundle_table(bundle: Bundle) -> RenderableType:
     m = bundle.manifest
     groups: list[RenderableType] = []
     for name, component in m.components.items():
-        table = Table(title=f"{name}, in the order in which it runs", title_justify="left")
+        table = Table(title=f"{name}, {component.precision}, in the order in which it runs", title_justify="left")
         for column in ("block", "runs", "functions", "parameters", "bytes", "relative error", "inputs from"):
             table.add_column(column, justify="right" if column in ("parameters", "bytes") else "left")
         for b in component.blocks:
             sources = dict.fromkeys(i.source.split(".")[0] for i in b.inputs)
             figures = (f"{b.parameters:,}", size(sum(f.bytes for f in b.files)))
-            table.add_row(b.name, f"each {b.rate}", ", ".join(b.functions), *figures, _errors(b), ", ".join(sources))
+            table.add_row(b.name, runs(b.rate), ", ".join(b.functions), *figures, _errors(b), ", ".join(sources))
         groups.append(table)
     g, s = m.geometry, m.sampler
     leap = f", leap: {s.leap.kind}" if s.leap is not None else ""
     merged = sum(step.function == "merged" for step in s.steps)
     lines = [
-        f"{m.name} ({m.model}), {m.target.name} {m.precision}, {size(sum(f.bytes for f in bundle.files()))}",
+        f"{m.name} ({m.model}), {m.target.name}, {size(sum(f.bytes for f in bundle.files()))}",
         f"{g.frames} frames of {g.width}×{g.height} at {g.fps}/s, "
         f"latents {g.latent_frames}×{g.latent_height}×{g.latent_width}",
         f"{len(s.steps)} denoiser calls, {merged} of them merged, guidance {s.guidance}{leap}",

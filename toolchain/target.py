@@ -49,8 +49,6 @@ class Target(abc.ABC):
 
     name: ClassVar[str]
     suffix: ClassVar[str]
-    rules: ClassVar[tuple[str, ...]]
-    """Legalisation rules that the target needs (see ``toolchain.legalise``)."""
     Config: ClassVar[type[TargetConfig]]
 
     def __init__(self, config: TargetConfig | None = None) -> None:
@@ -59,6 +57,11 @@ class Target(abc.ABC):
     @property
     def precision(self) -> str:
         return str(self.config.precision)
+
+    @property
+    @abc.abstractmethod
+    def rules(self) -> tuple[str, ...]:
+        """Legalisation rules that the target needs (see ``toolchain.legalise``)."""
 
     @abc.abstractmethod
     def lower(self, block: Block, weights: Mapping[str, torch.Tensor], out: Path) -> Artifact:

@@ -27,8 +27,12 @@ class CoreMLConfig(TargetConfig):
 class CoreMLTarget(Target):
     name = "coreml"
     suffix = ".mlpackage"
-    rules = ("patch-linear", "gelu-formula")
     Config = CoreMLConfig
+
+    @property
+    def rules(self) -> tuple[str, ...]:
+        shape = ("patch-linear", "gelu-formula")
+        return (*shape, "float16") if self.precision == "float16" else shape
 
     def lower(self, block: Block, weights: Mapping[str, torch.Tensor], out: Path) -> Artifact:
         with quiet():

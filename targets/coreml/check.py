@@ -28,12 +28,12 @@ def check(package: Path, block: Block, precision: str) -> None:
     expected = set(distinct_functions(block))
     if set(found) != expected:
         raise LoweringError(f"block '{block.name}': package has functions {sorted(found)}, expected {sorted(expected)}")
-    ports = tuple(
-        [(p.name, p.shape, np.dtype(port_dtype(p, precision)).name) for p in side]
-        for side in (block.inputs, block.outputs)
-    )
     for function, interface in found.items():
-        for side, have, want in zip(("inputs", "outputs"), interface, ports, strict=True):
+        signature = block.signatures[function]
+        for side, have, ports in zip(
+            ("inputs", "outputs"), interface, (signature.inputs, signature.outputs), strict=True
+        ):
+            want = [(p.name, p.shape, np.dtype(port_dtype(p, precision)).name) for p in ports]
             if have != want:
                 raise LoweringError(f"block '{block.name}', function '{function}': {side} are {have}, expected {want}")
 

@@ -44,12 +44,15 @@ def _convert(block: Block, function: str, weights: Mapping[str, torch.Tensor], p
     if precision == "float16":
         compute = ct.transform.FP16ComputePrecision(op_selector=_not_an_angle)
     program = export(block, function, weights)
+    signature = block.signatures[function]
     try:
         model = ct.convert(
             program,
             convert_to="mlprogram",
-            inputs=[ct.TensorType(name=p.name, shape=p.shape, dtype=port_dtype(p, precision)) for p in block.inputs],
-            outputs=[ct.TensorType(name=p.name, dtype=port_dtype(p, precision)) for p in block.outputs],
+            inputs=[
+                ct.TensorType(name=p.name, shape=p.shape, dtype=port_dtype(p, precision)) for p in signature.inputs
+            ],
+            outputs=[ct.TensorType(name=p.name, dtype=port_dtype(p, precision)) for p in signature.outputs],
             minimum_deployment_target=ct.target.iOS18,
             compute_precision=compute,
             skip_model_load=True,

@@ -20,8 +20,11 @@ class ExecuTorchConfig(TargetConfig):
 class ExecuTorchTarget(Target):
     name = "executorch"
     suffix = ".pte"
-    rules = ("patch-linear", "bmm", "gelu-sigmoid", "conv3d-taps")
     Config = ExecuTorchConfig
+
+    @property
+    def rules(self) -> tuple[str, ...]:
+        return "patch-linear", "bmm", "gelu-sigmoid", "conv3d-taps"
 
     def lower(self, block: Block, weights: Mapping[str, torch.Tensor], out: Path) -> Artifact:
         with quiet():

@@ -56,5 +56,6 @@ def check(path: Path, block: Block) -> None:
         meta = engine._program.metadata(function)
         shapes = [tuple(meta.input_tensor_meta(i).sizes()) for i in range(meta.num_inputs())]
         shapes += [tuple(meta.output_tensor_meta(i).sizes()) for i in range(meta.num_outputs())]
-        if shapes != [p.shape for p in (*block.inputs, *block.outputs)]:
+        signature = block.signatures[function]
+        if shapes != [p.shape for p in (*signature.inputs, *signature.outputs)]:
             raise LoweringError(f"block '{block.name}', function '{function}': program's shapes are {shapes}")

@@ -30,7 +30,7 @@ class LoweredPart(LoweredForm):
 
     A unit is one residual block, attention, up- or down-sampler, or what comes before or after them all:
     ``("spatial.up_blocks.2.resnets.1",)``, ``("temporal.conv_in",)``, and in encoders
-    ``("spatial.encoder.mid_block.resnets.0",)``.
+    ``("spatial_encoder.mid_block.resnets.0",)``.
     """
 
     component = "vae"
@@ -47,11 +47,10 @@ class LoweredPart(LoweredForm):
         return dict(self._dims)
 
     def unit(self, path: str) -> tuple[str, ...]:
-        half = self.part.split(".")[0]
-        stem = path.removeprefix(f"{half}_vae.").removeprefix("module.").removeprefix("decoder.")
+        stem = path.removeprefix(f"{self.part.split('_')[0]}_vae.").removeprefix("module.").removeprefix("decoder.")
         layer = UNIT.match(stem)
         if layer:
-            return (f"{half}.{layer.group()}",)
+            return (f"{self.part}.{layer.group().removeprefix('encoder.')}",)
         return (f"{self.part}.{'conv_in' if stem in FIRST else 'conv_out'}",)
 
 
@@ -82,7 +81,7 @@ class LoweredTemporalDecoder(LoweredPart):
 
     def inputs(self) -> tuple[Input, ...]:
         d = self._dims
-        return (Input("z", (d["B"], self.temporal_vae.config.embed_dim, d["T"], d["H"], d["W"])),)
+        return (Input("z", (d["B"], self.temporal_vae.config.embed_dim, d["T"], d["H"], d["W"]), rate="chunk"),)
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         """``z`` ``[B, C, t, h, w]`` to ``x_z`` ``[B, C, frames, h, w]``."""
@@ -110,7 +109,7 @@ class LoweredSpatialDecoder(LoweredPart):
 
     def inputs(self) -> tuple[Input, ...]:
         d = self._dims
-        return (Input("x_z", (d["F"], self.spatial_vae.module.config.latent_channels, d["H"], d["W"])),)
+        return (Input("x_z", (d["F"], self.spatial_vae.module.config.latent_channels, d["H"], d["W"]), rate="frames"),)
 
     def forward(self, x_z: torch.Tensor) -> torch.Tensor:
         """``x_z`` ``[n, C, h, w]`` to pixels ``[n, 3, H, W]``."""
@@ -129,7 +128,7 @@ class LoweredSpatialEncoder(LoweredPart):
         ValueError: a size is not positive.
     """
 
-    part = "spatial.encoder"
+    part = "spatial_encoder"
 
     def __init__(self, model: OpenSoraVAE, *, frames: int, height_px: int, width_px: int) -> None:
         factor = model.config.spatial.factor
@@ -138,7 +137,7 @@ class LoweredSpatialEncoder(LoweredPart):
         self._pixels = (frames, model.config.spatial.in_channels, height_px, width_px)
 
     def inputs(self) -> tuple[Input, ...]:
-        return (Input("pixels", self._pixels),)
+        return (Input("pixels", self._pixels, rate="encode_frames"),)
 
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """``pixels`` ``[n, 3, H, W]`` to mean and log variance, each ``[n, C, h, w]``."""
@@ -159,7 +158,7 @@ class LoweredTemporalEncoder(LoweredPart):
         ValueError: a size is not positive.
     """
 
-    part = "temporal.encoder"
+    part = "temporal_encoder"
 
     def __init__(self, model: OpenSoraVAE, *, frames: int, height: int, width: int, batch: int = 1) -> None:
         latents = -(-frames // model.config.temporal.factor)
@@ -168,7 +167,11 @@ class LoweredTemporalEncoder(LoweredPart):
 
     def inputs(self) -> tuple[Input, ...]:
         d = self._dims
-        return (Input("x_z", (d["B"], self.temporal_vae.config.in_out_channels, d["F"], d["H"], d["W"])),)
+        return (
+            Input(
+                "x_z", (d["B"], self.temporal_vae.config.in_out_channels, d["F"], d["H"], d["W"]), rate="encode_chunk"
+            ),
+        )
 
     def forward(self, x_z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """``x_z`` ``[B, C, frames, h, w]`` to mean and log variance, each ``[B, C, t, h, w]``."""

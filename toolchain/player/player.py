@@ -1,0 +1,174 @@
+"""The player: tokenise, encode, denoise, decode, write, all from the bundle alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from toolchain.bundle import Bundle, load_bundle
+from toolchain.errors import BundleError
+from toolchain.player.runner import ComponentRunner
+from toolchain.player.trace import Trace
+from toolchain.player.video import check_output, to_bytes, write_frames, write_video
+from toolchain.plugins import find_target
+from toolchain.sampler import initial_noise, sample
+from toolchain.text import prepare_prompt
+from toolchain.tokenizer import T5Tokenizer
+
+Progress = Callable[[str, int, int], None]
+"""Told of a stage (``encode``, ``denoise``, ``decode``), how much of it is done, and how much there is."""
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    pass
+
+
+class Player:
+    """A bundle, ready to play. Its files are checked against their digests first.
+
+    Args:
+        bundle: the bundle or its path.
+        progress: told of progress.
+        warn: told of what a user should know, such as a prompt that is too long.
+
+    Raises:
+        BundleError: a file is missing or altered, or a component that a video needs is not in the bundle.
+    """
+
+    def __init__(
+        self, bundle: Bundle | str | Path, *, progress: Progress = _silent, warn: Callable[[str], None] = print
+    ) -> None:
+        self.bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
+        self.manifest = self.bundle.manifest
+        self.progress, self.warn = progress, warn
+        self.trace = Trace()
+        missing = {"text_encoder", "transformer", "vae"} - self.manifest.components.keys()
+        if missing or self.manifest.text is None or self.manifest.decoding is None:
+            names = ", ".join(sorted(missing)) or "text or decoding"
+            raise BundleError(
+                f"'{self.bundle.path}' has no {names}; a video needs all components, add them to the recipe"
+            )
+        self.bundle.check_files()
+        options = self.manifest.target.options
+        self._targets = {
+            name: find_target(self.manifest.target.name, options | {"precision": component.precision})
+            for name, component in self.manifest.components.items()
+        }
+
+    @contextmanager
+    def _component(self, name: str) -> Iterator[ComponentRunner]:
+        runner = ComponentRunner(self.bundle, name, self._targets[name], self.trace)
+        try:
+            yield runner
+        finally:
+            runner.free()
+
+    def encode(self, prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A prompt's embedding ``[1, L, d]`` and mask ``[1, L]``."""
+        text = self.manifest.text
+        assert text is not None
+        tokenizer = T5Tokenizer(self.bundle.path / text.tokenizer.path)
+        tokens = tokenizer(prepare_prompt(prompt, score=text.aesthetic_score), text.max_tokens)
+        if tokens.truncated:
+            self.warn(f"the prompt is longer than {text.max_tokens} tokens; its end is left out")
+        ids, mask = torch.tensor([tokens.ids], dtype=torch.int32), torch.tensor([tokens.mask], dtype=torch.float32)
+        self.progress("encode", 0, 1)
+        with self._component("text_encoder") as encoder:
+            y = encoder.run("prompt", {"input_ids": ids, "mask": mask})["y"]
+        self.progress("encode", 1, 1)
+        return y.float(), mask
+
+    def denoise(self, y: torch.Tensor, mask: torch.Tensor, seed: int) -> torch.Tensor:
+        """Latents ``[1, C, T, H, W]`` for an embedded prompt; ``seed`` decides the initial noise."""
+        g, s = self.manifest.geometry, self.manifest.sampler
+        z = torch.from_numpy(
+            initial_noise(seed, (1, g.latent_channels, g.latent_frames, g.latent_height, g.latent_width))
+        )
+        with self._component("transformer") as transformer:
+            null = transformer.tables["null_text"][None]
+            transformer.run("prompt", {"y": torch.cat((y, null)), "mask": torch.cat((mask, mask))})
+            conditioned = any(i.name == "x_mask" for i in transformer.entry.inputs)
+            whole = {"x_mask": torch.ones(2, g.latent_frames)} if conditioned else {}
+            total = len(s.steps)
+            done = 0
+
+            def denoiser(z_pair: torch.Tensor, t: float, _: torch.Tensor | None, merged: bool) -> torch.Tensor:
+                nonlocal done
+                self.progress("denoise", done, total)
+                done += 1
+                inputs = {"x": z_pair, "timestep": torch.full((2,), t), "fps": torch.full((2,), s.model_fps)}
+                return transformer.run("step", inputs | whole, "merged" if merged else "base")["out"].float()
+
+            latents: torch.Tensor = sample(
+                denoiser, z, s.timesteps, guidance=s.guidance, leap=s.leap, merged_steps=s.merged_steps
+            )
+        self.progress("denoise", total, total)
+        return latents
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pixels ``[F, 3, H, W]``, -1 … 1, of latents ``[1, C, T, H, W]``."""
+        plan = self.manifest.decoding
+        assert plan is not None
+        n = plan.frames_per_call
+        frames: list[torch.Tensor] = []
+        pixels: list[torch.Tensor] = []
+        total = self.manifest.geometry.frames
+        with self._component("vae") as vae:
+            start = 0
+            for chunk in plan.chunks:
+                z = latents[:, :, start : start + chunk.latents]
+                start += chunk.latents
+                x_z = vae.run("chunk", {"z": z}, chunk.function)["x_z"]
+                frames.append(x_z[0].transpose(0, 1))
+            together = torch.cat(frames)
+            for i in range(0, len(together), n):
+                self.progress("decode", i, total)
+                group = together[i : i + n]
+                filled = torch.cat((group, group[-1:].expand(n - len(group), *group.shape[1:])))
+                pixels.append(vae.run("frames", {"x_z": filled})["pixels"][: len(group)].float())
+        self.progress("decode", total, total)
+        return torch.cat(pixels)
+
+    def video(self, prompt: str, seed: int = 0) -> torch.Tensor:
+        """Pixels ``[F, 3, H, W]``, -1 … 1, of a video of ``prompt``."""
+        y, mask = self.encode(prompt)
+        return self.decode(self.denoise(y, mask, seed))
+
+
+def play(
+    bundle: Bundle | str | Path,
+    prompt: str,
+    out: str | Path,
+    *,
+    seed: int = 0,
+    frames: str | Path | None = None,
+    trace: str | Path | None = None,
+    progress: Progress = _silent,
+    warn: Callable[[str], None] = print,
+) -> Path:
+    """Play a bundle: make a video of ``prompt`` and write it as the .mp4 file ``out``.
+
+    Args:
+        seed: decides the initial noise, on every device alike.
+        frames: also write every frame as a PNG into this folder.
+        trace: also write when each block was loaded and run, as Chrome-trace JSON.
+
+    Returns:
+        The video's path.
+
+    Raises:
+        SoraCompileError: the bundle is damaged, has no engine on this machine, or a file cannot be written.
+    """
+    out = Path(out)
+    check_output(out)
+    player = Player(bundle, progress=progress, warn=warn)
+    pictures = to_bytes(player.video(prompt, seed))
+    if frames is not None:
+        write_frames(pictures, Path(frames))
+    if trace is not None:
+        player.trace.write(Path(trace))
+    write_video(pictures, player.manifest.geometry.fps, out)
+    return out

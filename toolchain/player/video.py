@@ -1,0 +1,59 @@
+"""Frames to files: mp4 through PyAV, PNG through Pillow. Files appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from toolchain.errors import RecipeError, ResourceError
+
+
+def to_bytes(pixels: torch.Tensor) -> torch.Tensor:
+    """``[F, 3, H, W]`` in -1 … 1 to uint8 ``[F, H, W, 3]``, rounded and clipped as the official code does."""
+    scaled = (pixels.float().clamp(-1, 1) + 1) * 127.5 + 0.5
+    return scaled.clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def check_output(path: Path) -> None:
+    """Refuse, before any work is done, a video file that cannot be written.
+
+    Raises:
+        RecipeError: it is not an .mp4, or a folder.
+        ResourceError: its folder does not exist or cannot be written.
+    """
+    if path.suffix != ".mp4" or path.is_dir():
+        raise RecipeError(f"-o {path}: expected the name of an .mp4 file")
+    if not path.absolute().parent.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+        raise ResourceError(f"-o {path}: its folder does not exist or cannot be written")
+
+
+def write_video(frames: torch.Tensor, fps: int, path: Path) -> None:
+    """Write uint8 frames ``[F, H, W, 3]`` as H.264."""
+    import av
+
+    height, width = frames.shape[1] // 2 * 2, frames.shape[2] // 2 * 2  # 4:2:0 wants even sizes
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}.mp4")
+    try:
+        with av.open(str(partial), "w") as container:
+            stream = container.add_stream("libx264", rate=fps, options={"crf": "16"})
+            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            for frame in frames[:, :height, :width].numpy():
+                picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+                for packet in stream.encode(picture):
+                    container.mux(packet)
+            for packet in stream.encode():
+                container.mux(packet)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_frames(frames: torch.Tensor, folder: Path) -> None:
+    """Write uint8 frames ``[F, H, W, 3]`` as ``000.png``, …"""
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, frame in enumerate(frames.numpy()):
+        Image.fromarray(frame).save(folder / f"{i:03d}.png")
