@@ -15,6 +15,7 @@ from toolchain.blocks import Block
 from toolchain.bundle import describe_artifact
 from toolchain.components import MEANINGS, chunk_functions, frames_per_call
 from toolchain.lowering import Lowering, Plan
+from toolchain.planner import resident_blocks
 from toolchain.recipe import Recipe
 from toolchain.schedule import plan_steps
 from toolchain.target import Artifact, Target
@@ -64,9 +65,13 @@ def _tensor(port: Any, target: Target) -> dict[str, Any]:
 
 
 def component(
-    lowering: Lowering, entries: Sequence[m.BlockEntry], tables_file: m.File | None, tables: Mapping[str, torch.Tensor]
+    lowering: Lowering,
+    entries: Sequence[m.BlockEntry],
+    tables_file: m.File | None,
+    tables: Mapping[str, torch.Tensor],
+    memory_budget: int | None,
 ) -> m.Component:
-    """A component: its blocks, how they are wired and in which order they run."""
+    """A component: its blocks, how they are wired, in which order they run and which stay in memory."""
     dims: dict[str, int] = {}
     for graph in lowering.graphs:
         dims |= {k: v for k, v in graph.dims.items() if k not in dims}
@@ -92,7 +97,7 @@ def component(
         tables=[m.Table(name=k, shape=list(v.shape)) for k, v in sorted(tables.items())],
         blocks=list(entries),
         load_order=order,
-        resident=[e.name for e in entries],
+        resident=resident_blocks(entries, memory_budget, lowering.name),
     )
 
 
@@ -157,6 +162,7 @@ def manifest(
             latent_height=height,
             latent_width=width,
         ),
+        memory_budget_bytes=recipe.memory_budget,
         text=_text(planned, tokenizer),
         sampler=sampler(recipe),
         decoding=_decoding(planned),

@@ -215,6 +215,7 @@ class Manifest(Entry):
     model: str
     target: TargetEntry
     geometry: Geometry
+    memory_budget_bytes: int | None = Field(description="What residency was planned for; null: keep everything.")
     text: TextEntry | None
     sampler: SamplerEntry
     decoding: DecodingEntry | None

@@ -177,7 +177,7 @@ def _build(planned: Plan, name: str, checkpoint: Checkpoint, folder: Path, liste
         _build_block(lowering, block, eager, references, checkpoint, folder, recipe, listener)
         for block, eager in zip(lowering.blocks, lowering.reference, strict=True)
     ]
-    return describe.component(lowering, entries, tables_file, tables)
+    return describe.component(lowering, entries, tables_file, tables, recipe.memory_budget)
 
 
 def _references(lowering: Lowering, recipe: Recipe, tables: Mapping[str, torch.Tensor]) -> dict[str, ReferenceRun]:

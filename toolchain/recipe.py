@@ -11,8 +11,10 @@ import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
+    ByteSize,
     ConfigDict,
     Field,
+    TypeAdapter,
     ValidationError,
     WithJsonSchema,
     model_serializer,
@@ -93,6 +95,13 @@ Target = Annotated[
         }
     ),
 ]
+
+
+def _bytes(value: Any) -> Any:
+    return int(TypeAdapter(ByteSize).validate_python(value)) if isinstance(value, str) else value
+
+
+Bytes = Annotated[int, BeforeValidator(_bytes), Field(ge=1), WithJsonSchema({"type": ["string", "integer"]})]
 
 
 class Video(Strict):
@@ -212,6 +221,9 @@ class Recipe(Strict):
     transformer: TransformerRecipe
     vae: VaeRecipe | None = None
     target: Target
+    memory_budget: Bytes | None = Field(
+        default=None, description="Memory for weights on the device, as '2.5GB'; decides which blocks stay loaded."
+    )
     gate: GateRecipe = GateRecipe()
 
     @model_validator(mode="after")

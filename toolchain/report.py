@@ -81,7 +81,8 @@ def plan_table(planned: Plan) -> RenderableType:
         groups.append(
             Text(
                 f"{component['parameters']:,} parameters, {size(component['weight_bytes'])} "
-                f"of {component['precision']} in {len(component['blocks'])} blocks of {component['distinct_structures']} structures"
+                f"of {component['precision']} in {len(component['blocks'])} blocks "
+                f"of {component['distinct_structures']} structures"
             )
         )
     video, dims = planned.recipe.video, data["components"]["transformer"]["dims"]

@@ -1,0 +1,110 @@
+"""Lower the full-size model's distinct parts for both targets; run them where an engine exists.
+
+    python benchmarks/parts.py [--only text_encoder vae] [--targets executorch coreml]
+
+One block of every structure of the text encoder (one layer of T5-XXL, its embedding and norm) and of the VAE's
+decoder (68 frames of 192 × 192), with random weights, each in a process of its own. Memory is the peak of that
+process, with the reference run where there is one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import run
+
+TARGETS = ("executorch", "coreml")
+
+
+def plan(component: str, target: str) -> tuple[Any, Any]:
+    """The shipped full-size recipe's plan with one text encoder layer, and the lowering of a component."""
+    import toolchain
+
+    name = {"executorch": "open-sora-v1.2-android", "coreml": "open-sora-v1.2-iphone-15-pro"}[target]
+    recipe = toolchain.load_recipe(name, ["text_encoder.config.num_layers=1", "transformer.config.depth=1"])
+    return recipe, toolchain.plan(recipe).components[component]
+
+
+def distinct(component: str, target: str) -> list[str]:
+    """One block of every structure."""
+    seen: dict[str, str] = {}
+    for block in plan(component, target)[1].blocks:
+        seen.setdefault(block.structure(), block.name)
+    return list(seen.values())
+
+
+def one(component: str, name: str, target: str) -> dict[str, Any]:
+    """Lower one block with random weights, and hold it against eager where it can be run."""
+    from synthetic import value
+
+    from toolchain.components import sample_input
+    from toolchain.gate import compare
+    from toolchain.target import EngineUnavailableError
+
+    recipe, lowering = plan(component, target)
+    index = [b.name for b in lowering.blocks].index(name)
+    block, eager = lowering.blocks[index], lowering.reference[index]
+    names = {s.tensor for s in eager.weights.values()}
+    shapes = {n: s for n, s in lowering.definition.expected.items() if n in names}
+
+    def weights_of(b: Any) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        tensors = {n: value(n, s, generator) for n, s in sorted(shapes.items())}
+        return {k: s.of(tensors[s.tensor]).contiguous() for k, s in b.weights.items()}
+
+    with tempfile.TemporaryDirectory() as tmp:
+        began = time.perf_counter()
+        artifact = lowering.target.lower(block, weights_of(block), Path(tmp) / f"block{lowering.target.suffix}")
+        lowering.target.check(artifact.path, block)
+        seconds = time.perf_counter() - began
+        path = artifact.path
+        files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
+        result: dict[str, Any] = {"seconds": seconds, "bytes": sum(f.stat().st_size for f in files), "error": None}
+        try:
+            engine = lowering.target.engine(path, block.inputs, block.outputs)
+        except EngineUnavailableError:
+            return result
+        generator = torch.Generator().manual_seed(1)
+        specs = {i.name: i for graph in lowering.graphs for i in graph.inputs}
+        inputs = {
+            p.name: sample_input(specs[p.name], recipe, generator)
+            if block.sources[p.name].startswith("inputs.")
+            else torch.randn(p.shape, generator=generator)
+            for p in block.inputs
+        }
+        with torch.no_grad():
+            outputs = eager.module("base", weights_of(eager))(*inputs.values())
+        expected = {p.name: v for p, v in zip(block.outputs, outputs, strict=True)}
+        result["error"] = compare(engine("base", inputs), expected, 1.0).relative_error
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", default=["text_encoder", "vae"], choices=["text_encoder", "vae"])
+    parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument("--one", nargs=3, metavar=("COMPONENT", "BLOCK", "TARGET"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(one(*args.one)))
+        return
+    print("| part | target | seconds | peak memory, MB | artifact, MB | relative error |\n|---|---|---|---|---|---|")
+    for component in args.only:
+        for target in args.targets:
+            for name in distinct(component, target):
+                _, peak, out = run([sys.executable, __file__, "--one", component, name, target], Path())
+                r = json.loads(out.splitlines()[-1])
+                error = "not executed" if r["error"] is None else f"{r['error']:.1e}"
+                row = f"| {component}/{name} | {target} | {r['seconds']:.0f} | {peak / 1e6:.0f} "
+                print(f"{row}| {r['bytes'] / 1e6:.1f} | {error} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
