@@ -1,10 +1,11 @@
 # Two commands do all the set-up on a fresh machine:
-#   make demo   environment, install, compile a shipped recipe for both targets, show where the bundles are
+#   make demo   environment, install, compile a shipped recipe for both targets, play it, show where the video is
 #   make test   environment, install, lint, types, tests
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= build
+PROMPT ?= a red circle moves left to right on a blue background
 
 .PHONY: demo test lint unit clean
 
@@ -19,6 +20,7 @@ $(VENV)/installed: pyproject.toml
 demo: $(VENV)/installed
 	$(BIN)/sora-compile tiny --set target=executorch -o $(OUT)/tiny-executorch
 	$(BIN)/sora-compile tiny --set target=coreml -o $(OUT)/tiny-coreml
+	$(BIN)/sora-compile play $(OUT)/tiny-executorch --prompt "$(PROMPT)" -o $(OUT)/tiny.mp4
 
 test: $(VENV)/installed lint
 	$(BIN)/python -m pytest

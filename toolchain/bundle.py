@@ -133,7 +133,11 @@ def staging(out: Path) -> Iterator[Path]:
         folder.chmod(0o755)
     except OSError as e:
         raise ResourceError(f"-o {out}: cannot be written: {e.strerror or e}") from e
+    scratch = folder.with_name(f"{folder.name}.scratch")
+    usual = tempfile.tempdir
     try:
+        scratch.mkdir()
+        tempfile.tempdir = str(scratch)  # converters leave large files behind: let them go with the build
         yield folder
         _replace(folder, out)
     except OSError as e:
@@ -142,7 +146,9 @@ def staging(out: Path) -> Iterator[Path]:
             raise ResourceError(f"-o {out}: the disk is full ({free / 1e6:.0f} MB free); nothing was written") from e
         raise
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        tempfile.tempdir = usual
+        for left in (folder, scratch):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _replace(folder: Path, out: Path) -> None:
