@@ -42,6 +42,9 @@ SetOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")]
 VerboseOption = Annotated[bool, typer.Option("-v", "--verbose", help="Say more, and show tracebacks.")]
+DirectOption = Annotated[
+    bool, typer.Option("--direct", help="Lower every block by itself: the reference for stamping.")
+]
 PrintOption = Annotated[
     str | None,
     typer.Option("--print-after", metavar="PASS|all", help="Print the graph after a pass (capture, legalise, …)."),
@@ -65,6 +68,7 @@ def compile_(
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
     print_after: PrintOption = None,
+    direct: DirectOption = False,
 ) -> None:
     """Build a recipe into a bundle. (The default command.)"""
     from toolchain.console import Console
@@ -77,7 +81,7 @@ def compile_(
             path = find_recipe(recipe)
             loaded = toolchain.load_recipe(path, overrides)
             listener.check_print_after(loaded)
-            bundle = toolchain.compile_recipe(loaded, output, base=path.parent, listener=listener)
+            bundle = toolchain.compile_recipe(loaded, output, base=path.parent, listener=listener, direct=direct)
         from toolchain.report import bundle_json, bundle_summary
 
         console.answer(bundle_json(bundle), bundle_summary(bundle))

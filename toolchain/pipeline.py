@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,18 @@ from toolchain.listener import Listener
 from toolchain.lowering import Lowering, Plan, plan
 from toolchain.recipe import Recipe, TextEncoderRecipe
 from toolchain.target import EngineUnavailableError, Target
+from toolchain.templates import Templates
 
 TOKENIZER_FILE = "spiece.model"
 
 
 def compile_recipe(
-    recipe: Recipe, out: str | Path, *, base: str | Path | None = None, listener: Listener | None = None
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    base: str | Path | None = None,
+    listener: Listener | None = None,
+    direct: bool = False,
 ) -> Bundle:
     """Build ``recipe`` into the bundle ``out``.
 
@@ -36,6 +43,7 @@ def compile_recipe(
         out: the bundle's folder. It appears whole or not at all; an older bundle there is replaced.
         base: folder that relative checkpoint paths are looked for in first.
         listener: is told of progress.
+        direct: lower every block by itself instead of stamping those that share a structure.
 
     Raises:
         SoraCompileError: says what, where and what to do; ``exit_code`` is the command's.
@@ -48,7 +56,7 @@ def compile_recipe(
         for name, lowering in planned.components.items():
             match(checkpoints[name], lowering.definition.expected, name, lowering.definition.aliases)
         tokenizer = _copy_tokenizer(recipe, checkpoints, base, folder)
-        components = {n: _build(planned, n, checkpoints[n], folder, listener) for n in planned.components}
+        components = {n: _build(planned, n, checkpoints[n], folder, listener, direct) for n in planned.components}
         (folder / RECIPE_FILE).write_text(resolve(planned, checkpoints, pins).to_yaml(), encoding="utf-8")
         manifest = describe.manifest(planned, components, tokenizer, describe_file(folder / RECIPE_FILE, folder))
         (folder / m.FILE_NAME).write_text(describe.manifest_text(manifest), encoding="utf-8")
@@ -157,7 +165,9 @@ def evaluate_tables(graph: Graph, checkpoint: Checkpoint) -> dict[str, torch.Ten
         return {name: value(node).float().contiguous() for name, node in table_nodes(graph).items()}
 
 
-def _build(planned: Plan, name: str, checkpoint: Checkpoint, folder: Path, listener: Listener) -> m.Component:
+def _build(
+    planned: Plan, name: str, checkpoint: Checkpoint, folder: Path, listener: Listener, direct: bool
+) -> m.Component:
     """Lower, check and execute every block of a component."""
     lowering, recipe = planned.components[name], planned.recipe
     place = folder / name
@@ -173,10 +183,12 @@ def _build(planned: Plan, name: str, checkpoint: Checkpoint, folder: Path, liste
         tables_file = describe_file(path, folder)
     listener.start(name, [b.name for b in lowering.blocks])
     references = _references(lowering, recipe, tables)
-    entries = [
-        _build_block(lowering, block, eager, references, checkpoint, folder, recipe, listener)
-        for block, eager in zip(lowering.blocks, lowering.reference, strict=True)
-    ]
+    with tempfile.TemporaryDirectory() as scratch:
+        templates = Templates(lowering.target, lowering.blocks, Path(scratch), listener, direct)
+        entries = [
+            _build_block(lowering, templates, block, eager, references, checkpoint, folder, recipe, listener)
+            for block, eager in zip(lowering.blocks, lowering.reference, strict=True)
+        ]
     return describe.component(lowering, entries, tables_file, tables, recipe.memory_budget)
 
 
@@ -196,6 +208,7 @@ def _references(lowering: Lowering, recipe: Recipe, tables: Mapping[str, torch.T
 
 def _build_block(
     lowering: Lowering,
+    templates: Templates,
     block: Block,
     eager: Block,
     references: Mapping[str, ReferenceRun],
@@ -207,7 +220,7 @@ def _build_block(
     name, target, aliases = lowering.name, lowering.target, lowering.definition.aliases
     listener.working(name, block.name, "lower")
     out = folder / name / f"{block.name}{target.suffix}"
-    artifact = target.lower(block, read_weights(block, checkpoint, aliases), out)
+    artifact = templates.build(block, read_weights(block, checkpoint, aliases), out)
     listener.working(name, block.name, "check")
     target.check(artifact.path, block)
     accuracy = None

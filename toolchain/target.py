@@ -40,6 +40,21 @@ class Artifact:
     functions: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Template:
+    """A lowered structure whose weights can be replaced: an artifact, and where in it each weight lies.
+
+    ``slots`` is the target's own; ``stamp`` reads it.
+    """
+
+    artifact: Artifact
+    slots: Any
+
+
+class UnboundTemplateError(Exception):
+    """A template's weights cannot all be found, each in one place; the structure is lowered block by block."""
+
+
 class Target(abc.ABC):
     """Lowers blocks to one kind of artifact.
 
@@ -72,6 +87,22 @@ class Target(abc.ABC):
         """
 
     @abc.abstractmethod
+    def bind(self, artifact: Artifact, weights: Mapping[str, torch.Tensor]) -> Template:
+        """Find every weight in an artifact that was lowered with the unique ``weights``.
+
+        Raises:
+            UnboundTemplateError: a weight is not found, or what is found is ambiguous.
+        """
+
+    @abc.abstractmethod
+    def stamp(self, template: Template, weights: Mapping[str, torch.Tensor], out: Path) -> Artifact:
+        """Write the template's artifact with other ``weights``: byte for byte what ``lower`` gives for them.
+
+        (Where ``lower`` simplifies degenerate weights, such as a bias of zeros, the template's structure is
+        kept: the numbers are the same, the bytes are not.)
+        """
+
+    @abc.abstractmethod
     def check(self, path: Path, block: Block) -> None:
         """Load an artifact back and hold its functions and ports against the block's.
 
@@ -90,6 +121,12 @@ class Target(abc.ABC):
     @abc.abstractmethod
     def versions(self) -> dict[str, str]:
         """Versions of the tools that decide an artifact's bytes."""
+
+
+def unique_weights(block: Block, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random weights in which every tensor differs from every other, to build a template with."""
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(source.shape, generator=generator) for name, source in block.weights.items()}
 
 
 def package_versions(*names: str) -> dict[str, str]:

@@ -16,6 +16,7 @@ from toolchain.target import (
     EngineUnavailableError,
     Target,
     TargetConfig,
+    Template,
     package_versions,
 )
 
@@ -39,6 +40,16 @@ class CoreMLTarget(Target):
             from targets.coreml.lower import lower
 
         return lower(block, weights, out, self.precision)
+
+    def bind(self, artifact: Artifact, weights: Mapping[str, torch.Tensor]) -> Template:
+        from targets.coreml.stamp import bind
+
+        return bind(artifact, weights)
+
+    def stamp(self, template: Template, weights: Mapping[str, torch.Tensor], out: Path) -> Artifact:
+        from targets.coreml.stamp import stamp
+
+        return stamp(template, weights, out)
 
     def check(self, path: Path, block: Block) -> None:
         with quiet():

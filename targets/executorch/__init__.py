@@ -10,7 +10,7 @@ import torch
 
 from targets.streams import quiet
 from toolchain.blocks import Block, Port
-from toolchain.target import Artifact, Engine, Target, TargetConfig, package_versions
+from toolchain.target import Artifact, Engine, Target, TargetConfig, Template, package_versions
 
 
 class ExecuTorchConfig(TargetConfig):
@@ -31,6 +31,16 @@ class ExecuTorchTarget(Target):
             from targets.executorch.lower import lower
 
         return lower(block, weights, out)
+
+    def bind(self, artifact: Artifact, weights: Mapping[str, torch.Tensor]) -> Template:
+        from targets.executorch.stamp import bind
+
+        return bind(artifact, weights)
+
+    def stamp(self, template: Template, weights: Mapping[str, torch.Tensor], out: Path) -> Artifact:
+        from targets.executorch.stamp import stamp
+
+        return stamp(template, weights, out)
 
     def check(self, path: Path, block: Block) -> None:
         with quiet():

@@ -1,0 +1,76 @@
+"""Replacing the weights of an ExecuTorch program.
+
+A program holds each float32 tensor once. Those that XNNPACK uses are found at run time by a key, the sha256
+of the stored bytes in hex, which occurs in the program's index and in every subgraph that uses the tensor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from toolchain.target import Artifact, Template, UnboundTemplateError
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a weight's bytes lie, in which layout, and where its key stands."""
+
+    weight: str
+    channels_last: bool
+    offset: int
+    keys: tuple[int, ...]
+
+
+def bind(artifact: Artifact, weights: Mapping[str, torch.Tensor]) -> Template:
+    with artifact.path.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as program:
+        slots = tuple(_find(program, name, weight) for name, weight in weights.items())
+    return Template(artifact, slots)
+
+
+def _find(program: mmap.mmap, name: str, weight: torch.Tensor) -> Slot:
+    found = []
+    permuted = weight.dim() == 4 and weight.shape[2:].numel() > 1
+    for channels_last in (False, True) if permuted else (False,):
+        stored = _stored(weight, channels_last)
+        offsets = list(_occurrences(program, stored))
+        keys = tuple(_occurrences(program, hashlib.sha256(stored).hexdigest().encode()))
+        found += [Slot(name, channels_last, offset, keys) for offset in offsets]
+    if len(found) != 1:
+        raise UnboundTemplateError(f"weight '{name}' is found {len(found)} times in the program")
+    return found[0]
+
+
+def _occurrences(program: mmap.mmap, pattern: bytes) -> Iterator[int]:
+    at = program.find(pattern)
+    while at >= 0:
+        yield at
+        at = program.find(pattern, at + 1)
+
+
+def _stored(weight: torch.Tensor, channels_last: bool) -> bytes:
+    """A weight's bytes as they are stored: convolutions that XNNPACK runs have their channels last."""
+    if channels_last:
+        weight = weight.permute(0, 2, 3, 1)
+    return weight.contiguous().numpy().tobytes()
+
+
+def stamp(template: Template, weights: Mapping[str, torch.Tensor], out: Path) -> Artifact:
+    shutil.copyfile(template.artifact.path, out)
+    with out.open("r+b") as program:
+        for slot in template.slots:
+            stored = _stored(weights[slot.weight], slot.channels_last)
+            program.seek(slot.offset)
+            program.write(stored)
+            if slot.keys:
+                key = hashlib.sha256(stored).hexdigest().encode()
+                for at in slot.keys:
+                    program.seek(at)
+                    program.write(key)
+    return Artifact(out, template.artifact.functions)
