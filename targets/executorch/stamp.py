@@ -31,6 +31,8 @@ class Slot:
 def bind(artifact: Artifact, weights: Mapping[str, torch.Tensor]) -> Template:
     with artifact.path.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as program:
         slots = tuple(_find(program, name, weight) for name, weight in weights.items())
+    if len({slot.offset for slot in slots}) < len(slots):
+        raise UnboundTemplateError("two weights are found in the same place of the program")
     return Template(artifact, slots)
 
 

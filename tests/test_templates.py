@@ -1,0 +1,101 @@
+"""Stamping: what is stamped is what lowering gives, and what cannot be bound is refused."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from targets.coreml import CoreMLConfig, CoreMLTarget
+from targets.executorch import ExecuTorchTarget
+from toolchain.blocks import Block
+from toolchain.listener import Listener
+from toolchain.target import Target, UnboundTemplateError, unique_weights
+from toolchain.templates import Templates
+
+pytestmark = pytest.mark.slow
+
+TARGETS: dict[str, Target] = {
+    "executorch": ExecuTorchTarget(),
+    "coreml-float16": CoreMLTarget(CoreMLConfig(precision="float16")),
+    "coreml-float32": CoreMLTarget(CoreMLConfig(precision="float32")),
+}
+
+
+def content(path: Path) -> dict[str, str]:
+    """Digests of an artifact's files."""
+    files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
+    return {str(p.relative_to(path)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+@pytest.fixture(scope="module", params=list(TARGETS))
+def case(request: pytest.FixtureRequest, cut_small: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A target, a pair block with its activations, a template of its structure, and a folder."""
+    target = TARGETS[request.param]
+    cut = cut_small(target.rules, frames=2)
+    block: Block = cut.block("pair_0")
+    folder = tmp_path_factory.mktemp(request.param)
+    weights = unique_weights(block)
+    artifact = target.lower(block, weights, folder / f"template{target.suffix}")
+    return target, cut, block, target.bind(artifact, weights), folder
+
+
+def test_stamped_is_direct_byte_for_byte(case: Any) -> None:
+    target, cut, block, template, folder = case
+    direct = target.lower(block, cut.weights(block), folder / f"direct{target.suffix}")
+    stamped = target.stamp(template, cut.weights(block), folder / f"stamped{target.suffix}")
+    assert stamped.functions == direct.functions == ("base", "merged")
+    assert content(stamped.path) == content(direct.path)
+    assert content(stamped.path) != content(template.artifact.path)
+
+
+def test_degenerate_weights_keep_the_numbers(case: Any) -> None:
+    """Zeros, ones and equal tensors, which lowering would simplify, are stamped like any others."""
+    target, cut, block, template, folder = case
+    weights = dict(cut.weights(block))
+    for name in weights:
+        if name.endswith("bias"):
+            weights[name] = torch.zeros_like(weights[name])
+        elif name.endswith("norm.weight"):
+            weights[name] = torch.ones_like(weights[name])
+    weights["temporal_blocks.0.mlp.fc1.weight"] = weights["spatial_blocks.0.mlp.fc1.weight"].clone()
+    stamped = target.stamp(template, weights, folder / f"degenerate{target.suffix}")
+    target.check(stamped.path, block)
+    if isinstance(target, ExecuTorchTarget):
+        engine = target.engine(stamped.path, block.inputs, block.outputs)
+        inputs = cut.inputs("pair_0")
+        for function in ("base", "merged"):
+            with torch.no_grad():
+                (want,) = block.module(function, weights)(*inputs.values())
+            got = engine(function, inputs)["x_out"]
+            assert (got - want).norm() <= 1e-4 * want.norm()
+
+
+def test_ambiguous_weights_are_refused(case: Any) -> None:
+    target, _, block, template, _ = case
+    weights = unique_weights(block)
+    weights["temporal_blocks.0.mlp.fc1.weight"] = weights["spatial_blocks.0.mlp.fc1.weight"]
+    with pytest.raises(UnboundTemplateError):
+        target.bind(template.artifact, weights)
+
+
+def test_shared_structures_are_lowered_once(case: Any, tmp_path: Path) -> None:
+    """Two blocks of one structure: the first use makes the template, both are stamped from it."""
+    target, cut, block, _, _ = case
+    lowered: list[str] = []
+
+    class Counting(type(target)):  # type: ignore[misc]
+        def lower(self, block: Block, weights: Any, out: Path) -> Any:
+            lowered.append(out.stem)
+            return super().lower(block, weights, out)
+
+    counting = Counting(target.config)
+    templates = Templates(counting, [block, block], tmp_path, Listener(), direct=False)
+    first = templates.build(block, cut.weights(block), tmp_path / f"first{target.suffix}")
+    other = {k: v + 1 for k, v in cut.weights(block).items()}
+    second = templates.build(block, other, tmp_path / f"second{target.suffix}")
+    assert lowered == [block.structure()]
+    assert content(first.path) != content(second.path)
