@@ -15,7 +15,6 @@ from toolchain.blocks import Block
 from toolchain.bundle import describe_artifact
 from toolchain.components import MEANINGS, chunk_functions, frames_per_call
 from toolchain.lowering import Lowering, Plan
-from toolchain.planner import resident_blocks
 from toolchain.recipe import Recipe
 from toolchain.schedule import plan_steps
 from toolchain.target import Artifact, Target
@@ -65,11 +64,7 @@ def _tensor(port: Any, target: Target) -> dict[str, Any]:
 
 
 def component(
-    lowering: Lowering,
-    entries: Sequence[m.BlockEntry],
-    tables_file: m.File | None,
-    tables: Mapping[str, torch.Tensor],
-    memory_budget: int | None,
+    lowering: Lowering, entries: Sequence[m.BlockEntry], tables_file: m.File | None, tables: Mapping[str, torch.Tensor]
 ) -> m.Component:
     """A component: its blocks, how they are wired, in which order they run and which stay in memory."""
     dims: dict[str, int] = {}
@@ -97,7 +92,7 @@ def component(
         tables=[m.Table(name=k, shape=list(v.shape)) for k, v in sorted(tables.items())],
         blocks=list(entries),
         load_order=order,
-        resident=resident_blocks(entries, memory_budget, lowering.name),
+        resident=list(lowering.resident),
     )
 
 

@@ -16,6 +16,7 @@ from toolchain.graph import Graph, capture, with_function
 from toolchain.legalise import Legalise, LegaliseConfig
 from toolchain.listener import Listener
 from toolchain.passbase import Pass
+from toolchain.planner import resident_blocks
 from toolchain.plugins import find_pass, find_target
 from toolchain.recipe import ComponentRecipe, Recipe
 from toolchain.target import Target
@@ -38,6 +39,8 @@ class Lowering:
     graphs: tuple[Graph, ...]
     blocks: tuple[Block, ...]
     reference: tuple[Block, ...]
+    resident: tuple[str, ...]
+    """Blocks that the device keeps loaded."""
 
     @property
     def name(self) -> str:
@@ -83,7 +86,8 @@ def plan(recipe: Recipe, *, base: str | Path | None = None, listener: Listener |
     passes = {name: load_passes(recipe, name) for name in recipe.components()}
     targets = {name: _target(recipe, part) for name, part in recipe.components().items()}
     definitions = _define(recipe, base)
-    lowered = {n: _lower(definitions[n], passes[n], targets[n], listener) for n in recipe.components()}
+    budget = recipe.memory_budget
+    lowered = {n: _lower(definitions[n], passes[n], targets[n], listener, budget) for n in recipe.components()}
     return Plan(recipe, lowered)
 
 
@@ -142,7 +146,9 @@ def _configuration(component: str, part: ComponentRecipe, base: Path) -> Mapping
     return config
 
 
-def _lower(definition: Definition, passes: tuple[Pass, ...], target: Target, listener: Listener) -> Lowering:
+def _lower(
+    definition: Definition, passes: tuple[Pass, ...], target: Target, listener: Listener, budget: int | None
+) -> Lowering:
     graphs: list[Graph] = []
     blocks: list[Block] = []
     reference: list[Block] = []
@@ -151,7 +157,8 @@ def _lower(definition: Definition, passes: tuple[Pass, ...], target: Target, lis
         graphs.append(legal)
         blocks += extract_blocks(legal)
         reference += extract_blocks(plain)
-    return Lowering(definition, target, passes, tuple(graphs), tuple(blocks), tuple(reference))
+    resident = resident_blocks(blocks, BYTES_PER_WEIGHT[target.precision], budget, definition.name)
+    return Lowering(definition, target, passes, tuple(graphs), tuple(blocks), tuple(reference), tuple(resident))
 
 
 def lower_graph(

@@ -189,7 +189,7 @@ def _build(
             _build_block(lowering, templates, block, eager, references, checkpoint, folder, recipe, listener)
             for block, eager in zip(lowering.blocks, lowering.reference, strict=True)
         ]
-    return describe.component(lowering, entries, tables_file, tables, recipe.memory_budget)
+    return describe.component(lowering, entries, tables_file, tables)
 
 
 def _references(lowering: Lowering, recipe: Recipe, tables: Mapping[str, torch.Tensor]) -> dict[str, ReferenceRun]:

@@ -9,33 +9,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from toolchain.blocks import Block
 from toolchain.errors import RecipeError
-from toolchain.manifest import BlockEntry
 
 
-def resident_blocks(blocks: Sequence[BlockEntry], budget_bytes: int | None, component: str) -> list[str]:
-    """Names of the blocks to keep loaded between runs.
+def resident_blocks(
+    blocks: Sequence[Block], bytes_per_weight: float, budget_bytes: int | None, component: str
+) -> list[str]:
+    """Names of the blocks to keep loaded between runs, by the bytes of their weights.
 
     Without a budget all blocks are kept. With one, blocks that run once for a prompt are not kept, and of
-    the others as many leading ones as fit beside the two largest.
+    the others all if they fit, else as many leading ones as fit beside the two largest.
 
     Raises:
         RecipeError: the budget does not even hold the two largest blocks.
     """
     if budget_bytes is None:
         return [b.name for b in blocks]
-    size = {b.name: sum(f.bytes for f in b.files) for b in blocks}
+    size = {b.name: b.parameters * bytes_per_weight for b in blocks}
     needed = sum(sorted(size.values(), reverse=True)[:2])
     if needed > budget_bytes:
         raise RecipeError(
-            f"memory_budget: {component} needs {needed} bytes for the block that runs and the next, "
-            f"more than {budget_bytes}; cut smaller blocks (partition: {{max_bytes: …}}) or raise the budget"
+            f"memory_budget: {component} needs {needed / 1e6:.1f} MB for the block that runs and the next, "
+            f"more than {budget_bytes / 1e6:.1f} MB; cut smaller blocks (partition: {{max_bytes: …}}) or raise it"
         )
     kept: list[str] = []
+    repeated = [b for b in blocks if b.rate != "prompt"]
+    if sum(size[b.name] for b in repeated) <= budget_bytes:
+        return [b.name for b in repeated]
     room = budget_bytes - needed
-    for block in blocks:
-        if block.rate == "prompt":
-            continue
+    for block in repeated:
         if size[block.name] > room:
             break
         room -= size[block.name]

@@ -54,6 +54,7 @@ def _component_json(lowering: Lowering) -> dict[str, Any]:
             {
                 "name": b.name,
                 "rate": b.rate,
+                "resident": b.name in lowering.resident,
                 "functions": list(distinct_functions(b)),
                 "parameters": b.parameters,
                 "weight_bytes": int(b.parameters * lowering.bytes_per_weight),
@@ -72,10 +73,15 @@ def plan_table(planned: Plan) -> RenderableType:
     groups: list[RenderableType] = []
     for name, component in data["components"].items():
         table = Table(title=f"{name}, in the order in which it runs", title_justify="left")
-        for column in ("block", "runs", "functions", "parameters", "bytes", "structure"):
+        for column in ("block", "runs", "functions", "parameters", "bytes", "structure", "in memory"):
             table.add_column(column, justify="right" if column in ("parameters", "bytes") else "left")
         for b in component["blocks"]:
-            each = (f"{b['parameters']:,}", size(b["weight_bytes"]), b["structure"][:8])
+            each = (
+                f"{b['parameters']:,}",
+                size(b["weight_bytes"]),
+                b["structure"][:8],
+                "kept" if b["resident"] else "loaded each time",
+            )
             table.add_row(b["name"], runs(b["rate"]), ", ".join(b["functions"]), *each)
         groups.append(table)
         groups.append(
