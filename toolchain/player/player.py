@@ -15,6 +15,7 @@ from toolchain.player.trace import Trace
 from toolchain.player.video import check_output, to_bytes, write_frames, write_video
 from toolchain.plugins import find_target
 from toolchain.sampler import initial_noise, sample
+from toolchain.schedule import Step
 from toolchain.text import prepare_prompt
 from toolchain.tokenizer import T5Tokenizer
 
@@ -81,8 +82,20 @@ class Player:
         self.progress("encode", 1, 1)
         return y.float(), mask
 
-    def denoise(self, y: torch.Tensor, mask: torch.Tensor, seed: int) -> torch.Tensor:
-        """Latents ``[1, C, T, H, W]`` for an embedded prompt; ``seed`` decides the initial noise."""
+    def denoise(
+        self,
+        y: torch.Tensor,
+        mask: torch.Tensor,
+        seed: int,
+        on_step: Callable[[Step, torch.Tensor], None] | None = None,
+    ) -> torch.Tensor:
+        """Latents ``[1, C, T, H, W]`` for an embedded prompt.
+
+        Args:
+            y, mask: as :meth:`encode` gives them.
+            seed: decides the initial noise.
+            on_step: called after every step with the step that was made and the new latents.
+        """
         g, s = self.manifest.geometry, self.manifest.sampler
         z = torch.from_numpy(
             initial_noise(seed, (1, g.latent_channels, g.latent_frames, g.latent_height, g.latent_width))
@@ -103,7 +116,13 @@ class Player:
                 return transformer.run("step", inputs | whole, "merged" if merged else "base")["out"].float()
 
             latents: torch.Tensor = sample(
-                denoiser, z, s.timesteps, guidance=s.guidance, leap=s.leap, merged_steps=s.merged_steps
+                denoiser,
+                z,
+                s.timesteps,
+                guidance=s.guidance,
+                leap=s.leap,
+                merged_steps=s.merged_steps,
+                on_step=on_step,
             )
         self.progress("denoise", total, total)
         return latents
