@@ -1,0 +1,310 @@
+"""What tests share: the small golden model, checkpoints and recipes of it, the command, and two built bundles."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+ROOT = Path(__file__).parents[1]
+# tests/ mirrors the tree, so with tests/ on the path its folders would hide the packages `passes` and `targets`
+sys.path.insert(0, str(ROOT))
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import json  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import yaml  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+from passes.partition import Partition, PartitionConfig  # noqa: E402
+from passes.token_merge import TokenMerge  # noqa: E402
+from toolchain.blocks import Block, extract_blocks  # noqa: E402
+from toolchain.graph import capture  # noqa: E402
+from toolchain.legalise import Legalise, LegaliseConfig  # noqa: E402
+from toolchain.models.stdit3 import LoweredSTDiT3, STDiT3, STDiT3Config, position_scale  # noqa: E402
+
+GOLDEN = Path(__file__).parent / "golden"
+FACTS: dict[str, Any] = json.loads((GOLDEN / "stdit3_rflow.json").read_text())
+
+RECIPE: dict[str, Any] = {
+    "version": 1,
+    "name": "small",
+    "model": "open-sora-v1.2",
+    "video": {"frames": 17, "height": 32, "width": 48},
+    "sampler": {"steps": 6, "leap": 3, "merged_steps": 2},
+    "transformer": {"checkpoint": "checkpoint", "passes": ["token-merge", "partition"]},
+    "target": "executorch",
+}
+"""One video of 5 latent frames, each of 2 × 3 patches."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-goldens", action="store_true", help="rewrite the stored graph texts in tests/golden")
+
+
+# --- the model ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def facts() -> dict[str, Any]:
+    """What is known of the golden model: its config, keys and shapes."""
+    return FACTS
+
+
+@pytest.fixture(scope="session")
+def small_config() -> STDiT3Config:
+    return STDiT3Config.from_json(FACTS["config"])
+
+
+@pytest.fixture(scope="session")
+def small_weights() -> dict[str, torch.Tensor]:
+    """The golden weights, under official names; do not edit them in place."""
+    weights: dict[str, torch.Tensor] = load_file(GOLDEN / "stdit3_weights.safetensors")
+    return weights
+
+
+@pytest.fixture(scope="session")
+def small_model(small_config: STDiT3Config, small_weights: Mapping[str, torch.Tensor]) -> Any:
+    """The golden model; do not edit it."""
+    model = STDiT3(small_config).eval().requires_grad_(False)
+    model.load_state_dict(small_weights)
+    return model
+
+
+@pytest.fixture(scope="session")
+def golden_case() -> Callable[[str], tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]]:
+    """A golden file's inputs (``in.NAME`` as ``NAME``) and everything else in it."""
+
+    def read(name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        data = load_file(GOLDEN / f"{name}.safetensors")
+        inputs = {k.removeprefix("in."): v for k, v in data.items() if k.startswith("in.")}
+        return inputs, {k: v for k, v in data.items() if not k.startswith("in.")}
+
+    return read
+
+
+# --- graphs as text ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hold_text(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """Hold a graph's text against the stored one; ``--update-goldens`` stores it instead."""
+
+    def hold(name: str, text: str) -> None:
+        path = GOLDEN / "graphs" / f"{name}.txt"
+        if request.config.getoption("--update-goldens"):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        stored = path.read_text(encoding="utf-8")
+        assert text.splitlines() == stored.splitlines(), f"{path.name} differs; --update-goldens if it should"
+
+    return hold
+
+
+# --- checkpoints and recipes -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def one_pair(small_weights: Mapping[str, torch.Tensor]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Config and weights of the golden model's first pair alone: what lowers in the least time."""
+    weights = {k: v for k, v in small_weights.items() if "_blocks." not in k or "_blocks.0." in k}
+    return FACTS["config"] | {"depth": 1}, weights
+
+
+def write_checkpoint(folder: Path, config: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> Path:
+    """A checkpoint in the official layout."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(dict(weights), folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture
+def checkpoint_folder(tmp_path: Path, small_weights: Mapping[str, torch.Tensor]) -> Path:
+    """A folder of its own with the whole golden checkpoint."""
+    return write_checkpoint(tmp_path / "checkpoint", FACTS["config"], small_weights)
+
+
+@pytest.fixture
+def recipe_data() -> dict[str, Any]:
+    """A small recipe as plain data, free to edit; its checkpoint is the folder ``checkpoint`` beside it."""
+    data: dict[str, Any] = json.loads(json.dumps(RECIPE))
+    return data
+
+
+@pytest.fixture
+def project(tmp_path: Path, one_pair: tuple[dict[str, Any], dict[str, torch.Tensor]]) -> Path:
+    """A user's folder: ``recipe.yaml`` and, beside it, its checkpoint of one pair."""
+    return write_project(tmp_path / "project", one_pair)
+
+
+def write_project(folder: Path, one_pair: tuple[dict[str, Any], dict[str, torch.Tensor]]) -> Path:
+    write_checkpoint(folder / "checkpoint", *one_pair)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    return folder
+
+
+# --- blocks and what they should compute -------------------------------------------------------------
+
+
+class Cut:
+    """A model cut into blocks for one target, with activations and results of the eager model.
+
+    ``blocks`` have the target's legal forms, ``references`` are as captured; the two stand side by side.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        weights: Mapping[str, torch.Tensor],
+        rules: tuple[str, ...],
+        *,
+        frames: int,
+        conditions: bool = False,
+        merged: bool = True,
+        height: int = 4,
+        **partition: Any,
+    ) -> None:
+        model = STDiT3(STDiT3Config.from_json(config)).eval().requires_grad_(False)
+        model.load_state_dict(weights)
+        sizes = {"batch": 2, "frames": frames, "height": height, "width": 6, "height_px": 8 * height, "width_px": 48}
+        with torch.device("meta"):
+            graph = capture(LoweredSTDiT3(STDiT3(model.config), **sizes, frame_conditions=conditions))
+        graph = TokenMerge()(graph).graph if merged else graph
+        cut = Partition(PartitionConfig.model_validate(partition))
+        self._weights = weights
+        self.references = extract_blocks(cut(graph).graph)
+        self.blocks = extract_blocks(cut(Legalise(LegaliseConfig(rules=rules))(graph).graph).graph)
+        scale = position_scale(model.config, 8 * height, 48)
+        tables = {
+            "pos_embed": model.pos_embed(hp=height // 2, wp=3, scale=scale),
+            "rope": model.rope(frames=frames),
+            "null_text": model.y_embedder.y_embedding,
+        }
+        generator = torch.Generator().manual_seed(0)
+        inputs = {i.name: torch.randn(i.shape, generator=generator) for i in graph.inputs}
+        inputs["timestep"] = torch.full((2,), 977.0)
+        inputs["fps"] = torch.full((2,), 24.0)
+        inputs["mask"] = (torch.arange(inputs["mask"].shape[1]) < 7).float().expand_as(inputs["mask"]).contiguous()
+        if conditions:
+            inputs["x_mask"] = (torch.arange(frames) > 0).float().expand(2, frames).contiguous()
+        self._values = {f"inputs.{k}": v for k, v in inputs.items()} | {f"tables.{k}": v for k, v in tables.items()}
+        for block in self.references:
+            self._values |= {f"{block.name}.{k}": v for k, v in self.expected(block.name, "base").items()}
+
+    def block(self, name: str) -> Block:
+        return next(b for b in self.blocks if b.name == name)
+
+    def weights(self, block: Block) -> dict[str, torch.Tensor]:
+        return {k: s.of(self._weights[s.tensor]).contiguous() for k, s in block.weights.items()}
+
+    def inputs(self, name: str) -> dict[str, torch.Tensor]:
+        """A block's inputs, by port, as the blocks before it give them."""
+        block = self.block(name)
+        return {p.name: self._values[block.sources[p.name]] for p in block.inputs}
+
+    def expected(self, name: str, function: str) -> dict[str, torch.Tensor]:
+        """The eager results of a block's function, by port."""
+        block = next(b for b in self.references if b.name == name)
+        with torch.no_grad():
+            results = block.module(function, self.weights(block))(*self.inputs(name).values())
+        return {p.name: r for p, r in zip(block.outputs, results, strict=True)}
+
+
+@pytest.fixture(scope="session")
+def cut_small(one_pair: tuple[dict[str, Any], dict[str, torch.Tensor]]) -> Callable[..., Cut]:
+    """Cut the model of one pair, at the sizes of the small recipe, for a target's rules."""
+
+    def make(rules: tuple[str, ...], **options: Any) -> Cut:
+        return Cut(*one_pair, rules, **({"frames": 5} | options))
+
+    return make
+
+
+# --- the command -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ran:
+    """How a command ended and what it said."""
+
+    code: int
+    out: str
+    err: str
+
+
+class RunCli(Protocol):
+    def __call__(self, *args: str | Path, cwd: Path, env: Mapping[str, str] | None = None) -> Ran: ...
+
+
+def command(*args: str | Path) -> list[str]:
+    return [sys.executable, "-m", "toolchain.cli", *map(str, args)]
+
+
+def run_command(*args: str | Path, cwd: Path, env: Mapping[str, str] | None = None) -> Ran:
+    done = subprocess.run(
+        command(*args), cwd=cwd, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=300
+    )
+    return Ran(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture(scope="session")
+def run_cli() -> RunCli:
+    """Run ``sora-compile`` in a process of its own."""
+    return run_command
+
+
+@pytest.fixture(scope="session")
+def start_cli() -> Callable[..., subprocess.Popen[str]]:
+    """Start ``sora-compile`` in a process that can be sent signals as from a terminal."""
+
+    def start(*args: str | Path, cwd: Path) -> subprocess.Popen[str]:
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command(*args), cwd=cwd, preexec_fn=_hear_interrupts, **pipes)
+
+    return start
+
+
+def _hear_interrupts() -> None:
+    """Undo what a background job inherits: SIGINT ignored."""
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+# --- built bundles -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Built:
+    """A bundle that the command built, the folder it was run in, and what it said."""
+
+    path: Path
+    project: Path
+    ran: Ran
+
+
+def _build(folder: Path, one_pair: Any, target: str) -> Built:
+    project = write_project(folder / "project", one_pair)
+    args = ("recipe.yaml", "--set", f"target={target}", "-o", "bundle", "-v")
+    ran = run_command(*args, cwd=project, env={"PYTHONHASHSEED": "1"})
+    assert ran.code == 0, ran.err
+    return Built(project / "bundle", project, ran)
+
+
+@pytest.fixture(scope="session")
+def executorch_bundle(tmp_path_factory: pytest.TempPathFactory, one_pair: Any) -> Built:
+    """The small recipe, built for ExecuTorch. Read only."""
+    return _build(tmp_path_factory.mktemp("executorch"), one_pair, "executorch")
+
+
+@pytest.fixture(scope="session")
+def coreml_bundle(tmp_path_factory: pytest.TempPathFactory, one_pair: Any) -> Built:
+    """The small recipe, built for Core ML. Read only."""
+    return _build(tmp_path_factory.mktemp("coreml"), one_pair, "coreml")

@@ -1,0 +1,339 @@
+"""Videos played from a bundle against the same pipeline in PyTorch, and what the player writes."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from toolchain import describe
+from toolchain.bundle import Bundle
+from toolchain.eager import EagerPipeline
+from toolchain.player import Player
+from toolchain.player.trace import Trace
+from toolchain.player.video import to_bytes
+from toolchain.recipe import Recipe, parse_recipe
+
+pytestmark = pytest.mark.slow
+
+PROMPT = "a red fox"
+LONG = "a red fox runs over the snow in the last light of a cold day, and then it sleeps under a tree. "
+ALIKE = 80.0
+"""Decibels from which two videos count as equal. 50 are promised and float32 gives over 100, but these random
+models make videos that differ by no more than 55 dB when one of them leaps."""
+SAMPLERS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "leap": {"leap": 2},
+    "dynamic-leap": {"steps": 20, "leap": "paper"},
+    "dynamic-leap-code": {"steps": 20, "leap": "code"},
+    "merged": {"merged_steps": 2},
+    "merged-leap": {"leap": 2, "merged_steps": 2},
+    "merged-dynamic-leap": {"steps": 20, "leap": "paper", "merged_steps": 9},
+}
+
+Psnr = Callable[[torch.Tensor, torch.Tensor], float]
+Players = Callable[..., Player]
+Variant = Callable[..., Recipe]
+Eager = Callable[[Recipe], EagerPipeline]
+Events = Callable[[Player], list[dict[str, Any]]]
+
+
+def denoiser_calls(events: list[dict[str, Any]]) -> list[str]:
+    """The function of the transformer's pair at every call."""
+    runs = [e["name"] for e in events if e["component"] == "transformer" and e["cat"] == "run"]
+    return [name.partition(".")[2] for name in runs if name.startswith("pair_0.")]
+
+
+# --- the video ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_equals_the_eager_pipeline(
+    name: str, variant: Variant, player: Players, eager: Eager, psnr: Psnr, events: Events
+) -> None:
+    own = variant(**SAMPLERS[name])
+    playing = player(own)
+    video = playing.video(PROMPT, seed=1)
+    assert video.shape == (22, 3, 40, 48)
+    assert video.dtype == torch.float32
+    assert psnr(video, eager(own).video(PROMPT, seed=1)) >= ALIKE
+    calls = denoiser_calls(events(playing))
+    merged = own.sampler.merged_steps
+    assert calls == ["merged"] * merged + ["base"] * (len(calls) - merged)
+    if own.sampler.leap is None:
+        assert len(calls) == own.sampler.steps
+    else:
+        assert len(calls) < own.sampler.steps
+
+
+def test_samplers_make_different_videos(variant: Variant, player: Players, psnr: Psnr) -> None:
+    """Else the comparison with the eager pipeline would hold them apart from nothing."""
+    videos = [player(variant(**SAMPLERS[n])).video(PROMPT, seed=1) for n in ("plain", "leap", "merged", "merged-leap")]
+    for i, video in enumerate(videos):
+        assert all(psnr(video, other) < ALIKE for other in videos[:i])
+
+
+def test_built_manifest_has_the_recipes_sampler(bundle: Bundle, recipe: Recipe) -> None:
+    assert bundle.manifest.sampler == describe.sampler(recipe)
+
+
+def test_stages_equal_the_eager_ones(recipe: Recipe, player: Players, eager: Eager) -> None:
+    """Each stage on the same input, so that an error of one is not blamed on another."""
+    playing, model = player(), eager(recipe)
+    y, mask = playing.encode(PROMPT)
+    expected_y, expected_mask = model.encode(PROMPT)
+    assert y.shape == (1, 32, 32)
+    torch.testing.assert_close(y, expected_y, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(mask, expected_mask, rtol=0, atol=0)
+    latents = playing.denoise(expected_y, mask, seed=2)
+    assert latents.shape == (1, 4, 7, 5, 6)
+    torch.testing.assert_close(latents, model.denoise(expected_y, mask, seed=2), rtol=1e-4, atol=1e-4)
+    pixels = playing.decode(latents)
+    with torch.no_grad():
+        expected = model.vae.decode(latents, 22)[0].transpose(0, 1)
+    torch.testing.assert_close(pixels, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_last_chunk_and_last_group_are_short(bundle: Bundle, player: Players, events: Events) -> None:
+    decoding = bundle.manifest.decoding
+    assert decoding is not None
+    assert [(c.latents, c.frames, c.function) for c in decoding.chunks] == [(5, 17, "base"), (2, 5, "tail")]
+    assert decoding.frames_per_call == 4
+    playing = player()
+    video = playing.decode(torch.randn(1, 4, 7, 5, 6, generator=torch.Generator().manual_seed(0)))
+    assert len(video) == 22
+    vae = bundle.manifest.components["vae"]
+    assert {rate: len(names) > 1 for rate, names in vae.load_order.items()} == {"chunk": True, "frames": True}
+    runs = [e["name"] for e in events(playing) if e["cat"] == "run"]
+    chunks = [f"{name}.{function}" for function in ("base", "tail") for name in vae.load_order["chunk"]]
+    assert runs == chunks + [f"{name}.base" for name in vae.load_order["frames"]] * 6
+
+
+def test_chunks_do_not_see_one_another(player: Players) -> None:
+    """The second chunk's latents decide the last five frames and no others."""
+    playing = player()
+    latents = torch.randn(1, 4, 7, 5, 6, generator=torch.Generator().manual_seed(0))
+    other = latents.clone()
+    other[:, :, 5:] = 0
+    first, second = playing.decode(latents), playing.decode(other)
+    assert torch.equal(first[:17], second[:17])
+    assert not torch.equal(first[17:], second[17:])
+
+
+# --- prompts and seeds -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt", [LONG, "", "   "], ids=["long", "empty", "blank"])
+def test_long_and_empty_prompts(prompt: str, recipe: Recipe, player: Players, eager: Eager, psnr: Psnr) -> None:
+    said: list[str] = []
+    playing = player(warn=said.append)
+    video = playing.video(prompt, seed=1)
+    assert psnr(video, eager(recipe).video(prompt, seed=1)) >= ALIKE
+    assert psnr(video, playing.video(PROMPT, seed=1)) < ALIKE
+    if prompt == LONG:
+        assert len(said) == 1
+        assert "longer than 32 tokens" in said[0]
+    else:
+        assert said == []
+
+
+def test_what_is_cut_off_a_prompt_changes_nothing(player: Players) -> None:
+    playing = player(warn=lambda text: None)
+    one, two = (playing.encode(LONG + end) for end in ("a fox", "two foxes and a bear"))
+    assert torch.equal(one[0], two[0])
+    assert bool(one[1].all())
+
+
+def test_the_same_seed_gives_the_same_video(player: Players, psnr: Psnr) -> None:
+    playing = player()
+    first = playing.video(PROMPT, seed=1)
+    assert torch.equal(first, playing.video(PROMPT, seed=1))
+    assert torch.equal(first, player().video(PROMPT, seed=1))
+    assert psnr(first, playing.video(PROMPT, seed=2)) < ALIKE
+
+
+# --- blocks come and go ------------------------------------------------------------------------------
+
+
+def blocks_of(events: list[dict[str, Any]], category: str) -> Counter[tuple[str, str]]:
+    """How often each block was loaded or run, by component and name."""
+    return Counter((e["component"], e["name"].partition(".")[0]) for e in events if e["cat"] == category)
+
+
+class Watch(Trace):
+    """A trace that also counts the engines alive whenever a block is about to be loaded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: list[int] = []
+
+    def span(self, name: str, category: str, component: str) -> AbstractContextManager[None]:
+        if category == "load":
+            self.alive.append(living_engines())
+        return super().span(name, category, component)
+
+
+def living_engines() -> int:
+    from targets.executorch.engine import ExecuTorchEngine
+
+    return sum(isinstance(o, ExecuTorchEngine) for o in gc.get_objects())
+
+
+def keeping(bundle: Bundle, edit: Callable[..., Bundle], blocks: Callable[[list[str]], list[str]]) -> Bundle:
+    """The bundle with other blocks to keep loaded."""
+    parts = bundle.manifest.components.items()
+    return edit(
+        bundle,
+        components={n: c.model_copy(update={"resident": blocks([b.name for b in c.blocks])}) for n, c in parts},
+    )
+
+
+def test_blocks_not_resident_are_freed_after_each_run(
+    bundle: Bundle, edit: Callable[..., Bundle], player: Players, events: Events
+) -> None:
+    playing = player(bundle=keeping(bundle, edit, lambda blocks: []))
+    playing.trace = watch = Watch()
+    video = playing.video(PROMPT, seed=1)
+    assert max(watch.alive) <= 1  # the block that ran last; a budget counts two
+    assert living_engines() == 0
+    assert blocks_of(events(playing), "load") == blocks_of(events(playing), "run")
+    assert torch.equal(video, player().video(PROMPT, seed=1))
+
+
+def test_resident_blocks_are_loaded_once_and_freed_at_the_end(
+    bundle: Bundle, edit: Callable[..., Bundle], player: Players, events: Events
+) -> None:
+    every = {(name, b.name): 1 for name, c in bundle.manifest.components.items() for b in c.blocks}
+    playing = player(bundle=keeping(bundle, edit, lambda blocks: blocks))
+    playing.trace = watch = Watch()
+    playing.video(PROMPT, seed=1)
+    assert blocks_of(events(playing), "load") == every
+    assert watch.alive == [n for c in bundle.manifest.components.values() for n in range(len(c.blocks))]
+    assert living_engines() == 0
+
+
+def test_some_blocks_resident(bundle: Bundle, edit: Callable[..., Bundle], player: Players, events: Events) -> None:
+    playing = player(bundle=keeping(bundle, edit, lambda blocks: blocks[1:3]))
+    assert torch.equal(playing.video(PROMPT, seed=1), player().video(PROMPT, seed=1))
+    loads, runs = (blocks_of(events(playing), c) for c in ("load", "run"))
+    for component, part in playing.manifest.components.items():
+        for block in part.blocks:
+            key = component, block.name
+            assert loads[key] == (1 if block.name in part.resident else runs[key])
+
+
+def test_progress_is_told_in_order(player: Players, variant: Variant) -> None:
+    told: list[tuple[str, int, int]] = []
+    player(variant(**SAMPLERS["dynamic-leap"]), progress=lambda *event: told.append(event)).video(PROMPT)
+    stages = list(dict.fromkeys(stage for stage, _, _ in told))
+    assert stages == ["encode", "denoise", "decode"]
+    assert [s for s, _, _ in told] == sorted((s for s, _, _ in told), key=stages.index)
+    for stage in stages:
+        (total,) = {t for s, _, t in told if s == stage}
+        done = [d for s, d, _ in told if s == stage]
+        assert (done[0], done[-1]) == (0, total)
+        assert all(a < b for a, b in pairwise(done))
+
+
+# --- frames given as condition -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def conditioned(
+    build: Callable[[Recipe], Bundle],
+    bundle: Bundle,
+    recipe: Recipe,
+    edit: Callable[..., Bundle],
+    tmp_path_factory: Any,
+) -> Bundle:
+    """The bundle with a transformer that takes frames as condition."""
+    data = recipe.model_dump(mode="json") | {"text_encoder": None, "vae": None, "sampler": {"steps": 4}}
+    data["transformer"] |= {"frame_conditions": True, "passes": []}
+    built = build(parse_recipe(data))
+    folder = tmp_path_factory.mktemp("conditioned") / "bundle"
+    shutil.copytree(bundle.path, folder)
+    shutil.rmtree(folder / "transformer")
+    shutil.copytree(built.path / "transformer", folder / "transformer")
+    components = bundle.manifest.components | {"transformer": built.manifest.components["transformer"]}
+    return edit(Bundle(folder, bundle.manifest), components=components, sampler=built.manifest.sampler)
+
+
+def test_frame_conditions_without_any_change_nothing(
+    conditioned: Bundle, variant: Variant, player: Players, eager: Eager, psnr: Psnr
+) -> None:
+    assert "x_mask" in [i.name for i in conditioned.manifest.components["transformer"].inputs]
+    video = player(bundle=conditioned).video(PROMPT, seed=1)
+    assert psnr(video, eager(variant()).video(PROMPT, seed=1)) >= ALIKE
+
+
+# --- the command -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def played(bundle: Bundle, run_cli: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """The folder in which the command played the bundle with everything it can write, and what it said."""
+    folder = tmp_path_factory.mktemp("played")
+    options = ("--seed", "7", "-o", "fox.mp4", "--frames", "frames", "--trace", "trace.json")
+    return folder, run_cli("play", bundle.path, "--prompt", LONG, *options, cwd=folder)
+
+
+def test_command_says_where_the_video_is(played: tuple[Path, Any]) -> None:
+    folder, ran = played
+    assert ran.code == 0, ran.err
+    assert ran.out.strip() == "fox.mp4"
+    assert ran.err.splitlines() == ["sora-compile: warning: the prompt is longer than 32 tokens; its end is left out"]
+    assert sorted(p.name for p in folder.iterdir()) == ["fox.mp4", "frames", "trace.json"]
+
+
+def test_command_writes_the_video(played: tuple[Path, Any], bundle: Bundle) -> None:
+    with av.open(str(played[0] / "fox.mp4")) as container:
+        (stream,) = container.streams
+        assert (stream.type, stream.codec_context.name) == ("video", "h264")
+        assert (stream.width, stream.height) == (48, 40)
+        assert stream.average_rate == bundle.manifest.geometry.fps == 8
+        assert sum(1 for _ in container.decode(video=0)) == 22
+
+
+def test_command_writes_frames(played: tuple[Path, Any], player: Players) -> None:
+    pictures = sorted((played[0] / "frames").iterdir())
+    assert [p.name for p in pictures] == [f"{i:03d}.png" for i in range(22)]
+    found = np.stack([np.asarray(Image.open(p)) for p in pictures])
+    video = player(warn=lambda text: None).video(LONG, seed=7)
+    np.testing.assert_array_equal(found, to_bytes(video).numpy())
+
+
+def test_command_writes_a_trace(played: tuple[Path, Any], bundle: Bundle) -> None:
+    trace = json.loads((played[0] / "trace.json").read_text())
+    names = {e["tid"]: e["args"]["name"] for e in trace["traceEvents"] if e["ph"] == "M"}
+    assert sorted(names.values()) == sorted(bundle.manifest.components)
+    assert all(e["name"] == "thread_name" for e in trace["traceEvents"] if e["ph"] == "M")
+    spans = [e for e in trace["traceEvents"] if e["ph"] != "M"]
+    for e in spans:
+        assert e.keys() == {"name", "cat", "ph", "ts", "dur", "pid", "tid"}
+        assert e["ph"] == "X"
+        assert e["cat"] in ("load", "run")
+        assert e["tid"] in names
+        assert e["ts"] >= 0
+        assert e["dur"] >= 0
+    assert all(a["ts"] + a["dur"] <= b["ts"] + 1e-3 for a, b in pairwise(spans))  # one thing after the other
+    blocks = {(n, b.name) for n, c in bundle.manifest.components.items() for b in c.blocks}
+    for category in ("load", "run"):
+        assert {(names[e["tid"]], e["name"].partition(".")[0]) for e in spans if e["cat"] == category} == blocks
+
+
+def test_command_as_json(bundle: Bundle, run_cli: Any, tmp_path: Path) -> None:
+    ran = run_cli("play", bundle.path, "--prompt", PROMPT, "-o", "a.mp4", "--json", cwd=tmp_path)
+    assert (ran.code, ran.err) == (0, "")
+    assert json.loads(ran.out) == {"video": "a.mp4"}

@@ -1,0 +1,401 @@
+"""How components are chosen, sized and put together; their blocks by name, precision and what the bundle says."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import yaml
+
+import toolchain
+from benchmarks import synthetic
+from toolchain import gate
+from toolchain.blocks import Block
+from toolchain.checkpoint import Checkpoint, open_checkpoint
+from toolchain.components import MEANINGS, chunk_functions, define, frames_per_call, sample_input
+from toolchain.errors import RecipeError
+from toolchain.lowering import Lowering, Plan
+from toolchain.models.t5 import T5Config
+from toolchain.models.vae import OpenSoraVAE, OpenSoraVAEConfig
+from toolchain.pipeline import _references, pin, read_named, read_weights, resolve
+from toolchain.recipe import Recipe, load_recipe, parse_recipe
+
+ROOT = Path(__file__).parents[1]
+CONFIGS: dict[str, dict[str, Any]] = {
+    "text_encoder": {"vocab_size": 256, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4},
+    "transformer": {"hidden_size": 32, "depth": 1, "num_heads": 2, "caption_channels": 32, "model_max_length": 24},
+    "vae": {
+        "spatial": {"block_out_channels": [8, 8, 16, 16], "layers_per_block": 1, "norm_num_groups": 4},
+        "temporal": {
+            "filters": 8,
+            "num_res_blocks": 1,
+            "channel_multipliers": [1, 1, 2],
+            "temporal_downsample": [True, True],
+            "num_groups": 4,
+        },
+    },
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of a model smaller than ``tiny``."""
+    folder = tmp_path_factory.mktemp("source")
+    for seed, (component, config) in enumerate(CONFIGS.items()):
+        synthetic.write(component, folder / component, config, torch.float32, seed)
+    shutil.copy(ROOT / "recipes/tiny/text_encoder/spiece.model", folder / "text_encoder")
+    return folder
+
+
+def small_recipe(**changes: Any) -> Recipe:
+    """A recipe of the smaller model; a component that is changed to None is left out."""
+    data: dict[str, Any] = {
+        "name": "small",
+        "model": "open-sora-v1.2",
+        "video": {"frames": 22, "height": 32, "width": 48},
+        "sampler": {"steps": 2},
+        "target": "executorch",
+    }
+    for name in CONFIGS:
+        own = changes.pop(name, {})
+        data[name] = None if own is None else {"checkpoint": name} | own
+    return parse_recipe(data | changes)
+
+
+def tiny(*overrides: str) -> Recipe:
+    return load_recipe("tiny", overrides)
+
+
+# --- chunks and groups -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("frames", "functions"),
+    [
+        (1, {"base": (1, 1)}),
+        (17, {"base": (5, 17)}),
+        (18, {"base": (5, 17), "tail": (1, 1)}),
+        (22, {"base": (5, 17), "tail": (2, 5)}),
+        (33, {"base": (5, 17), "tail": (4, 16)}),
+        (34, {"base": (5, 17)}),
+        (51, {"base": (5, 17)}),
+        (52, {"base": (5, 17), "tail": (1, 1)}),
+        (204, {"base": (5, 17)}),
+    ],
+)
+def test_chunk_functions(frames: int, functions: dict[str, tuple[int, int]]) -> None:
+    chunks = OpenSoraVAEConfig().chunks(frames)
+    found = chunk_functions(chunks)
+    assert found == functions
+    assert set(found.values()) == set(chunks)
+    assert sum(n for n, _ in chunks) == tiny(f"video.frames={frames}").video.latent_frames
+
+
+@pytest.mark.parametrize(("frames", "group"), [(1, 1), (17, 1), (22, 2), (34, 2), (51, 3), (68, 4), (102, 3), (204, 4)])
+def test_frames_per_call_divide_the_frames(frames: int, group: int) -> None:
+    assert frames_per_call(tiny(f"video.frames={frames}")) == group
+
+
+@pytest.mark.parametrize("asked", [1, 3, 5, 17, 40])
+def test_frames_per_call_as_asked(asked: int) -> None:
+    assert frames_per_call(tiny(f"vae.frames_per_call={asked}")) == asked
+
+
+def test_frames_per_call_of_the_transformer_alone() -> None:
+    assert frames_per_call(small_recipe(text_encoder=None, vae=None)) == 2
+
+
+# --- full size ---------------------------------------------------------------------------------------
+
+PARAMETERS = {"text_encoder": 4_762_310_656, "transformer": 1_208_872_772, "vae": 83_653_863 + 309_687_144 + 8}
+"""T5 v1.1 XXL's encoder; STDiT3-XL/2 with its null prompt; SDXL's autoencoder, the temporal one, and the
+latents' scale and shift."""
+
+
+@pytest.fixture(scope="module")
+def full_size() -> tuple[Plan, int]:
+    """The plan of the published model, and the bytes that planning took."""
+    t5 = asdict(T5Config()) | {"feed_forward_proj": "gated-gelu", "model_type": "t5"}
+    configs: dict[str, dict[str, Any]] = {"text_encoder": t5, "transformer": {}, "vae": {}}
+    parts = {name: {"checkpoint": "nowhere", "config": config} for name, config in configs.items()}
+    recipe = small_recipe(video={"frames": 68, "height": 240, "width": 320}, **parts)
+    before = psutil.Process().memory_info().rss
+    return toolchain.plan(recipe), psutil.Process().memory_info().rss - before
+
+
+def test_full_size_is_planned_without_weights(full_size: tuple[Plan, int]) -> None:
+    plan, grown = full_size
+    assert grown < 1e9  # the weights are 24 GB
+    for part in plan.components.values():
+        for forms in part.definition.forms:
+            for form in (forms.base, *forms.others.values()):
+                tensors = [*form.parameters(), *form.buffers()]
+                assert tensors
+                assert all(t.is_meta for t in tensors)
+
+
+@pytest.mark.parametrize("component", PARAMETERS)
+def test_full_size_has_the_official_weights(component: str, full_size: tuple[Plan, int]) -> None:
+    definition = full_size[0].components[component].definition
+    assert definition.name == component
+    assert sum(torch.Size(shape).numel() for shape in definition.expected.values()) == PARAMETERS[component]
+
+
+def test_full_size_blocks(full_size: tuple[Plan, int]) -> None:
+    parts = full_size[0].components
+    names = {n: [b.name for b in part.blocks] for n, part in parts.items()}
+    assert names["text_encoder"] == ["embed", *(f"layer_{i:02d}" for i in range(24)), "final"]
+    assert names["transformer"] == ["caption", "embed", *(f"pair_{i:02d}" for i in range(28)), "final"]
+    assert len({b.structure() for b in parts["text_encoder"].blocks}) == 3
+    assert len({b.structure() for b in parts["transformer"].blocks}) == 4
+    stems = {name.partition("_")[0] for name in names["vae"]}
+    assert stems == {"temporal", "spatial"}
+    assert all(b.parameters * 4 <= 200e6 for b in parts["vae"].blocks)
+
+
+# --- what does not fit -------------------------------------------------------------------------------
+
+
+def test_text_and_transformer_must_fit() -> None:
+    config = CONFIGS["transformer"] | {"caption_channels": 48}
+    recipe = small_recipe(
+        text_encoder={"config": CONFIGS["text_encoder"] | {"feed_forward_proj": "gated-gelu"}},
+        transformer={"config": config},
+        vae=None,
+    )
+    with pytest.raises(RecipeError) as error:
+        toolchain.plan(recipe)
+    assert str(error.value) == (
+        "text_encoder: its outputs have 32 channels, the transformer takes 48 (caption_channels)"
+    )
+    assert error.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("component", "config", "said"),
+    [
+        ("text_encoder", {"d_model": 32}, "text_encoder.config: feed_forward_proj 'relu'"),
+        ("text_encoder", {"feed_forward_proj": "gated-gelu"}, "text_encoder.config: T5 config lacks vocab_size"),
+        ("text_encoder", {"model_type": "umt5"}, "text_encoder.config: model_type 'umt5'"),
+        ("transformer", {"hidden_size": 33}, "transformer.config: hidden_size 33"),
+        ("transformer", {"num_heads": 0}, "transformer.config: "),
+        ("vae", {"spatial": {"norm_num_groups": 7}}, "vae.config: 128 channels do not divide"),
+        ("vae", {"temporal": {"temporal_downsample": [True]}}, "vae.config: temporal_downsample has 1 entries"),
+        ("vae", {"micro_frame_size": 0}, "vae.config: micro_frame_size 0"),
+        ("vae", {"shift": 1}, "vae.config: "),
+    ],
+)
+def test_a_configuration_that_cannot_be(component: str, config: dict[str, Any], said: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        define(component, small_recipe(), config, 24)
+    assert str(error.value).startswith(said)
+
+
+# --- what is written down ----------------------------------------------------------------------------
+
+
+def resolved(plan: Plan, source: Path) -> Recipe:
+    """The recipe that a bundle of this plan would hold."""
+    checkpoints = {n: open_checkpoint(part.checkpoint, source) for n, part in plan.recipe.components().items()}
+    return resolve(plan, checkpoints, {n: pin(c, None) for n, c in checkpoints.items()})
+
+
+def structures(plan: Plan) -> dict[str, list[tuple[str, str, str]]]:
+    """Every block by name, structure and precision."""
+    parts = plan.components.items()
+    return {n: [(b.name, b.structure(), part.target.precision) for b in part.blocks] for n, part in parts}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"text_encoder": None, "vae": None},
+        {"text_encoder": None, "vae": {"encoder": True, "frames_per_call": 4}},
+        {"text_encoder": None, "vae": {"precision": "float32"}, "target": "coreml"},
+        pytest.param(
+            {"text_encoder": None, "transformer": {"precision": "float32"}, "target": "coreml"},
+            marks=pytest.mark.xfail(
+                strict=True,
+                raises=AssertionError,
+                reason="resolve() writes the transformer's own precision as the target's, so the VAE gets it too",
+            ),
+        ),
+        pytest.param(
+            {},
+            marks=pytest.mark.xfail(
+                strict=True,
+                raises=RecipeError,
+                reason="the text encoder's config is written without feed_forward_proj, which T5Config.from_json wants",
+            ),
+        ),
+    ],
+    ids=["transformer", "vae", "vae-precision", "transformer-precision", "whole"],
+)
+def test_a_resolved_recipe_builds_the_same(changes: dict[str, Any], source: Path) -> None:
+    plan = toolchain.plan(small_recipe(**changes), base=source)
+    again = parse_recipe(yaml.safe_load(resolved(plan, source).to_yaml()))
+    assert structures(toolchain.plan(again, base=source)) == structures(plan)
+
+
+# --- precision ---------------------------------------------------------------------------------------
+
+
+def test_precision_by_component(source: Path) -> None:
+    recipe = small_recipe(vae={"precision": "float32"}, target="coreml")
+    parts = toolchain.plan(recipe, base=source).components
+    assert {n: part.target.precision for n, part in parts.items()} == {
+        "text_encoder": "float16",
+        "transformer": "float16",
+        "vae": "float32",
+    }
+    assert {n: part.bytes_per_weight for n, part in parts.items()} == {"text_encoder": 2, "transformer": 2, "vae": 4}
+
+
+@pytest.mark.xfail(
+    strict=True, raises=AssertionError, reason="lowering._target() blames 'target.precision' for a component's own"
+)
+def test_a_precision_that_the_target_lacks(source: Path) -> None:
+    with pytest.raises(RecipeError) as error:
+        toolchain.plan(small_recipe(vae={"precision": "float16"}), base=source)
+    assert str(error.value).startswith("vae.precision: ")
+
+
+@pytest.mark.slow
+def test_precision_is_recorded(source: Path, tmp_path: Path) -> None:
+    recipe = small_recipe(text_encoder=None, vae={"precision": "float32"}, target="coreml", video=ONE_FRAME)
+    manifest = toolchain.compile_recipe(recipe, tmp_path / "bundle", base=source).manifest
+    assert {n: c.precision for n, c in manifest.components.items()} == {"transformer": "float16", "vae": "float32"}
+    assert manifest.target.options["precision"] == "float16"
+    assert manifest.gate.limits == {"float16": 2e-2, "float32": 1e-3}
+    for name, part in manifest.components.items():
+        ports = [p for b in part.blocks for p in (*b.inputs, *b.outputs)]
+        exact = {p.source for b in part.blocks for p in b.inputs if p.source in ("inputs.timestep", "inputs.fps")}
+        assert exact == ({"inputs.timestep", "inputs.fps"} if name == "transformer" else set())
+        dtypes = {p.dtype for p in ports if getattr(p, "source", None) not in exact}
+        assert dtypes == {part.precision}
+        assert {i.dtype for i in part.inputs} <= {part.precision, "float32"}
+    again = load_recipe(tmp_path / "bundle/recipe.yaml")
+    assert again.vae is not None
+    assert (again.vae.precision, again.transformer.precision) == ("float32", None)
+    assert again.target.options["precision"] == "float16"
+
+
+# --- the VAE's encoder -------------------------------------------------------------------------------
+
+ONE_FRAME = {"frames": 1, "height": 32, "width": 48}
+
+
+def test_the_encoder_is_planned_when_asked_for() -> None:
+    parts = {asked: toolchain.plan(tiny(f"vae.encoder={asked}")).components["vae"] for asked in ("false", "true")}
+    without, blocks = parts["false"].blocks, parts["true"].blocks
+    assert {b.rate for b in without} == {"chunk", "frames"}
+    assert [b.name for b in blocks[: len(without)]] == [b.name for b in without]
+    assert [b.structure() for b in blocks[: len(without)]] == [b.structure() for b in without]
+    encoder = blocks[len(without) :]
+    assert [b.rate for b in encoder] == ["encode_frames", "encode_chunk"]
+    assert [b.name.partition("_encoder_")[0] for b in encoder] == ["spatial", "temporal"]
+    assert len({b.name for b in blocks}) == len(blocks)
+    assert [[p.name for p in b.outputs] for b in encoder] == [["mean", "logvar"]] * 2
+
+
+def test_the_encoder_has_a_tail_as_the_decoder_has() -> None:
+    part = toolchain.plan(tiny("vae.encoder=true", "video.frames=22")).components["vae"]
+    functions = {b.rate: list(b.functions) for b in part.blocks}
+    assert functions == {
+        "chunk": ["base", "tail"],
+        "frames": ["base"],
+        "encode_frames": ["base"],
+        "encode_chunk": ["base", "tail"],
+    }
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=RuntimeError,
+    reason="_references() keeps one input a name, but the spatial decoder and the temporal encoder both take 'x_z'",
+)
+def test_the_encoder_and_the_decoder_have_references(source: Path) -> None:
+    recipe = small_recipe(text_encoder=None, vae={"encoder": True})
+    part = toolchain.plan(recipe, base=source).components["vae"]
+    checkpoint = open_checkpoint("vae", source)
+    for function, reference in _references(part, recipe, {}).items():
+        for block in part.reference:
+            own = function if function in block.functions else "base"
+            results = reference.run(block, own, read_weights(block, checkpoint, {}))
+            reference.advance(block, results)
+
+
+@pytest.mark.slow
+def test_the_encoder_lowers(source: Path, tmp_path: Path) -> None:
+    """Through the gate for ExecuTorch; and its parts one after the other are the model's ``encode``."""
+    video = {"frames": 17, "height": 32, "width": 48}
+    recipe = small_recipe(text_encoder=None, vae={"encoder": True, "frames_per_call": 17}, video=video)
+    part = toolchain.plan(recipe, base=source).components["vae"]
+    checkpoint = open_checkpoint("vae", source)
+    spatial, temporal = [(b, r) for b, r in zip(part.blocks, part.reference, strict=True) if "encode" in b.rate]
+    pixels = torch.rand(17, 3, 32, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    scaling = part.definition.config["spatial_scaling"]
+    mean = run_through_the_gate(part, *spatial, {"pixels": pixels}, checkpoint, tmp_path)["mean"]
+    x_z = mean.transpose(0, 1)[None] * scaling
+    moments = run_through_the_gate(part, *temporal, {"x_z": x_z}, checkpoint, tmp_path)
+    model = OpenSoraVAE(OpenSoraVAEConfig.from_json(part.definition.config)).eval()
+    model.load_state_dict(read_named(checkpoint, part.definition))
+    with torch.no_grad():
+        expected = model.encode(pixels.transpose(0, 1)[None])
+    found = (moments["mean"] - model.shift) / model.scale
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def run_through_the_gate(
+    part: Lowering,
+    block: Block,
+    reference: Block,
+    inputs: dict[str, torch.Tensor],
+    checkpoint: Checkpoint,
+    folder: Path,
+) -> dict[str, torch.Tensor]:
+    """Lower a block, hold it against PyTorch on ``inputs``, and return what its artifact computes."""
+    weights = read_weights(block, checkpoint, {})
+    artifact = part.target.lower(block, weights, folder / f"{block.name}{part.target.suffix}")
+    part.target.check(artifact.path, block)
+    engine = part.target.engine(artifact.path, block.inputs, block.outputs)
+    run = gate.ReferenceRun((reference,), inputs, {})
+    measured = gate.hold(
+        reference, artifact.functions, engine, {"base": run}, read_weights(reference, checkpoint, {}), 1e-3
+    )
+    assert measured["base"].relative_error < 1e-5
+    return dict(engine("base", inputs))
+
+
+# --- inputs for the gate -----------------------------------------------------------------------------
+
+
+def test_sample_inputs_are_such_as_a_run_has() -> None:
+    recipe = tiny("vae.encoder=true", "transformer.frame_conditions=true")
+    generator = torch.Generator().manual_seed(0)
+    for part in toolchain.plan(recipe).components.values():
+        for graph in part.graphs:
+            for spec in graph.inputs:
+                value = sample_input(spec, recipe, generator)
+                assert value.shape == spec.shape
+                assert value.dtype == spec.dtype
+                assert spec.name in MEANINGS
+                if spec.name == "timestep":
+                    assert value[0].item() in recipe.timesteps()
+                elif spec.name == "mask":
+                    assert bool((value[:, 1:] <= value[:, :-1]).all())
+                    assert value[0, 0] == 1

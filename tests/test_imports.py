@@ -1,0 +1,65 @@
+"""Imports stay light: converters, runtimes and torch are loaded by who uses them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CONVERTERS = ("coremltools", "executorch", "onnx", "onnxruntime", "torchao")
+HEAVY = (*CONVERTERS, "torch", "transformers", "numpy", "huggingface_hub")
+
+
+def loaded_after(code: str, cwd: Path, modules: tuple[str, ...] = HEAVY) -> str:
+    """Which of ``modules`` a fresh interpreter holds after ``code``."""
+    script = f"import sys\n{code}\nprint(set({modules}) & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import toolchain",
+        "import toolchain.cli",
+        "import toolchain.recipe, toolchain.manifest, toolchain.bundle, toolchain.schedule, toolchain.errors",
+        "import toolchain\ntoolchain.load_recipe('tiny').timesteps()",
+        "import toolchain.console, toolchain.listener, toolchain.validation",
+    ],
+)
+def test_nothing_heavy_is_imported(code: str, tmp_path: Path) -> None:
+    assert loaded_after(code, tmp_path) == "set()"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["compile", "--help"], ["plan", "--help"], ["--version"], ["schema", "recipe"]]
+)
+def test_commands_that_need_nothing_load_nothing(arguments: list[str], tmp_path: Path) -> None:
+    code = f"sys.argv = {['sora-compile', *arguments]}\nfrom toolchain.cli import main\n"
+    code += "try:\n    main()\nexcept SystemExit as e:\n    assert not e.code, e.code"
+    assert loaded_after(code, tmp_path) == "set()"
+
+
+def test_passes_and_targets_load_no_converter(tmp_path: Path) -> None:
+    code = "import passes.partition, passes.token_merge, targets.coreml, targets.executorch"
+    assert loaded_after(code, tmp_path, CONVERTERS) == "set()"
+
+
+def test_every_public_name_is_there(tmp_path: Path) -> None:
+    import toolchain
+
+    assert sorted(toolchain.__all__) == list(toolchain.__all__)
+    assert all(getattr(toolchain, name).__name__ == name for name in toolchain.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'no_such_name'"):
+        _ = toolchain.no_such_name
+
+
+def test_the_command_needs_no_home(tmp_path: Path) -> None:
+    env = {k: v for k, v in os.environ.items() if k not in ("HOME", "XDG_CACHE_HOME")}
+    args = [sys.executable, "-m", "toolchain.cli", "--version"]
+    done = subprocess.run(args, capture_output=True, text=True, cwd=tmp_path, env=env, check=True)
+    assert done.stdout.strip().count(".") >= 1
