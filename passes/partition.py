@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from itertools import groupby, islice
 
-from pydantic import ByteSize, Field, model_validator
+from pydantic import Field, model_validator
 from torch import fx
 
 from toolchain.errors import LoweringError
 from toolchain.graph import Graph, compute_nodes
 from toolchain.passbase import Pass, PassConfig, PassResult
+from toolchain.validation import Bytes
 
 Unit = tuple[str, ...]
 
@@ -25,7 +26,7 @@ class PartitionConfig(PassConfig):
 
     layers_per_block: int | None = Field(default=None, ge=1, description="Layers (pairs) in a block.")
     blocks: int | None = Field(default=None, ge=1, description="Number of blocks that the layers are divided into.")
-    max_bytes: ByteSize | None = Field(default=None, ge=1, description="Most bytes of weights in a block, as '200MB'.")
+    max_bytes: Bytes | None = Field(default=None, description="Most bytes of weights in a block, as '200MB'.")
 
     @model_validator(mode="after")
     def _one_rule(self) -> PartitionConfig:
@@ -107,12 +108,13 @@ def _by_bytes(layers: list[list[Unit]], most: float, bytes_of: dict[Unit, float]
         if size <= most:
             put(parts, size)
             continue
+        room = 0.0  # parts of one layer share a block with no other layer
         for part in parts:
             if bytes_of[part] > most:
                 where, needed = ".".join(part), int(bytes_of[part])
                 raise LoweringError(f"max_bytes: '{where}' alone has {needed} bytes of weights, more than {int(most)}")
             put([part], bytes_of[part])
-        room = 0.0  # parts of one layer share a block with no other layer
+        room = 0.0
     return bins
 
 

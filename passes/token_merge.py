@@ -52,6 +52,7 @@ class TokenMergeConfig(PassConfig):
     where: tuple[Literal["self_attention", "cross_attention"], ...] = Field(
         default=("self_attention", "cross_attention"),
         min_length=1,
+        strict=False,  # a list in recipes, a tuple here
         description="Which attentions run on merged frames.",
     )
 

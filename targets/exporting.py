@@ -23,9 +23,14 @@ def export(block: Block, function: str, weights: Mapping[str, torch.Tensor]) -> 
         program = program.run_decompositions({})
         _drop_aliases(program)
     except Exception as e:
-        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise LoweringError(f"block '{block.name}', function '{function}': cannot export: {reason}") from e
+        raise LoweringError(f"block '{block.name}', function '{function}': cannot export: {reason(e)}") from e
     return program
+
+
+def reason(error: Exception) -> str:
+    """What a converter said, on one line, cut where it starts to explain itself."""
+    text = " ".join(str(error).split())
+    return text[:300] if text else type(error).__name__
 
 
 def _drop_aliases(program: torch.export.ExportedProgram) -> None:

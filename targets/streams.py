@@ -28,14 +28,16 @@ def quiet() -> Iterator[Callable[[], str]]:
             warnings.simplefilter("ignore")
             for stream, _ in kept:
                 os.dup2(said.fileno(), stream)
+            with os.fdopen(os.dup(said.fileno()), "w") as text:
 
-            def read() -> str:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                said.seek(0)
-                return said.read().decode(errors="replace")
+                def read() -> str:
+                    text.flush()
+                    said.seek(0)
+                    return said.read().decode(errors="replace")
 
-            yield read
+                # in notebooks and under pytest, Python's streams are not the process's
+                with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+                    yield read
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

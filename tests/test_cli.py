@@ -190,7 +190,6 @@ def test_failures(run_cli: Any, project: Path, name: str) -> None:
 
 
 @slow
-@pytest.mark.xfail(strict=True, reason="torch's remark on the pickle's protocol is printed before our line")
 def test_a_plain_pickle_gives_one_line_too(run_cli: Any, project: Path) -> None:
     pickled(lambda f: f.write_bytes(pickle.dumps(Payload())))(project)
     ran = run_cli("recipe.yaml", "-o", "bundle", cwd=project)
@@ -216,9 +215,6 @@ def test_a_folder_that_cannot_be_written(run_cli: Any, project: Path) -> None:
 
 
 @slow
-@pytest.mark.xfail(
-    strict=True, reason="staging() makes the folders above the bundle before anything is known to be right"
-)
 def test_a_failure_leaves_no_folders_above_the_bundle(run_cli: Any, project: Path) -> None:
     edit(project, transformer__checkpoint="nowhere")
     assert run_cli("recipe.yaml", "-o", "some/where/bundle", cwd=project).code == 3
@@ -321,9 +317,6 @@ def test_what_a_killed_run_left_is_removed_by_the_next(start_cli: Any, run_cli: 
 
 
 @slow
-@pytest.mark.xfail(
-    strict=True, reason="_remove_leftovers splits at the last 'NAME.', which may be inside the random suffix"
-)
 def test_any_leftover_can_be_removed(run_cli: Any, project: Path) -> None:
     (project / ".b.partial-999999999-xyzb.scratch").mkdir()
     edit(project, transformer__checkpoint="nowhere")
@@ -367,9 +360,7 @@ def test_what_a_build_prints(request: pytest.FixtureRequest, target: str) -> Non
         "executorch",
         pytest.param(
             "coreml",
-            marks=pytest.mark.xfail(
-                strict=True, reason="model.mlmodel keeps the mode of the temporary file that it was saved as"
-            ),
+            marks=(),
         ),
     ],
 )

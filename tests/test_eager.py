@@ -144,9 +144,6 @@ def test_a_seed_is_a_video(pipeline: EagerPipeline) -> None:
     assert relative(other, first) > 0.1
 
 
-@pytest.mark.xfail(
-    strict=True, raises=TypeError, reason="EagerPipeline.denoise does not give x_mask to a transformer with conditions"
-)
 def test_frame_conditions_without_any_change_nothing(pipeline: EagerPipeline) -> None:
     y, mask = pipeline.encode(PROMPT)
     conditioned = EagerPipeline(small_recipe("transformer.frame_conditions=true"))

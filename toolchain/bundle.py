@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import os
 import shutil
@@ -126,6 +127,7 @@ def staging(out: Path) -> Iterator[Path]:
     out = Path(os.path.abspath(out))
     if out.exists() and not (out / FILE_NAME).is_file() and not (out.is_dir() and not any(out.iterdir())):
         raise RecipeError(f"-o {out}: exists and is not a bundle; choose another folder or remove it")
+    above = [p for p in out.parents if not p.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(out)
@@ -149,6 +151,9 @@ def staging(out: Path) -> Iterator[Path]:
         tempfile.tempdir = usual
         for left in (folder, scratch):
             shutil.rmtree(left, ignore_errors=True)
+        for made in above:
+            with contextlib.suppress(OSError):  # not empty, when all went well
+                made.rmdir()
 
 
 def _replace(folder: Path, out: Path) -> None:
@@ -165,10 +170,12 @@ def _replace(folder: Path, out: Path) -> None:
 
 
 def _remove_leftovers(out: Path) -> None:
-    for left in (*out.parent.glob(f".{out.name}.partial-*"), *out.parent.glob(f".{out.name}.old-*")):
-        pid = left.name.rsplit(f"{out.name}.", 1)[1].split("-")[1]
-        if pid.isdigit() and not _alive(int(pid)):
-            shutil.rmtree(left, ignore_errors=True)
+    for kind in ("partial", "old"):
+        prefix = f".{out.name}.{kind}-"
+        for left in out.parent.glob(f"{glob.escape(prefix)}*"):
+            pid = left.name.removeprefix(prefix).split("-")[0]
+            if pid.isdigit() and not _alive(int(pid)):
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _alive(pid: int) -> bool:

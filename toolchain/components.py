@@ -62,7 +62,7 @@ def define(component: str, recipe: Recipe, config: Mapping[str, Any], text_token
         if component == "text_encoder":
             return _text_encoder(config, text_tokens)
         return _transformer(recipe, config) if component == "transformer" else _vae(recipe, config)
-    except (ValueError, TypeError, ZeroDivisionError) as e:
+    except (ValueError, TypeError, ZeroDivisionError, RuntimeError) as e:
         raise RecipeError(f"{component}.config: {e}") from e
 
 
@@ -78,7 +78,8 @@ def _text_encoder(config: Mapping[str, Any], tokens: int) -> Definition:
         model = T5Encoder(parsed)
     expected = {k: v for k, v in _shapes(model).items() if k not in TIED.values()}
     forms = (Forms(LoweredT5(model, prompts=1, length=tokens)),)
-    return Definition("text_encoder", asdict(parsed), expected, forms, aliases=TIED)
+    whole = asdict(parsed) | {"model_type": "t5", "feed_forward_proj": "gated-gelu"}
+    return Definition("text_encoder", whole, expected, forms, aliases=TIED)
 
 
 def _transformer(recipe: Recipe, config: Mapping[str, Any]) -> Definition:

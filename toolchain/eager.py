@@ -41,7 +41,7 @@ class EagerPipeline:
         checkpoints = {n: open_checkpoint(part.checkpoint, Path(base)) for n, part in recipe.components().items()}
         weights = {n: read_named(checkpoints[n], components[n].definition) for n in components}
         self.tokenizer = T5Tokenizer(find_tokenizer(recipe.text_encoder, checkpoints["text_encoder"], Path(base)))
-        self.text_encoder = T5Encoder(T5Config(**components["text_encoder"].definition.config))
+        self.text_encoder = T5Encoder(T5Config.from_json(components["text_encoder"].definition.config))
         self.text_encoder.load_state_dict(weights["text_encoder"])
         self.vae = OpenSoraVAE(OpenSoraVAEConfig.from_json(components["vae"].definition.config))
         self.vae.load_state_dict(weights["vae"])
@@ -50,6 +50,7 @@ class EagerPipeline:
         for rewrite in load_passes(recipe, "transformer")[:-1]:
             graph = rewrite(graph).graph
         self.tokens = graph.dims["L"]
+        self.channels = int(definition.config["in_channels"])
         self.null_text = weights["transformer"]["y_embedder.y_embedding"][None]
         self.functions = {f: materialise(gm, weights["transformer"]) for f, gm in graph.functions.items()}
 
@@ -67,13 +68,14 @@ class EagerPipeline:
     def denoise(self, y: torch.Tensor, mask: torch.Tensor, seed: int) -> torch.Tensor:
         """Latents ``[1, C, T, H, W]``."""
         video, own = self.recipe.video, self.recipe.sampler
-        shape = (1, 4, video.latent_frames, *video.latent_size)
+        shape = (1, self.channels, video.latent_frames, *video.latent_size)
+        given = (torch.ones(2, video.latent_frames),) if self.recipe.transformer.frame_conditions else ()
         both, masks = torch.cat((y, self.null_text)), torch.cat((mask, mask))
 
         def denoiser(z_pair: torch.Tensor, t: float, _: torch.Tensor | None, merged: bool) -> torch.Tensor:
             fps = torch.full((2,), self.recipe.model_fps)
             function = self.functions["merged" if merged else "base"]
-            out: torch.Tensor = function(z_pair, torch.full((2,), t), both, masks, fps)[0]
+            out: torch.Tensor = function(z_pair, torch.full((2,), t), both, masks, fps, *given)[0]
             return out
 
         latents: torch.Tensor = sample(

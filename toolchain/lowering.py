@@ -60,11 +60,9 @@ class Plan:
     """What a recipe would build, without building it."""
 
     recipe: Recipe
+    target: Target
+    """With the recipe's options; a component's own may have another precision."""
     components: Mapping[str, Lowering]
-
-    @property
-    def target(self) -> Target:
-        return self.components["transformer"].target
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -84,16 +82,18 @@ def plan(recipe: Recipe, *, base: str | Path | None = None, listener: Listener |
     """
     base, listener = Path(base or "."), listener or Listener()
     passes = {name: load_passes(recipe, name) for name in recipe.components()}
-    targets = {name: _target(recipe, part) for name, part in recipe.components().items()}
+    target = find_target(recipe.target.name, recipe.target.options)
+    targets = {name: _target(recipe, name, part) for name, part in recipe.components().items()}
     definitions = _define(recipe, base)
     budget = recipe.memory_budget
     lowered = {n: _lower(definitions[n], passes[n], targets[n], listener, budget) for n in recipe.components()}
-    return Plan(recipe, lowered)
+    return Plan(recipe, target, lowered)
 
 
-def _target(recipe: Recipe, part: ComponentRecipe) -> Target:
-    own = {"precision": part.precision} if part.precision is not None else {}
-    return find_target(recipe.target.name, {**recipe.target.options, **own})
+def _target(recipe: Recipe, name: str, part: ComponentRecipe) -> Target:
+    if part.precision is None:
+        return find_target(recipe.target.name, recipe.target.options)
+    return find_target(recipe.target.name, {**recipe.target.options, "precision": part.precision}, key=name)
 
 
 def load_passes(recipe: Recipe, component: str) -> tuple[Pass, ...]:

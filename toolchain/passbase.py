@@ -15,7 +15,7 @@ from toolchain.graph import Graph
 class PassConfig(BaseModel):
     """Base of a pass's options: frozen and strict, so that its JSON is both cache key and record."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 @dataclass(frozen=True)

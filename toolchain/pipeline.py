@@ -88,10 +88,10 @@ def resolve(planned: Plan, checkpoints: Mapping[str, Checkpoint], pins: Mapping[
             "checkpoint": checkpoints[name].location,
             "sha256": pins[name],
             "config": describe.plain(lowering.definition.config),
+            "precision": lowering.target.precision,
             "passes": [{p.name: p.config.model_dump(mode="json", exclude_none=True)} for p in lowering.passes],
         }
     data["target"] = {"name": planned.target.name, **planned.target.config.model_dump(mode="json")}
-    data["target"] |= {k: v for k, v in planned.recipe.target.options.items() if k == "precision"}
     return Recipe.model_validate(data)
 
 
@@ -182,27 +182,31 @@ def _build(
         path.chmod(0o644)  # safetensors writes files that only their owner can read
         tables_file = describe_file(path, folder)
     listener.start(name, [b.name for b in lowering.blocks])
-    references = _references(lowering, recipe, tables)
+    references: dict[str, dict[str, ReferenceRun]] = {}
+    for graph in lowering.graphs:
+        references |= dict.fromkeys(graph.blocks(), _references(lowering, graph, recipe, tables))
     with tempfile.TemporaryDirectory() as scratch:
         templates = Templates(lowering.target, lowering.blocks, Path(scratch), listener, direct)
         entries = [
-            _build_block(lowering, templates, block, eager, references, checkpoint, folder, recipe, listener)
+            _build_block(
+                lowering, templates, block, eager, references[block.name], checkpoint, folder, recipe, listener
+            )
             for block, eager in zip(lowering.blocks, lowering.reference, strict=True)
         ]
     return describe.component(lowering, entries, tables_file, tables)
 
 
-def _references(lowering: Lowering, recipe: Recipe, tables: Mapping[str, torch.Tensor]) -> dict[str, ReferenceRun]:
-    """One eager run per function: functions may differ in the shapes they take."""
+def _references(
+    lowering: Lowering, graph: Graph, recipe: Recipe, tables: Mapping[str, torch.Tensor]
+) -> dict[str, ReferenceRun]:
+    """Eager runs of a graph's blocks, one per function: functions may differ in the shapes they take."""
+    names = set(graph.blocks())
+    blocks = tuple(b for b in lowering.reference if b.name in names)
     runs = {}
-    for function in dict.fromkeys(f for graph in lowering.graphs for f in graph.functions):
+    for function in graph.functions:
         generator = torch.Generator().manual_seed(recipe.gate.seed)
-        values = {
-            spec.name: sample_input(spec, recipe, generator)
-            for graph in lowering.graphs
-            for spec in graph.inputs_of(function)
-        }
-        runs[function] = ReferenceRun(lowering.reference, values, tables)
+        values = {spec.name: sample_input(spec, recipe, generator) for spec in graph.inputs_of(function)}
+        runs[function] = ReferenceRun(blocks, values, tables)
     return runs
 
 

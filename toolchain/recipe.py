@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,19 +12,18 @@ import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
-    ByteSize,
     ConfigDict,
     Field,
-    TypeAdapter,
     ValidationError,
     WithJsonSchema,
+    field_validator,
     model_serializer,
     model_validator,
 )
 
 from toolchain.errors import RecipeError
 from toolchain.schedule import PRESETS, Leap, timesteps
-from toolchain.validation import explain
+from toolchain.validation import Bytes, explain
 
 IMAGE_FPS = 120
 GATE_DEFAULTS = {"float32": 1e-3, "float16": 2e-2}
@@ -31,7 +31,7 @@ GATE_DEFAULTS = {"float32": 1e-3, "float16": 2e-2}
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class Named(BaseModel):
@@ -97,13 +97,6 @@ Target = Annotated[
 ]
 
 
-def _bytes(value: Any) -> Any:
-    return int(TypeAdapter(ByteSize).validate_python(value)) if isinstance(value, str) else value
-
-
-Bytes = Annotated[int, BeforeValidator(_bytes), Field(ge=1), WithJsonSchema({"type": ["string", "integer"]})]
-
-
 class Video(Strict):
     """The video to make. Sizes are pixels; one geometry a bundle, since blocks have fixed shapes."""
 
@@ -136,12 +129,19 @@ def _leap(value: Any) -> Any:
     return value
 
 
+class _LeapShorthands:
+    """Adds the short ways to write a leap to the JSON Schema."""
+
+    def __get_pydantic_json_schema__(self, core_schema: Any, handler: Any) -> dict[str, Any]:
+        return {"anyOf": [handler(core_schema), {"type": "integer", "minimum": 1}, {"enum": list(PRESETS)}]}
+
+
 class SamplerRecipe(Strict):
     """How the video is denoised: rectified flow, with the two ways to do it in less time."""
 
     steps: int = Field(default=30, ge=1, le=1000)
     guidance: float = Field(default=7.0, ge=0, description="Scale of classifier-free guidance.")
-    leap: Annotated[Leap | None, BeforeValidator(_leap)] = Field(
+    leap: Annotated[Leap | None, BeforeValidator(_leap), _LeapShorthands()] = Field(
         default=None,
         description="Linear Proportional Leap: ordinary steps before the leap, a preset's name, or a rule.",
     )
@@ -207,6 +207,16 @@ class GateRecipe(Strict):
         default_factory=lambda: dict(GATE_DEFAULTS), description="Largest relative error of a block, by precision."
     )
     seed: int = Field(default=0, ge=0, description="Seed of the inputs.")
+
+    @field_validator("max_relative_error")
+    @classmethod
+    def _known(cls, limits: dict[str, float]) -> dict[str, float]:
+        for name in limits:
+            if name not in GATE_DEFAULTS:
+                close = difflib.get_close_matches(name, GATE_DEFAULTS, n=1)
+                hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(GATE_DEFAULTS)}"
+                raise ValueError(f"no precision is called '{name}'; {hint}")
+        return limits
 
 
 class Recipe(Strict):
@@ -325,16 +335,22 @@ def parse_recipe(data: Mapping[str, Any]) -> Recipe:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML in which a key given twice is an error, not the last one's victory."""
+    """YAML in which a key given twice is an error, not the last one's victory, and 1e-3 is a number."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node)
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a name", key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 wants a dot in every float; JSON, YAML 1.2 and people do not
+_UniqueKeys.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
 
 
 def _override(data: dict[str, Any], override: str) -> None:
@@ -342,13 +358,15 @@ def _override(data: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise RecipeError(f"--set {override}: expected key=value, such as sampler.steps=20")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, Loader=_UniqueKeys)
     except yaml.YAMLError as e:
         raise RecipeError(f"--set {override}: the value is not YAML") from e
     *parents, last = key.split(".")
     place: Any = data
     for i, part in enumerate(parents):
-        if isinstance(place, list) and part.isdigit() and int(part) < len(place):
+        if isinstance(place, list):
+            if not part.isdigit() or int(part) >= len(place):
+                raise RecipeError(f"--set {override}: '{part}' is not an index into a list of {len(place)}")
             place = place[int(part)]
         elif isinstance(place, dict):
             if isinstance(place.get(part), str) and part == "target":

@@ -125,7 +125,7 @@ class StaticLeap(BaseModel):
     LPL with a fixed n: z = z_n + v_{n+1}·t_{n+1}. The published app uses 15 of 30.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     kind: Literal["static"] = "static"
     after: int = Field(ge=1)

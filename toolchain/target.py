@@ -18,7 +18,7 @@ from toolchain.errors import ResourceError
 class TargetConfig(BaseModel):
     """Base of a target's options. ``precision`` is what weights are stored and computed in."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     precision: Any = "float32"
 
 

@@ -1,27 +1,38 @@
-"""pydantic's validation errors as one line a user can act on."""
+"""pydantic's validation errors as one line a user can act on, and the types that recipes are written with."""
 
 from __future__ import annotations
 
 import difflib
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, BeforeValidator, ByteSize, Field, TypeAdapter, ValidationError, WithJsonSchema
+
+
+def _bytes(value: Any) -> Any:
+    return int(TypeAdapter(ByteSize).validate_python(value)) if isinstance(value, str) else value
+
+
+Bytes = Annotated[int, BeforeValidator(_bytes), Field(ge=1), WithJsonSchema({"type": ["string", "integer"]})]
+"""A size: a number of bytes, or text such as ``200MB``."""
 
 
 def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
-    """One line: the key's path, what is wrong, and the key that was meant where one is close."""
-    first, *more = error.errors()
-    path = [p for p in first["loc"] if not str(p).startswith(("function-", "tagged-union"))]
-    key = ".".join(str(p) for p in ([prefix] if prefix else []) + path) or "recipe"
+    """One line: the key's path, what is wrong, and the key that was meant where one is close.
+
+    A misspelt key comes before the missing one that it was meant to be.
+    """
+    first, *more = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    path, parent = _written_path(model, list(first["loc"]))
+    key = ".".join(str(p) for p in ([prefix] if prefix else []) + path)
     if first["type"] == "extra_forbidden":
-        known = _keys_at(model, path[:-1])
+        known = sorted(parent.model_fields) if parent is not None else []
         close = difflib.get_close_matches(str(path[-1]), known, n=1)
         hint = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(known)}"
         text = f"{key}: unknown key; {hint}"
-    elif not path and first["type"] == "value_error":
-        text = _message(first)  # a check of several keys names them itself
-    else:
+    elif key:
         text = f"{key}: {_message(first)}"
+    else:
+        text = _message(first)  # a check of several keys names them itself
     return text + (f" (and {len(more)} more problem{'s' if len(more) > 1 else ''})" if more else "")
 
 
@@ -34,14 +45,18 @@ def _message(error: Any) -> str:
     return message[0].lower() + message[1:] + shown
 
 
-def _keys_at(model: type[BaseModel], path: list[Any]) -> list[str]:
+def _written_path(model: type[BaseModel], parts: list[Any]) -> tuple[list[Any], type[BaseModel] | None]:
+    """A location as the user wrote it, without the tags of unions, and the model that its last part is in."""
+    written: list[Any] = []
     current: type[BaseModel] | None = model
-    for part in path:
-        field = current.model_fields.get(str(part)) if current is not None else None
-        if field is None:
-            continue  # an index or the tag of a union: the model stays
-        current = _model_in(field.annotation)
-    return sorted(current.model_fields) if current is not None else []
+    for i, part in enumerate(parts):
+        last = i == len(parts) - 1
+        if current is not None and isinstance(part, str) and part not in current.model_fields and not last:
+            continue  # pydantic's tag of a union's member, or the name of a validator
+        written.append(part)
+        if not last and current is not None and isinstance(part, str):
+            current = _model_in(current.model_fields[part].annotation)
+    return written, current
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:

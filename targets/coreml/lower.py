@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from targets.coreml.canonical import canonicalise
-from targets.exporting import export
+from targets.exporting import export, reason
 from targets.streams import quiet
 from toolchain.blocks import Block, Port
 from toolchain.errors import LoweringError
@@ -59,8 +59,7 @@ def _convert(block: Block, function: str, weights: Mapping[str, torch.Tensor], p
         )
         model.save(str(path))
     except Exception as e:  # the converter raises whatever it likes
-        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise LoweringError(f"block '{block.name}', function '{function}': Core ML cannot lower it: {reason}") from e
+        raise LoweringError(f"block '{block.name}', function '{function}': Core ML cannot lower it: {reason(e)}") from e
     return path
 
 

@@ -10,7 +10,7 @@ from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPar
 from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
 from executorch.exir.passes import MemoryPlanningPass
 
-from targets.exporting import export
+from targets.exporting import export, reason
 from targets.streams import quiet
 from toolchain.blocks import Block
 from toolchain.errors import LoweringError
@@ -27,7 +27,7 @@ def lower(block: Block, weights: Mapping[str, torch.Tensor], out: Path) -> Artif
             # methods are called one at a time, so they may share memory for their activations
             program = edge.to_executorch(ExecutorchBackendConfig(memory_planning_pass=MemoryPlanningPass()))
         except Exception as e:  # the converter raises whatever it likes
-            raise LoweringError(f"block '{block.name}': ExecuTorch cannot lower it: {str(e).splitlines()[0]}") from e
+            raise LoweringError(f"block '{block.name}': ExecuTorch cannot lower it: {reason(e)}") from e
     with out.open("wb") as file:
         program.write_to_file(file)
     return Artifact(out, functions)

@@ -232,9 +232,6 @@ def test_layers_of_unequal_size_are_packed_in_order() -> None:
     ]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="_by_bytes: the first part of a split layer takes the room left by the layer before"
-)
 def test_a_split_layer_shares_its_blocks_with_no_other() -> None:
     assert names(capture(Uneven([(20, 20), (20, 80), (5, 5)])), max_bytes=4 * 80) == [
         "layer_0",

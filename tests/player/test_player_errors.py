@@ -252,9 +252,6 @@ def test_output_is_looked_at_first(tmp_path: Path, play: Callable[..., Failed]) 
     assert play(tmp_path / "nothing", output="out.avi").line.startswith("-o out.avi")
 
 
-@pytest.mark.xfail(
-    strict=True, reason="play() checks -o alone before the work; --trace and --frames fail after it, and cost the video"
-)
 @pytest.mark.parametrize("options", [("--trace", "missing/trace.json"), ("--frames", "bundle/manifest.json")])
 def test_other_outputs_are_looked_at_first(
     options: tuple[str, str], hollow: Path, tmp_path: Path, play: Callable[..., Failed]

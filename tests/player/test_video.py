@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from toolchain.errors import RecipeError, ResourceError
-from toolchain.player.video import check_output, to_bytes, write_frames, write_video
+from toolchain.player.video import check_outputs, to_bytes, write_frames, write_video
 
 
 def moving_picture(frames: int, height: int, width: int) -> torch.Tensor:
@@ -95,7 +95,7 @@ def test_frames_are_written_as_they_are(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a.avi", "a", "mp4", "a.mp4/", "a.MP4x"])
 def test_other_names_are_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"\.mp4 file"):
-        check_output(tmp_path / name if name != "a.mp4/" else _folder(tmp_path / "a.mp4"))
+        check_outputs(tmp_path / name if name != "a.mp4/" else _folder(tmp_path / "a.mp4"), None, None)
 
 
 def _folder(path: Path) -> Path:
@@ -105,11 +105,11 @@ def _folder(path: Path) -> Path:
 
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match="folder does not exist"):
-        check_output(tmp_path / "missing" / "a.mp4")
+        check_outputs(tmp_path / "missing" / "a.mp4", None, None)
 
 
 def test_a_name_alone_means_this_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    check_output(Path("a.mp4"))
+    check_outputs(Path("a.mp4"), None, None)
     write_video(moving_picture(2, 32, 32), 8, Path("a.mp4"))
     assert (tmp_path / "a.mp4").is_file()

@@ -182,9 +182,6 @@ class Convolution(Leaf):
         return out
 
 
-@pytest.mark.xfail(
-    strict=True, reason="lower() takes the first line of the error, which is empty; and one may be missing"
-)
 def test_an_operator_without_a_kernel_is_named(target: ExecuTorchTarget, tmp_path: Path) -> None:
     with pytest.raises(LoweringError, match=r"block 'toy': ExecuTorch cannot lower it: .*svd"):
         target.lower(toy_block(SingularValues(), 3, 3), {}, tmp_path / "toy.pte")
@@ -213,7 +210,6 @@ def test_a_program_that_fails_when_run_names_the_operator(broken: Any, capsys: p
     assert re.fullmatch(message, str(raised.value))
 
 
-@pytest.mark.xfail(strict=True, reason="quiet() redirects descriptors 1 and 2; the runtime writes to sys.stderr")
 def test_it_does_so_where_stderr_is_not_the_processs_own(broken: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a notebook, or under pytest."""
     monkeypatch.setattr(sys, "stderr", io.StringIO())

@@ -38,6 +38,11 @@ from toolchain.models.stdit3_leaves import (
 )
 
 
+def _positive(name: str, value: Any, least: int = 1) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} {value!r} is not a whole number of {least} or more")
+
+
 @dataclass(frozen=True)
 class STDiT3Config:
     """The official configuration's fields, with the values of STDiT3-XL/2 as defaults.
@@ -70,7 +75,17 @@ class STDiT3Config:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "patch_size", tuple(self.patch_size))
+        for name in ("input_sq_size", "in_channels", "hidden_size", "num_heads", "caption_channels"):
+            _positive(name, getattr(self, name))
+        _positive("model_max_length", self.model_max_length)
+        _positive("depth", self.depth, least=0)
+        for name in ("pred_sigma", "qk_norm", "skip_y_embedder"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} {getattr(self, name)!r} is neither true nor false")
+        if len(self.patch_size) != 3:
+            raise ValueError(f"patch_size {list(self.patch_size)}: expected three sizes")
         pt, ph, pw = self.patch_size
+        _positive("patch_size", ph)
         if pt != 1 or ph != pw:
             raise ValueError(f"patch_size {list(self.patch_size)}: only [1, p, p] is supported")
         if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % 2:

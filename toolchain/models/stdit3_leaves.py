@@ -115,6 +115,8 @@ class PatchLinear(Leaf):
 def add_positions(x: torch.Tensor, pos_embed: torch.Tensor) -> torch.Tensor:
     """``x`` ``[B, T·S, C]`` plus ``pos_embed`` ``[1, S, C]`` in every frame."""
     b, n, c = x.shape
+    if pos_embed.dtype != x.dtype:  # a model in half precision
+        pos_embed = pos_embed.to(x.dtype)
     return (x.reshape(-1, pos_embed.shape[1], c) + pos_embed).reshape(b, n, c)
 
 

@@ -12,7 +12,7 @@ from toolchain.bundle import Bundle, load_bundle
 from toolchain.errors import BundleError
 from toolchain.player.runner import ComponentRunner
 from toolchain.player.trace import Trace
-from toolchain.player.video import check_output, to_bytes, write_frames, write_video
+from toolchain.player.video import check_outputs, to_bytes, write_frames, write_video
 from toolchain.plugins import find_target
 from toolchain.sampler import initial_noise, sample
 from toolchain.schedule import Step
@@ -182,12 +182,13 @@ def play(
         SoraCompileError: the bundle is damaged, has no engine on this machine, or a file cannot be written.
     """
     out = Path(out)
-    check_output(out)
+    folder, record = (None if p is None else Path(p) for p in (frames, trace))
+    check_outputs(out, folder, record)
     player = Player(bundle, progress=progress, warn=warn)
     pictures = to_bytes(player.video(prompt, seed))
-    if frames is not None:
-        write_frames(pictures, Path(frames))
-    if trace is not None:
-        player.trace.write(Path(trace))
     write_video(pictures, player.manifest.geometry.fps, out)
+    if folder is not None:
+        write_frames(pictures, folder)
+    if record is not None:
+        player.trace.write(record)
     return out

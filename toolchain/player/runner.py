@@ -39,6 +39,8 @@ class ComponentRunner:
         """Run all blocks of a rate; returns that rate's results by name."""
         order: list[str] = self.entry.load_order[rate]  # type: ignore[index]
         self._values |= {f"inputs.{k}": v for k, v in inputs.items()}
+        elsewhere = {i.source for b in self.entry.blocks if b.rate != rate for i in b.inputs}
+        passing = {s for s, own in self._rate_of.items() if own == rate} - elsewhere
         last_use = {i.source: n for n, name in enumerate(order) for i in self._blocks[name].inputs}
         for n, name in enumerate(order):
             block = self._blocks[name]
@@ -48,9 +50,10 @@ class ComponentRunner:
             with self._trace.span(f"{name}.{own}", "run", self._name):
                 results = engine(own, arguments)
             self._values |= {f"{name}.{k}": v for k, v in results.items()}
+            del engine  # or it would live on while the next block is loaded
             if name not in self.entry.resident:
                 self._engines.pop(name, None)
-            for source in [s for s, at in last_use.items() if at == n and self._rate_of.get(s) == rate]:
+            for source in [s for s, at in last_use.items() if at == n and s in passing]:
                 del self._values[source]
         outputs: list[str] = self.entry.outputs.get(rate, [])  # type: ignore[call-overload]
         return {name.partition(".")[2]: self._values.pop(name) for name in outputs}

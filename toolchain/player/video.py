@@ -16,17 +16,25 @@ def to_bytes(pixels: torch.Tensor) -> torch.Tensor:
     return scaled.clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-def check_output(path: Path) -> None:
-    """Refuse, before any work is done, a video file that cannot be written.
+def check_outputs(video: Path, frames: Path | None, trace: Path | None) -> None:
+    """Refuse, before any work is done, what cannot be written.
 
     Raises:
-        RecipeError: it is not an .mp4, or a folder.
-        ResourceError: its folder does not exist or cannot be written.
+        RecipeError: the video is not an .mp4, or a path is a folder where a file is meant or the reverse.
+        ResourceError: a folder does not exist or cannot be written.
     """
-    if path.suffix != ".mp4" or path.is_dir():
-        raise RecipeError(f"-o {path}: expected the name of an .mp4 file")
-    if not path.absolute().parent.is_dir() or not os.access(path.absolute().parent, os.W_OK):
-        raise ResourceError(f"-o {path}: its folder does not exist or cannot be written")
+    if video.suffix != ".mp4" or video.is_dir():
+        raise RecipeError(f"-o {video}: expected the name of an .mp4 file")
+    if trace is not None and trace.is_dir():
+        raise RecipeError(f"--trace {trace}: expected the name of a file")
+    if frames is not None and frames.exists() and not frames.is_dir():
+        raise RecipeError(f"--frames {frames}: expected the name of a folder")
+    for option, path in (("-o", video), ("--trace", trace), ("--frames", frames)):
+        if path is None:
+            continue
+        folder = path.absolute().parent
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise ResourceError(f"{option} {path}: its folder does not exist or cannot be written")
 
 
 def write_video(frames: torch.Tensor, fps: int, path: Path) -> None:
