@@ -280,7 +280,7 @@ def partial(project: Path) -> list[Path]:
     return list(project.glob(".bundle.partial-*"))
 
 
-MOMENTS = {"before lowering": "tables.safetensors", "lowering": "*.pte"}
+MOMENTS = {"before lowering": "tables.safetensors", "lowering": "embed.pte"}
 """What the build has written by then."""
 
 
@@ -302,6 +302,27 @@ def test_interrupted(start_cli: Any, project: Path, moment: str, number: int, co
     out, err = process.communicate(timeout=120)
     assert (process.returncode, out, err) == (code, "", says)
     assert contents(project) == before
+
+
+WRAPPED = """
+import os, signal, time
+from toolchain.console import Console
+with Console(as_json=False, verbose=False):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(10)
+    except KeyboardInterrupt as e:
+        raise RuntimeError("validator could not be built") from e
+"""
+
+
+@pytest.mark.xfail(
+    strict=True, reason="libraries wrap an interrupt or swallow it; Console knows the outermost error only"
+)
+def test_an_interrupt_that_a_library_wraps_is_one(tmp_path: Path) -> None:
+    """pydantic does so while it builds a model, executorch while it loads a program."""
+    done = subprocess.run([sys.executable, "-c", WRAPPED], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (130, "sora-compile: interrupted; nothing was written\n")
 
 
 @slow
@@ -354,16 +375,7 @@ def test_what_a_build_prints(request: pytest.FixtureRequest, target: str) -> Non
 
 
 @slow
-@pytest.mark.parametrize(
-    "target",
-    [
-        "executorch",
-        pytest.param(
-            "coreml",
-            marks=(),
-        ),
-    ],
-)
+@pytest.mark.parametrize("target", ["executorch", "coreml"])
 def test_others_can_read_a_bundle(request: pytest.FixtureRequest, target: str) -> None:
     folder = request.getfixturevalue(f"{target}_bundle").path
     modes = {p.relative_to(folder).as_posix(): p.stat().st_mode & 0o777 for p in folder.rglob("*")}

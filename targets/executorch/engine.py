@@ -37,7 +37,7 @@ class ExecuTorchEngine:
                 method = self._program.load_method(function)
                 results = method.execute([inputs[p.name].contiguous() for p in self._inputs])
             except RuntimeError as e:
-                operator = re.search(r"in operator (\S+?):", said())
+                operator = re.search(r"in operator (\S+):\s", said())
                 where = f", operator '{operator[1]}'" if operator else ""
                 raise LoweringError(f"'{self._path.name}', function '{function}'{where}: failed when run: {e}") from e
         # the runtime reuses its buffers at the next call

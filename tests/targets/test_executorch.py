@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -203,15 +202,18 @@ def broken(target: ExecuTorchTarget, tmp_path_factory: pytest.TempPathFactory) -
     return target.engine(artifact.path, block.inputs, block.outputs)
 
 
-def test_a_program_that_fails_when_run_names_the_operator(broken: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    with capsys.disabled(), pytest.raises(LoweringError) as raised:
+def test_a_program_that_fails_when_run_names_the_function(broken: Any) -> None:
+    with pytest.raises(LoweringError, match=r"'toy\.pte', function 'base'.*: failed when run: .*0x12"):
         broken("base", {"x": torch.zeros(1, 2, 4, 4, 4)})
-    message = r"'toy\.pte', function 'base', operator 'aten::convolution\.out': failed when run: .*"
-    assert re.fullmatch(message, str(raised.value))
+
+
+def test_a_program_that_fails_when_run_names_the_operator(broken: Any) -> None:
+    with pytest.raises(LoweringError, match=r"operator 'aten::convolution\.out': failed"):
+        broken("base", {"x": torch.zeros(1, 2, 4, 4, 4)})
 
 
 def test_it_does_so_where_stderr_is_not_the_processs_own(broken: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a notebook, or under pytest."""
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    with pytest.raises(LoweringError, match="operator 'aten::convolution"):
+    with pytest.raises(LoweringError, match="operator 'aten"):
         broken("base", {"x": torch.zeros(1, 2, 4, 4, 4)})
