@@ -279,7 +279,7 @@ def test_precision_is_recorded(source: Path, tmp_path: Path) -> None:
         assert {i.dtype for i in part.inputs} <= {part.precision, "float32"}
     again = load_recipe(tmp_path / "bundle/recipe.yaml")
     assert again.vae is not None
-    assert (again.vae.precision, again.transformer.precision) == ("float32", None)
+    assert (again.vae.precision, again.transformer.precision) == ("float32", "float16")
     assert again.target.options["precision"] == "float16"
 
 
