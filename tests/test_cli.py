@@ -316,9 +316,6 @@ with Console(as_json=False, verbose=False):
 """
 
 
-@pytest.mark.xfail(
-    strict=True, reason="libraries wrap an interrupt or swallow it; Console knows the outermost error only"
-)
 def test_an_interrupt_that_a_library_wraps_is_one(tmp_path: Path) -> None:
     """pydantic does so while it builds a model, executorch while it loads a program."""
     done = subprocess.run([sys.executable, "-c", WRAPPED], capture_output=True, text=True, cwd=tmp_path)

@@ -99,7 +99,7 @@ class Console:
 def _explain(error: BaseException | None) -> tuple[int, str | None]:
     if error is None or isinstance(error, SystemExit):
         return 0, None
-    if isinstance(error, KeyboardInterrupt):
+    if _interrupted(error):
         return INTERRUPTED, "interrupted; nothing was written"
     if isinstance(error, SoraCompileError):
         return error.exit_code, " ".join(str(error).split())
@@ -109,6 +109,13 @@ def _explain(error: BaseException | None) -> tuple[int, str | None]:
         return ResourceError.exit_code, f"{error.filename}: {error.strerror}"
     reason = " ".join(str(error).split()) or type(error).__name__
     return 1, f"internal error ({type(error).__name__}): {reason}; run again with -v and report it"
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind an error: libraries wrap it in errors of their own."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 class ConsoleListener(Listener):

@@ -271,7 +271,8 @@ class Recipe(Strict):
 
     def to_yaml(self) -> str:
         """The recipe with every default written out."""
-        text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+        data = self.model_dump(mode="json")
+        text: str = yaml.dump(data, Dumper=_Quoting, sort_keys=False, allow_unicode=True, width=100)
         return text
 
 
@@ -349,8 +350,13 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class _Quoting(yaml.SafeDumper):
+    """Puts text that looks like a number in quotes, by the same rule."""
+
+
 # YAML 1.1 wants a dot in every float; JSON, YAML 1.2 and people do not
-_UniqueKeys.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
+for _yaml in (_UniqueKeys, _Quoting):
+    _yaml.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
 
 
 def _override(data: dict[str, Any], override: str) -> None:
