@@ -20,17 +20,10 @@ import json  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import yaml  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from support import FACTS, GOLDEN, Cut, write_checkpoint  # noqa: E402
 
-from passes.partition import Partition, PartitionConfig  # noqa: E402
-from passes.token_merge import TokenMerge  # noqa: E402
-from toolchain.blocks import Block, extract_blocks  # noqa: E402
-from toolchain.graph import capture  # noqa: E402
-from toolchain.legalise import Legalise, LegaliseConfig  # noqa: E402
-from toolchain.models.stdit3 import LoweredSTDiT3, STDiT3, STDiT3Config, position_scale  # noqa: E402
-
-GOLDEN = Path(__file__).parent / "golden"
-FACTS: dict[str, Any] = json.loads((GOLDEN / "stdit3_rflow.json").read_text())
+from toolchain.models.stdit3 import STDiT3, STDiT3Config  # noqa: E402
 
 RECIPE: dict[str, Any] = {
     "version": 1,
@@ -117,14 +110,6 @@ def one_pair(small_weights: Mapping[str, torch.Tensor]) -> tuple[dict[str, Any],
     return FACTS["config"] | {"depth": 1}, weights
 
 
-def write_checkpoint(folder: Path, config: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> Path:
-    """A checkpoint in the official layout."""
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(dict(weights), folder / "model.safetensors")
-    return folder
-
-
 @pytest.fixture
 def checkpoint_folder(tmp_path: Path, small_weights: Mapping[str, torch.Tensor]) -> Path:
     """A folder of its own with the whole golden checkpoint."""
@@ -151,70 +136,6 @@ def write_project(folder: Path, one_pair: tuple[dict[str, Any], dict[str, torch.
 
 
 # --- blocks and what they should compute -------------------------------------------------------------
-
-
-class Cut:
-    """A model cut into blocks for one target, with activations and results of the eager model.
-
-    ``blocks`` have the target's legal forms, ``references`` are as captured; the two stand side by side.
-    """
-
-    def __init__(
-        self,
-        config: Mapping[str, Any],
-        weights: Mapping[str, torch.Tensor],
-        rules: tuple[str, ...],
-        *,
-        frames: int,
-        conditions: bool = False,
-        merged: bool = True,
-        height: int = 4,
-        **partition: Any,
-    ) -> None:
-        model = STDiT3(STDiT3Config.from_json(config)).eval().requires_grad_(False)
-        model.load_state_dict(weights)
-        sizes = {"batch": 2, "frames": frames, "height": height, "width": 6, "height_px": 8 * height, "width_px": 48}
-        with torch.device("meta"):
-            graph = capture(LoweredSTDiT3(STDiT3(model.config), **sizes, frame_conditions=conditions))
-        graph = TokenMerge()(graph).graph if merged else graph
-        cut = Partition(PartitionConfig.model_validate(partition))
-        self._weights = weights
-        self.references = extract_blocks(cut(graph).graph)
-        self.blocks = extract_blocks(cut(Legalise(LegaliseConfig(rules=rules))(graph).graph).graph)
-        scale = position_scale(model.config, 8 * height, 48)
-        tables = {
-            "pos_embed": model.pos_embed(hp=height // 2, wp=3, scale=scale),
-            "rope": model.rope(frames=frames),
-            "null_text": model.y_embedder.y_embedding,
-        }
-        generator = torch.Generator().manual_seed(0)
-        inputs = {i.name: torch.randn(i.shape, generator=generator) for i in graph.inputs}
-        inputs["timestep"] = torch.full((2,), 977.0)
-        inputs["fps"] = torch.full((2,), 24.0)
-        inputs["mask"] = (torch.arange(inputs["mask"].shape[1]) < 7).float().expand_as(inputs["mask"]).contiguous()
-        if conditions:
-            inputs["x_mask"] = (torch.arange(frames) > 0).float().expand(2, frames).contiguous()
-        self._values = {f"inputs.{k}": v for k, v in inputs.items()} | {f"tables.{k}": v for k, v in tables.items()}
-        for block in self.references:
-            self._values |= {f"{block.name}.{k}": v for k, v in self.expected(block.name, "base").items()}
-
-    def block(self, name: str) -> Block:
-        return next(b for b in self.blocks if b.name == name)
-
-    def weights(self, block: Block) -> dict[str, torch.Tensor]:
-        return {k: s.of(self._weights[s.tensor]).contiguous() for k, s in block.weights.items()}
-
-    def inputs(self, name: str) -> dict[str, torch.Tensor]:
-        """A block's inputs, by port, as the blocks before it give them."""
-        block = self.block(name)
-        return {p.name: self._values[block.sources[p.name]] for p in block.inputs}
-
-    def expected(self, name: str, function: str) -> dict[str, torch.Tensor]:
-        """The eager results of a block's function, by port."""
-        block = next(b for b in self.references if b.name == name)
-        with torch.no_grad():
-            results = block.module(function, self.weights(block))(*self.inputs(name).values())
-        return {p.name: r for p, r in zip(block.outputs, results, strict=True)}
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from safetensors import safe_open
+from support import write_checkpoint
 
 import toolchain
 from toolchain.checkpoint import open_checkpoint
@@ -191,8 +192,6 @@ def test_the_resolved_recipe_gives_the_same_bundle(
 @slow
 def test_another_kind_of_recipe(run_cli: Any, tmp_path: Path, one_pair: Any, recipe_data: dict[str, Any]) -> None:
     """From the hub, one frame given as condition, no merging, a dynamic leap."""
-    from conftest import write_checkpoint
-
     repo = tmp_path / "hub" / "models--owner--name"
     write_checkpoint(repo / "snapshots" / COMMIT, *one_pair)
     (repo / "refs").mkdir()

@@ -147,13 +147,13 @@ def test_float32(cut_small: Any, tmp_path: Path) -> None:
 LOWER = """
 import sys
 sys.path[:0] = {path!r}
-import json, conftest
+import json, support
 from pathlib import Path
 from safetensors.torch import load_file
 from targets.coreml import CoreMLTarget
-weights = {{k: v for k, v in load_file(conftest.GOLDEN / "stdit3_weights.safetensors").items()
+weights = {{k: v for k, v in load_file(support.GOLDEN / "stdit3_weights.safetensors").items()
            if "_blocks." not in k or "_blocks.0." in k}}
-cut = conftest.Cut(conftest.FACTS["config"] | {{"depth": 1}}, weights, CoreMLTarget().rules, frames=5)
+cut = support.Cut(support.FACTS["config"] | {{"depth": 1}}, weights, CoreMLTarget().rules, frames=5)
 for name in ("pair_0", "caption"):
     block = cut.block(name)
     CoreMLTarget().lower(block, cut.weights(block), Path(sys.argv[1]) / f"{{name}}.mlpackage")

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import Cut
 from torch import nn
 
 from passes.partition import Partition
@@ -90,8 +91,6 @@ def test_weights_are_stored_once(target: ExecuTorchTarget, tmp_path: Path) -> No
     config = {"hidden_size": 256, "num_heads": 4, "depth": 1, "caption_channels": 8, "model_max_length": 12}
     torch.manual_seed(0)
     weights = STDiT3(STDiT3Config.from_json(config)).state_dict()
-    from conftest import Cut
-
     half = {"frames": 4, "max_bytes": "4.5MB"}  # the spatial half of a pair takes half the time of a whole one
     sizes = {}
     for merged in (True, False):
