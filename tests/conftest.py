@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,9 @@ ROOT = Path(__file__).parents[1]
 # tests/ mirrors the tree, so with tests/ on the path its folders would hide the packages `passes` and `targets`
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
+# what tests build is kept for one another, and for no longer
+_CACHE = tempfile.TemporaryDirectory(prefix="sora-compile-tests-")
+os.environ["SORA_COMPILE_CACHE"] = _CACHE.name
 
 import json  # noqa: E402
 

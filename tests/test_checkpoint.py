@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from toolchain.checkpoint import Checkpoint, local_path, match, open_checkpoint
+from toolchain.digests import checkpoint_digest, tensor_digests
 from toolchain.errors import CheckpointError
 
 WEIGHTS = {
@@ -137,7 +138,9 @@ def test_digest_is_of_the_content(tmp_path: Path) -> None:
     save_file(WEIGHTS, digests["one"])
     save_file(WEIGHTS, digests["two"])
     save_file(WEIGHTS | {"a.bias": torch.tensor([1.0, -2.5])}, digests["three"])
-    first, second, third = (open_checkpoint(str(p), tmp_path).digest() for p in digests.values())
+    first, second, third = (
+        checkpoint_digest(tensor_digests(open_checkpoint(str(p), tmp_path))) for p in digests.values()
+    )
     assert first == second != third
     assert len(first) == 64
 

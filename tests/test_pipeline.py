@@ -19,6 +19,7 @@ from support import write_checkpoint
 
 import toolchain
 from toolchain.checkpoint import open_checkpoint
+from toolchain.digests import checkpoint_digest, tensor_digests
 from toolchain.errors import BundleError, CheckpointError
 from toolchain.manifest import Manifest
 from toolchain.recipe import load_recipe, parse_recipe
@@ -93,16 +94,14 @@ def test_blocks_say_what_they_are(built: Any) -> None:
         assert (built.path / block["artifact"]).exists()
         assert all(f["path"].startswith(block["artifact"]) for f in block["files"])
         assert re.fullmatch(r"[0-9a-f]{64}", block["structure"])
-        if block["accuracy"] is not None:
-            assert list(block["accuracy"]) == block["functions"]
-            for measured in block["accuracy"].values():
-                assert (
-                    measured["relative_error"] <= measured["limit"] == limit[manifest["target"]["options"]["precision"]]
-                )
-                assert measured["cosine"] > 0.999
-    if manifest["target"]["name"] == "executorch":
-        assert manifest["gate"]["mode"] == "every"
-        assert all(b["accuracy"] is not None for b in manifest["components"]["transformer"]["blocks"])
+        assert list(block["accuracy"]) == block["functions"]
+        for measured in block["accuracy"].values():
+            assert measured["relative_error"] <= measured["limit"] == limit[manifest["target"]["options"]["precision"]]
+            assert measured["cosine"] > 0.999
+            assert measured["sqnr_db"] == pytest.approx(-20 * math.log10(measured["relative_error"]), abs=0.01)
+        assert list(block["activations"]) == block["functions"]
+        assert (built.path / block["goldens"]["path"]).is_file()
+    assert (manifest["gate"]["mode"], manifest["gate"]["inputs"]) == ("every", 2)
 
 
 @slow
@@ -157,7 +156,7 @@ def test_the_resolved_recipe_leaves_nothing_open(built: Any) -> None:
     data = yaml.safe_load((built.path / "recipe.yaml").read_text())
     recipe = load_recipe(built.path / "recipe.yaml")
     checkpoint = open_checkpoint("checkpoint", built.project)
-    assert data["transformer"]["sha256"] == checkpoint.digest()
+    assert data["transformer"]["sha256"] == checkpoint_digest(tensor_digests(checkpoint))
     assert data["transformer"]["config"]["depth"] == 1
     assert [p.name for p in recipe.transformer.passes] == ["token-merge", "partition"]
     assert data["target"]["name"] == manifest_of(built.path)["target"]["name"]  # --set is applied
@@ -226,7 +225,8 @@ def test_a_block_that_fails_names_itself(run_cli: Any, project: Path) -> None:
     args = ("recipe.yaml", "-o", "bundle", "--set", "gate.max_relative_error.float32=1.0e-12")
     ran = run_cli(*args, cwd=project)
     assert (ran.code, ran.out) == (5, "")
-    (line,) = ran.err.splitlines()
+    *table, line = ran.err.splitlines()
+    assert "what the artifact gave, step by step" in table[0]
     assert re.match(r"sora-compile: block '\w+', function 'base': relative error \S+ is over the limit 1e-12 \(", line)
     assert contents(project) == before
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from toolchain.pipeline import compile_recipe
     from toolchain.player import Player, play
     from toolchain.recipe import Recipe, load_recipe
+    from toolchain.verify import verify
 
 _HOMES = {
     "Bundle": "bundle",
@@ -33,6 +34,7 @@ _HOMES = {
     "load_recipe": "recipe",
     "plan": "lowering",
     "play": "player",
+    "verify": "verify",
 }
 
 __all__ = [
@@ -47,6 +49,7 @@ __all__ = [
     "load_recipe",
     "plan",
     "play",
+    "verify",
 ]
 
 

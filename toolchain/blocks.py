@@ -22,6 +22,7 @@ from toolchain.graph import (
     WeightSource,
     compute_nodes,
     describe_target,
+    leaf_of,
     output_values,
 )
 from toolchain.graph_text import function_text, leaves_text
@@ -32,12 +33,17 @@ INPUTS = "inputs"
 
 @dataclass(frozen=True)
 class Port:
-    """A block's input or output. ``exact`` ones stay float32 whatever the artifact's precision."""
+    """A block's input or output. ``exact`` ones stay float32 whatever the artifact's precision.
+
+    ``scale`` is what the values that pass here are multiplied with, against the model's own: a legal form
+    may keep a stream small.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
     exact: bool = False
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -159,6 +165,7 @@ class _Cut:
         self.gm = gm
         self.returned = dict(zip(output_values(gm), graph.outputs, strict=True))
         self.order = {n: i for i, n in enumerate(gm.graph.nodes)}
+        self.scale = scales(gm)
 
     def place(self, node: fx.Node) -> str:
         """The block a node runs in, ``tables`` or ``inputs``; empty for weights and the output."""
@@ -204,6 +211,23 @@ class _Cut:
         return {n: f"{name}_out" if name in taken else name for n, name in zip(outputs, names, strict=True)}
 
 
+def scales(gm: fx.GraphModule) -> dict[fx.Node, float]:
+    """Each value's :attr:`Port.scale`: a leaf declares its output's, all else hands on its input's."""
+    scales: dict[fx.Node, float] = {}
+    for node in gm.graph.nodes:
+        leaf = leaf_of(gm, node)
+        if leaf is not None:
+            scales[node] = leaf.output_scale
+        else:
+            scales[node] = scales[node.all_input_nodes[0]] if node.all_input_nodes else 1.0
+    return scales
+
+
+def _port(name: str, node: fx.Node, scale: float, exact: bool = False) -> Port:
+    value = node.meta["val"]
+    return Port(name, tuple(value.shape), value.dtype, exact, scale)
+
+
 def _unique(names: Iterator[str]) -> list[str]:
     result: list[str] = []
     for name in names:
@@ -228,13 +252,11 @@ def _extract(graph: Graph, cuts: Mapping[str, _Cut], name: str) -> Block:
         in_names = _unique(cut.wire_name(n) for n in ins)
         exact = {i.name for i in graph.inputs if i.exact}
         inputs = tuple(
-            Port(
-                port, tuple(n.meta["val"].shape), n.meta["val"].dtype, n.op == "placeholder" and str(n.target) in exact
-            )
+            _port(port, n, cut.scale[n], n.op == "placeholder" and str(n.target) in exact)
             for n, port in zip(ins, in_names, strict=True)
         )
         out_names = cut.output_names(name)
-        outputs = tuple(Port(port, tuple(n.meta["val"].shape), n.meta["val"].dtype) for n, port in out_names.items())
+        outputs = tuple(_port(port, n, cut.scale[n]) for n, port in out_names.items())
         signatures[function] = Signature(inputs, outputs)
         sources[function] = {p: cut.source(n) for n, p in zip(ins, in_names, strict=True)}
         functions[function] = _submodule(cut.gm, nodes, dict(zip(ins, in_names, strict=True)), list(out_names), local)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob
-import hashlib
 import os
 import shutil
 import tempfile
@@ -17,6 +16,7 @@ from pydantic import ValidationError
 
 from toolchain.errors import BundleError, RecipeError, ResourceError
 from toolchain.manifest import FILE_NAME, FORMAT_VERSION, File, Manifest
+from toolchain.store import digest, process_alive
 from toolchain.validation import explain
 
 RECIPE_FILE = "recipe.yaml"
@@ -39,6 +39,10 @@ class Bundle:
                 yield component.tables_file
             for block in component.blocks:
                 yield from block.files
+                if block.goldens is not None:
+                    yield block.goldens
+        if self.manifest.golden is not None:
+            yield self.manifest.golden.file
 
     def check_files(self) -> None:
         """Hold every file's size and digest against the manifest.
@@ -96,21 +100,9 @@ def _version(text: str) -> int | None:
     return version if isinstance(version, int) else None
 
 
-def digest(path: Path) -> str:
-    """sha256 of a file, in hex."""
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 def describe_file(path: Path, root: Path) -> File:
     """A file's entry in the manifest."""
     return File(path=path.relative_to(root).as_posix(), bytes=path.stat().st_size, sha256=digest(path))
-
-
-def describe_artifact(path: Path, root: Path) -> list[File]:
-    """Entries of an artifact's files: one, or those of a package, sorted by path."""
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    return [describe_file(p, root) for p in files]
 
 
 @contextlib.contextmanager
@@ -174,15 +166,5 @@ def _remove_leftovers(out: Path) -> None:
         prefix = f".{out.name}.{kind}-"
         for left in out.parent.glob(f"{glob.escape(prefix)}*"):
             pid = left.name.removeprefix(prefix).split("-")[0]
-            if pid.isdigit() and not _alive(int(pid)):
+            if pid.isdigit() and not process_alive(int(pid)):
                 shutil.rmtree(left, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

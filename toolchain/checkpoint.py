@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import abc
 import contextlib
-import hashlib
 import json
 import pickle
 import warnings
@@ -65,18 +64,14 @@ class Checkpoint(abc.ABC):
     def files(self) -> tuple[Path, ...]:
         """The files that hold the tensors, sorted."""
 
+    @abc.abstractmethod
+    def file_of(self, name: str) -> Path:
+        """The file that holds a tensor."""
+
     def beside(self, name: str) -> Path | None:
         """A file that lies beside the weights, fetched if need be; None if there is no such file."""
         path = self.find(name) if self.find is not None else self.root / name
         return path if path is not None and path.is_file() else None
-
-    def digest(self) -> str:
-        """sha256 over the digests of the files, in order: the checkpoint's content, wherever it lies."""
-        whole = hashlib.sha256()
-        for path in self.files():
-            with path.open("rb") as f:
-                whole.update(hashlib.file_digest(f, "sha256").digest())
-        return whole.hexdigest()
 
     def config(self) -> dict[str, Any] | None:
         """The ``config.json`` beside the weights, or None."""
@@ -126,6 +121,9 @@ class SafetensorsCheckpoint(Checkpoint):
     def files(self) -> tuple[Path, ...]:
         return self._shards
 
+    def file_of(self, name: str) -> Path:
+        return self._shard_of[name]
+
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
@@ -145,8 +143,11 @@ class TorchCheckpoint(Checkpoint):
         super().__init__(location, root)
         self._shards = tuple(sorted(shards))
         self._tensors: dict[str, torch.Tensor] = {}
+        self._shard_of: dict[str, Path] = {}
         for shard in self._shards:
-            self._tensors |= _load_torch(shard)
+            held = _load_torch(shard)
+            self._tensors |= held
+            self._shard_of |= dict.fromkeys(held, shard)
 
     def infos(self) -> Mapping[str, TensorInfo]:
         return {k: TensorInfo(tuple(t.shape), t.dtype) for k, t in self._tensors.items()}
@@ -156,6 +157,9 @@ class TorchCheckpoint(Checkpoint):
 
     def files(self) -> tuple[Path, ...]:
         return self._shards
+
+    def file_of(self, name: str) -> Path:
+        return self._shard_of[name]
 
 
 def _load_torch(path: Path) -> dict[str, torch.Tensor]:

@@ -6,13 +6,10 @@ import difflib
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
-
-if TYPE_CHECKING:
-    pass
 
 
 class _CompileByDefault(TyperGroup):
@@ -51,6 +48,14 @@ PrintOption = Annotated[
 ]
 
 
+JobsOption = Annotated[int, typer.Option("-j", "--jobs", metavar="N", min=1, help="Build in N processes at once.")]
+GateOption = Annotated[
+    str | None,
+    typer.Option("--gate", metavar="MODE", help="every (default): execute each artifact; structure: one of each kind."),
+]
+NoGateOption = Annotated[bool, typer.Option("--no-gate", help="Execute nothing; the manifest will say so.")]
+
+
 @app.callback(invoke_without_command=True)
 def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
     if version:
@@ -69,19 +74,28 @@ def compile_(
     verbose: VerboseOption = False,
     print_after: PrintOption = None,
     direct: DirectOption = False,
+    jobs: JobsOption = 1,
+    gate: GateOption = None,
+    no_gate: NoGateOption = False,
 ) -> None:
     """Build a recipe into a bundle. (The default command.)"""
     from toolchain.console import Console
 
     with Console(as_json, verbose) as console:
         import toolchain
+        from toolchain.errors import RecipeError
         from toolchain.recipe import find_recipe
 
+        if gate is not None and no_gate:
+            raise RecipeError("--gate and --no-gate: choose one")
+        mode = "none" if no_gate else gate
         with console.progress(print_after) as listener:
             path = find_recipe(recipe)
-            loaded = toolchain.load_recipe(path, overrides)
+            loaded = toolchain.load_recipe(path, [*overrides, *([f"gate.mode={mode}"] if mode is not None else [])])
             listener.check_print_after(loaded)
-            bundle = toolchain.compile_recipe(loaded, output, base=path.parent, listener=listener, direct=direct)
+            bundle = toolchain.compile_recipe(
+                loaded, output, base=path.parent, listener=listener, direct=direct, jobs=jobs
+            )
         from toolchain.report import bundle_json, bundle_summary
 
         console.answer(bundle_json(bundle), bundle_summary(bundle))
@@ -128,6 +142,76 @@ def inspect(
         loaded = toolchain.load_bundle(bundle)
         loaded.check_files()
         console.answer(bundle_json(loaded), bundle_table(loaded))
+
+
+@app.command()
+def verify(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")],
+    explain: Annotated[
+        str | None,
+        typer.Option("--explain", metavar="COMPONENT/BLOCK", help="Walk a block step by step; needs its checkpoint."),
+    ] = None,
+    goldens_of: Annotated[
+        Path | None, typer.Option("--goldens-of", metavar="BUNDLE", help="Use another bundle's goldens.")
+    ] = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Check a bundle's files, and run its artifacts against its goldens. Needs no checkpoint."""
+    from toolchain.console import Console
+
+    with Console(as_json, verbose) as console:
+        import toolchain
+        from toolchain.report import explanation_json, verification_json, verification_table
+
+        if explain is not None:
+            from toolchain.diagnose import explain_block
+
+            found = explain_block(bundle, explain)
+            console.answer(explanation_json(found), "\n\n".join(e.text() for e in found))
+            return
+        with console.progress(None) as listener:
+            verified = toolchain.verify(bundle, goldens_of=goldens_of, listener=listener)
+        console.answer(verification_json(verified), verification_table(verified))
+        verified.require()
+
+
+@app.command()
+def diff(
+    a: Annotated[Path, typer.Argument(metavar="BUNDLE_A", help="A bundle's folder.")],
+    b: Annotated[Path, typer.Argument(metavar="BUNDLE_B", help="Another's.")],
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Compare two bundles: manifest, sizes, accuracy, and what their artifacts give."""
+    from toolchain.console import Console
+
+    with Console(as_json, verbose) as console:
+        from toolchain.compare import compare_bundles
+        from toolchain.report import comparison_json, comparison_table
+
+        found = compare_bundles(a, b)
+        console.answer(comparison_json(found), comparison_table(found))
+
+
+@app.command()
+def cache(
+    action: Annotated[str, typer.Argument(metavar="show|verify|clear", help="What to do with it.")] = "show",
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Show, verify or clear the store of templates, artifacts and gate results."""
+    from toolchain.console import Console
+
+    with Console(as_json, verbose) as console:
+        from toolchain.errors import RecipeError
+        from toolchain.report import cache_json, cache_table
+        from toolchain.store import Store
+
+        if action not in ("show", "verify", "clear"):
+            raise RecipeError(f"cache {action}: expected show, verify or clear")
+        found = cache_json(Store(), action)
+        console.answer(found, cache_table(found))
 
 
 @app.command()

@@ -146,11 +146,10 @@ def frames_per_call(recipe: Recipe) -> int:
 
 
 def sample_input(spec: Input, recipe: Recipe, generator: torch.Generator) -> torch.Tensor:
-    """An input as a real run has it: unit variance, a padded prompt, a timestep of the schedule."""
+    """An input as a real run has it: unit variance, a padded prompt, a timestep whatever the sampler's settings."""
     match spec.name:
         case "timestep":
-            steps = recipe.timesteps()
-            return torch.full(spec.shape, steps[int(torch.randint(len(steps), (), generator=generator))])
+            return torch.full(spec.shape, 1000.0 * float(torch.rand((), generator=generator)))
         case "fps":
             return torch.full(spec.shape, recipe.model_fps)
         case "mask":

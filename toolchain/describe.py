@@ -5,19 +5,18 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 
 from toolchain import manifest as m
 from toolchain.blocks import Block
-from toolchain.bundle import describe_artifact
 from toolchain.components import MEANINGS, chunk_functions, frames_per_call
+from toolchain.gating import Passed
 from toolchain.lowering import Lowering, Plan
 from toolchain.recipe import Recipe
 from toolchain.schedule import plan_steps
-from toolchain.target import Artifact, Target
+from toolchain.target import Target
 from toolchain.version import VERSION
 
 
@@ -33,9 +32,15 @@ def plain(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def block(
-    block: Block, artifact: Artifact, accuracy: dict[str, m.Accuracy] | None, target: Target, root: Path
+    block: Block,
+    files: Sequence[m.File],
+    functions: Sequence[str],
+    passed: Passed | None,
+    goldens: m.File | None,
+    target: Target,
+    folder: str,
 ) -> m.BlockEntry:
-    """A block and its artifact."""
+    """A block and its artifact, whose files lie in ``folder`` of the bundle."""
     base = {p.name: p.shape for p in (*block.inputs, *block.outputs)}
     others = {
         function: {p.name: list(p.shape) for p in (*s.inputs, *s.outputs) if p.shape != base[p.name]}
@@ -43,16 +48,18 @@ def block(
     }
     return m.BlockEntry(
         name=block.name,
-        artifact=artifact.path.relative_to(root).as_posix(),
-        files=describe_artifact(artifact.path, root),
+        artifact=f"{folder}/{block.name}{target.suffix}",
+        files=list(files),
         rate=cast(m.Rate, block.rate),
-        functions=list(artifact.functions),
+        functions=list(functions),
         inputs=[m.InputSpec(**_tensor(p, target), source=block.sources[p.name]) for p in block.inputs],
         outputs=[m.TensorSpec(**_tensor(p, target)) for p in block.outputs],
         other_shapes={f: shapes for f, shapes in others.items() if shapes},
         parameters=block.parameters,
         structure=block.structure(),
-        accuracy=accuracy,
+        accuracy=None if passed is None else passed.accuracy,
+        activations=None if passed is None else passed.activations,
+        goldens=goldens,
     )
 
 
@@ -141,7 +148,8 @@ def manifest(
     """The whole bundle."""
     recipe, target, video = planned.recipe, planned.target, planned.recipe.video
     height, width = video.latent_size
-    executed = all(b.accuracy is not None for c in components.values() for b in c.blocks)
+    executed = any(b.accuracy is not None for c in components.values() for b in c.blocks)
+    asked = recipe.gate.mode
     precisions = {c.precision for c in components.values()}
     return m.Manifest(
         name=recipe.name,
@@ -163,12 +171,14 @@ def manifest(
         decoding=_decoding(planned),
         components=dict(components),
         gate=m.Gate(
-            mode="every" if executed else "interface",
+            mode=asked if executed or asked == "none" else "interface",
             seed=recipe.gate.seed,
+            inputs=recipe.gate.inputs,
             limits={
                 p: recipe.gate.max_relative_error[p] for p in sorted(precisions) if p in recipe.gate.max_relative_error
             },
         ),
         tools=dict(sorted({"sora-compile": VERSION, "python": platform.python_version(), **target.versions()}.items())),
         recipe=recipe_file,
+        golden=None,
     )

@@ -16,11 +16,12 @@ from toolchain.graph import capture
 from toolchain.lowering import load_passes, plan
 from toolchain.models.t5 import T5Config, T5Encoder
 from toolchain.models.vae import OpenSoraVAE, OpenSoraVAEConfig
-from toolchain.pipeline import find_tokenizer, read_named
+from toolchain.pipeline import find_tokenizer
 from toolchain.recipe import Recipe
 from toolchain.sampler import initial_noise, sample
 from toolchain.text import prepare_prompt
 from toolchain.tokenizer import T5Tokenizer
+from toolchain.weights import read_named
 
 
 class EagerPipeline:

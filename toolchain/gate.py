@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
-from toolchain.blocks import Block
 from toolchain.errors import AccuracyError
 from toolchain.manifest import Accuracy
-from toolchain.target import Engine
+
+if TYPE_CHECKING:
+    from toolchain.blocks import Block, Port
+    from toolchain.reference import Case
+    from toolchain.target import Engine
+
+EXACT_DB = 200.0
+"""Signal-to-noise ratio that stands for "no difference", and the largest that is reported."""
+FLOAT16_MAX = 65504.0
 
 
 def compare(results: Mapping[str, torch.Tensor], references: Mapping[str, torch.Tensor], limit: float) -> Accuracy:
@@ -28,9 +36,15 @@ def compare(results: Mapping[str, torch.Tensor], references: Mapping[str, torch.
     return Accuracy(
         relative_error=_short(worst),
         cosine=_short(min(cosines)),
+        sqnr_db=_short(decibels(worst)),
         max_abs=_short(max(largest) if finite else math.inf),
         limit=limit,
     )
+
+
+def decibels(relative_error: float) -> float:
+    """Signal-to-quantization-noise ratio, 10·log10(|reference|² / |difference|²), at most :data:`EXACT_DB`."""
+    return min(EXACT_DB, -20.0 * math.log10(relative_error)) if relative_error > 0 else EXACT_DB
 
 
 def _short(value: float) -> float:
@@ -38,68 +52,59 @@ def _short(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-class ReferenceRun:
-    """Eager float32 outputs of a component, block by block; each block's outputs feed the next.
+def worst(measured: Iterable[Accuracy]) -> Accuracy:
+    """The worst of each figure."""
+    all_of_them = list(measured)
+    return Accuracy(
+        relative_error=max(a.relative_error for a in all_of_them),
+        cosine=min(a.cosine for a in all_of_them),
+        sqnr_db=min(a.sqnr_db for a in all_of_them),
+        max_abs=max(a.max_abs for a in all_of_them),
+        limit=all_of_them[0].limit,
+    )
 
-    Holds activations only, and only until their last use.
-    """
 
-    def __init__(
-        self, blocks: tuple[Block, ...], inputs: Mapping[str, torch.Tensor], tables: Mapping[str, torch.Tensor]
-    ) -> None:
-        self._values = {f"inputs.{k}": v for k, v in inputs.items()} | {f"tables.{k}": v for k, v in tables.items()}
-        self._last_use = {source: i for i, b in enumerate(blocks) for source in b.sources.values()}
-        self._order = {b.name: i for i, b in enumerate(blocks)}
-
-    def inputs(self, block: Block) -> dict[str, torch.Tensor]:
-        """The block's inputs, by port."""
-        return {port.name: self._values[block.sources[port.name]] for port in block.inputs}
-
-    def run(self, block: Block, function: str, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """A function's outputs, by port."""
-        with torch.no_grad():
-            results = block.module(function, weights)(*self.inputs(block).values())
-        return {port.name: value for port, value in zip(block.outputs, results, strict=True)}
-
-    def advance(self, block: Block, outputs: Mapping[str, torch.Tensor]) -> None:
-        """Hand a block's outputs on, and drop what nobody needs any more."""
-        self._values |= {f"{block.name}.{name}": value for name, value in outputs.items()}
-        done = self._order[block.name]
-        for source in [s for s in self._values if self._last_use.get(s, len(self._order)) <= done]:
-            del self._values[source]
+def scaled(values: Mapping[str, torch.Tensor], ports: Sequence[Port]) -> dict[str, torch.Tensor]:
+    """Values of the model's own scale as ``ports`` carry them (see :class:`toolchain.blocks.Port`)."""
+    return {p.name: values[p.name] if p.scale == 1.0 else values[p.name] * p.scale for p in ports}
 
 
 def hold(
-    block: Block,
-    functions: tuple[str, ...],
-    engine: Engine,
-    references: Mapping[str, ReferenceRun],
-    weights: Mapping[str, torch.Tensor],
-    limit: float,
+    block: Block, functions: Sequence[str], engine: Engine, cases: Iterable[Case], limit: float
 ) -> dict[str, Accuracy]:
-    """Execute every function of an artifact on the activations of that function's reference run.
+    """Execute every function of an artifact on the inputs of its eager runs.
 
-    All reference runs are advanced, also those of functions that this block computes as ``base``.
+    Args:
+        block: as it was lowered; its ports say how values are scaled.
+        functions: of the artifact; cases of others are left out.
 
     Returns:
-        Accuracy by function.
+        Accuracy by function, the worst of its runs.
 
     Raises:
         AccuracyError: names the block, the function and the figures.
     """
-    measured: dict[str, Accuracy] = {}
-    for function, reference in references.items():
-        own = function if function in block.functions else "base"
-        expected = reference.run(block, own, weights)
-        if function in functions:
-            accuracy = compare(engine(function, reference.inputs(block)), expected, limit)
-            if not accuracy.relative_error <= limit:
-                raise AccuracyError(
-                    f"block '{block.name}', function '{function}': relative error {accuracy.relative_error:.3g} "
-                    f"is over the limit {limit:.3g} "
-                    f"(cosine {accuracy.cosine:.6f}, largest difference {accuracy.max_abs:.3g}); "
-                    "the artifact is wrong, or gate.max_relative_error is too strict for this model"
-                )
-            measured[function] = accuracy
-        reference.advance(block, expected)
-    return measured
+    measured: dict[str, list[Accuracy]] = {f: [] for f in functions}
+    for case in cases:
+        if case.function not in measured:
+            continue
+        results = engine(case.function, scaled(case.inputs, block.inputs))
+        accuracy = compare(results, scaled(case.outputs, block.outputs), limit)
+        require(f"block '{block.name}', function '{case.function}'", accuracy)
+        measured[case.function].append(accuracy)
+    return {f: worst(a) for f, a in measured.items()}
+
+
+def require(where: str, accuracy: Accuracy) -> None:
+    """Refuse an accuracy over its limit.
+
+    Raises:
+        AccuracyError: ``where``, and the figures.
+    """
+    if not accuracy.relative_error <= accuracy.limit:
+        raise AccuracyError(
+            f"{where}: relative error {accuracy.relative_error:.3g} is over the limit {accuracy.limit:.3g} "
+            f"(cosine {accuracy.cosine:.6f}, SQNR {accuracy.sqnr_db:.1f} dB, "
+            f"largest difference {accuracy.max_abs:.3g}); "
+            "the artifact is wrong, or gate.max_relative_error is too strict for this model"
+        )

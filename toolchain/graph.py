@@ -97,6 +97,11 @@ class Leaf(nn.Module):
 
     kind: ClassVar[str] = ""
 
+    @property
+    def output_scale(self) -> float:
+        """What a legal form's output is multiplied with against the plain form's."""
+        return 1.0
+
     def legal(self, rule: str) -> LegalLeaf | None:
         """The form of this leaf that obeys ``rule`` (a target's need, as ``bmm``), or None if it does already."""
         return None

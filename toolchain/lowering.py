@@ -115,7 +115,7 @@ def load_passes(recipe: Recipe, component: str) -> tuple[Pass, ...]:
 
 
 def _define(recipe: Recipe, base: Path) -> dict[str, Definition]:
-    configs = {name: _configuration(name, part, base) for name, part in recipe.components().items()}
+    configs = {name: configuration(name, part, base) for name, part in recipe.components().items()}
     definitions = {n: define(n, recipe, configs[n]) for n in configs if n != "text_encoder"}
     if "text_encoder" in configs:
         denoiser = definitions["transformer"].config
@@ -129,7 +129,12 @@ def _define(recipe: Recipe, base: Path) -> dict[str, Definition]:
     return definitions
 
 
-def _configuration(component: str, part: ComponentRecipe, base: Path) -> Mapping[str, Any]:
+def configuration(component: str, part: ComponentRecipe, base: Path) -> Mapping[str, Any]:
+    """A component's configuration: the recipe's own, or the one beside the weights.
+
+    Raises:
+        CheckpointError: there is none.
+    """
     if part.config is not None:
         return part.config
     if part.checkpoint.startswith("hf://"):

@@ -65,16 +65,28 @@ class ComponentInput(TensorSpec):
 
 
 class Accuracy(Entry):
-    """A function of a block, executed and held against eager float32.
+    """A function of a block, executed and held against eager float32; the worst of its runs and outputs.
 
-    ``relative_error`` is the norm of the difference over the norm of the reference, the worst of the
-    block's outputs; ``max_abs`` the largest difference of a number.
+    ``relative_error`` is the norm of the difference over the norm of the reference; ``sqnr_db`` the same as a
+    signal-to-noise ratio, 200 where there is no difference; ``max_abs`` the largest difference of a number.
     """
 
     relative_error: float
     cosine: float
+    sqnr_db: float
     max_abs: float
     limit: float
+
+
+class Activations(Entry):
+    """The range of a function's activations in eager runs, as the artifact scales them.
+
+    ``step`` is the step of the block's graph that gave the number farthest from zero. Over 65504 float16 overflows.
+    """
+
+    low: float
+    high: float
+    step: str
 
 
 class BlockEntry(Entry):
@@ -93,8 +105,10 @@ class BlockEntry(Entry):
     parameters: int
     structure: str = Field(description="Digest shared by blocks that differ in their weights alone.")
     accuracy: dict[str, Accuracy] | None = Field(
-        description="By function; null where no engine could execute the artifact."
+        description="By function; null where the artifact was not executed (see gate)."
     )
+    activations: dict[str, Activations] | None = Field(description="By function; null where accuracy is.")
+    goldens: File | None = Field(description="Inputs and outputs to run the artifact on; null where accuracy is.")
 
 
 class Table(Entry):
@@ -194,11 +208,32 @@ class DecodingEntry(Entry):
     frames_per_call: int
 
 
-class Gate(Entry):
-    """What was executed before this manifest was written. ``interface`` means read back, not executed."""
+class GoldenVideo(Entry):
+    """A video of the eager float32 pipeline: ``pixels`` uint8 ``[F, H, W, 3]`` in ``file``.
 
-    mode: Literal["every", "interface"]
+    ``psnr_db`` is what the bundle's own video had against it when it was built; ``limit_db`` what it must have.
+    """
+
+    file: File
+    prompt: str
     seed: int
+    psnr_db: float
+    limit_db: float
+
+
+class Gate(Entry):
+    """What was done before this manifest was written.
+
+    - ``every``: each artifact was executed.
+    - ``structure``: one artifact of each structure was executed; every weight that was stamped into the others was
+      read back and held against its source by digest.
+    - ``none``: nothing was executed, as was asked for.
+    - ``interface``: artifacts were read back; this machine could not execute them.
+    """
+
+    mode: Literal["every", "structure", "none", "interface"]
+    seed: int
+    inputs: int = Field(description="Number of inputs that each function was executed on.")
     limits: dict[str, float]
 
 
@@ -221,5 +256,6 @@ class Manifest(Entry):
     decoding: DecodingEntry | None
     components: dict[str, Component]
     gate: Gate
+    golden: GoldenVideo | None = Field(description="Of the whole pipeline; null where none was made.")
     tools: dict[str, str]
     recipe: File

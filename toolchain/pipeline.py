@@ -1,32 +1,35 @@
-"""Recipe → bundle: lower every block, execute it, write what a device has to know."""
+"""Recipe → bundle: build every block, execute it, write what a device has to know."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import functools
 import shutil
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from toolchain import describe
+from toolchain import describe, jobs
 from toolchain import manifest as m
-from toolchain.blocks import Block, table_nodes
-from toolchain.bundle import RECIPE_FILE, Bundle, describe_file, staging
+from toolchain.blocks import table_nodes
+from toolchain.building import NAME, Builder, own_code
+from toolchain.bundle import RECIPE_FILE, Bundle, describe_file, load_bundle, staging
 from toolchain.checkpoint import Checkpoint, match, open_checkpoint
-from toolchain.components import Definition, sample_input
-from toolchain.errors import CheckpointError, RecipeError
-from toolchain.gate import ReferenceRun, hold
+from toolchain.digests import checkpoint_digest, tensor_digests
+from toolchain.errors import CheckpointError, RecipeError, ResourceError, SoraCompileError
+from toolchain.gating import ComponentGate, Passed
 from toolchain.graph import Graph
 from toolchain.listener import Listener
-from toolchain.lowering import Lowering, Plan, plan
+from toolchain.lowering import Plan, configuration, load_passes, plan
 from toolchain.recipe import Recipe, TextEncoderRecipe
-from toolchain.target import EngineUnavailableError, Target
-from toolchain.templates import Templates
+from toolchain.store import Entry, Store, place
 
 TOKENIZER_FILE = "spiece.model"
+GOLDENS = "goldens"
 
 
 def compile_recipe(
@@ -36,34 +39,114 @@ def compile_recipe(
     base: str | Path | None = None,
     listener: Listener | None = None,
     direct: bool = False,
+    jobs: int = 1,
+    store: Store | None = None,
 ) -> Bundle:
     """Build ``recipe`` into the bundle ``out``.
+
+    What was built before is taken from the store: a build that was stopped goes on where it was, and one of which
+    nothing has changed is not repeated.
 
     Args:
         out: the bundle's folder. It appears whole or not at all; an older bundle there is replaced.
         base: folder that relative checkpoint paths are looked for in first.
         listener: is told of progress.
         direct: lower every block by itself instead of stamping those that share a structure.
+        jobs: how many processes build at once.
+        store: where templates, artifacts and gate results are kept; the user's cache folder if None.
 
     Raises:
         SoraCompileError: says what, where and what to do; ``exit_code`` is the command's.
     """
-    base, listener = Path(base or "."), listener or Listener()
-    with staging(Path(out)) as folder:
+    base, listener, store = Path(base or "."), listener or Listener(), store or Store()
+    if jobs < 1:
+        raise RecipeError(f"--jobs {jobs}: must be at least 1")
+    out = Path(out)
+    checkpoints = {n: open_checkpoint(part.checkpoint, base) for n, part in recipe.components().items()}
+    key = _build_key(recipe, base, checkpoints, store, direct)
+    done = up_to_date(out, key, store)
+    if done is not None:
+        listener.remark("nothing has changed since this bundle was built")
+        return done
+    with staging(out) as folder:
         planned = plan(recipe, base=base, listener=listener)
-        checkpoints = {n: open_checkpoint(part.checkpoint, base) for n, part in recipe.components().items()}
-        pins = {n: pin(checkpoints[n], part.sha256) for n, part in recipe.components().items()}
         for name, lowering in planned.components.items():
             match(checkpoints[name], lowering.definition.expected, name, lowering.definition.aliases)
+        pins = {n: pin(checkpoints[n], part.sha256, store) for n, part in recipe.components().items()}
         tokenizer = _copy_tokenizer(recipe, checkpoints, base, folder)
-        components = {n: _build(planned, n, checkpoints[n], folder, listener, direct) for n in planned.components}
+        with _told_what_is_needed(planned, store, out):
+            components = _build(planned, base, folder, listener, store, direct, jobs)
         (folder / RECIPE_FILE).write_text(resolve(planned, checkpoints, pins).to_yaml(), encoding="utf-8")
         manifest = describe.manifest(planned, components, tokenizer, describe_file(folder / RECIPE_FILE, folder))
-        (folder / m.FILE_NAME).write_text(describe.manifest_text(manifest), encoding="utf-8")
-    return Bundle(Path(out), manifest)
+        manifest = _with_golden_video(manifest, planned, base, folder, listener)
+        text = describe.manifest_text(manifest)
+        (folder / m.FILE_NAME).write_text(text, encoding="utf-8")
+    bundle = Bundle(out, manifest)
+    for file in bundle.files():
+        store.remember(out / file.path, file.sha256)
+    store.obtain("builds", key, lambda _: {"manifest": text})
+    store.evict()
+    return bundle
 
 
-def pin(checkpoint: Checkpoint, expected: str | None) -> str | None:
+def _build_key(recipe: Recipe, base: Path, checkpoints: Mapping[str, Checkpoint], store: Store, direct: bool) -> str:
+    """Digest of everything that decides a bundle's bytes."""
+    parts: dict[str, Any] = {"recipe": recipe.model_dump(mode="json"), "direct": direct}
+    for name, part in recipe.components().items():
+        target = find_target(recipe.target.name, recipe.target.options)
+        parts[name] = {
+            "config": dict(configuration(name, part, base)),
+            "location": checkpoints[name].location,
+            "weights": checkpoint_digest(tensor_digests(checkpoints[name], store)),
+            "tools": target.versions(),
+            "code": own_code(type(target).__module__),
+            "passes": [code_version(type(p).__module__) for p in load_passes(recipe, name)],
+        }
+    if recipe.text_encoder is not None:
+        parts["tokenizer"] = digest(find_tokenizer(recipe.text_encoder, checkpoints["text_encoder"], base))
+    return key_of(parts)
+
+
+def up_to_date(out: Path, key: str, store: Store) -> Bundle | None:
+    """The bundle at ``out`` if it is what the build of ``key`` made, byte for byte."""
+    built = store.get("builds", key)
+    if built is None:
+        return None
+    try:
+        if (out / m.FILE_NAME).read_text(encoding="utf-8") != built.meta["manifest"]:
+            return None
+        bundle = load_bundle(out)
+        for file in bundle.files():
+            path = out / file.path
+            if store.remembered(path, functools.partial(digest, path)) != file.sha256:
+                return None
+    except (OSError, UnicodeDecodeError, SoraCompileError):
+        return None
+    return bundle
+
+
+@contextlib.contextmanager
+def _told_what_is_needed(planned: Plan, store: Store, out: Path) -> Iterator[None]:
+    """Turn a full disk into an error that says which one, and how much a build needs.
+
+    Raises:
+        ResourceError: the disk of the bundle or of the store is full.
+    """
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        needed = sum(c.parameters * c.bytes_per_weight for c in planned.components.values())
+        free = {str(p): shutil.disk_usage(p).free for p in (out.absolute().parent, store.root)}
+        shown = ", ".join(f"{bytes_ / 1e6:.0f} MB free in '{place_}'" for place_, bytes_ in free.items())
+        raise ResourceError(
+            f"-o {out}: the disk is full ({shown}); the bundle has about {needed / 1e6:.0f} MB, and the cache "
+            "needs room for it and the largest block; what is done is kept, run again when there is room"
+        ) from e
+
+
+def pin(checkpoint: Checkpoint, expected: str | None, store: Store) -> str | None:
     """What pins a checkpoint besides its location: the digest of a local one; a remote one has its commit.
 
     Raises:
@@ -71,10 +154,10 @@ def pin(checkpoint: Checkpoint, expected: str | None) -> str | None:
     """
     if checkpoint.location.startswith("hf://"):
         return None
-    found = checkpoint.digest()
+    found = checkpoint_digest(tensor_digests(checkpoint, store))
     if expected not in (None, found):
         raise CheckpointError(
-            f"checkpoint '{checkpoint.location}' has sha256 {found}, the recipe expects {expected}; "
+            f"checkpoint '{checkpoint.location}' has digest {found}, the recipe expects {expected}; "
             "use the checkpoint that the recipe was made for, or remove its sha256"
         )
     return found
@@ -122,23 +205,6 @@ def find_tokenizer(part: TextEncoderRecipe, checkpoint: Checkpoint, base: Path) 
     )
 
 
-def read_weights(block: Block, checkpoint: Checkpoint, aliases: Mapping[str, str]) -> dict[str, torch.Tensor]:
-    """The block's weights as float32, by its own names. Only these tensors are read."""
-    held = checkpoint.infos()
-
-    def read(name: str) -> torch.Tensor:
-        return checkpoint.tensor(name if name in held else aliases.get(name, name))
-
-    return {name: source.of(read(source.tensor)).float().contiguous() for name, source in block.weights.items()}
-
-
-def read_named(checkpoint: Checkpoint, definition: Definition) -> dict[str, torch.Tensor]:
-    """All of a component's weights as float32, by official name; for those who want it whole."""
-    held = checkpoint.infos()
-    names = {n: n if n in held else definition.aliases.get(n, n) for n in definition.expected}
-    return {name: checkpoint.tensor(own).float() for name, own in names.items()}
-
-
 def evaluate_tables(graph: Graph, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """Values that depend on no input (positions, the null prompt), computed with the checkpoint's numbers."""
     gm = graph.functions["base"]
@@ -166,88 +232,78 @@ def evaluate_tables(graph: Graph, checkpoint: Checkpoint) -> dict[str, torch.Ten
 
 
 def _build(
-    planned: Plan, name: str, checkpoint: Checkpoint, folder: Path, listener: Listener, direct: bool
+    planned: Plan, base: Path, folder: Path, listener: Listener, store: Store, direct: bool, processes: int
+) -> dict[str, m.Component]:
+    """Build and gate every block of every component, in order."""
+    made = jobs.builders(planned, base, store, direct)
+    with jobs.start(planned.recipe, base, made, store, processes) as artifacts:
+        return {name: _component(planned, name, made[name], artifacts, folder, listener) for name in planned.components}
+
+
+def _component(
+    planned: Plan,
+    name: str,
+    builder: Builder,
+    artifacts: jobs.Serial | jobs.Parallel,
+    folder: Path,
+    listener: Listener,
 ) -> m.Component:
-    """Lower, check and execute every block of a component."""
-    lowering, recipe = planned.components[name], planned.recipe
-    place = folder / name
-    place.mkdir(exist_ok=True)
+    lowering, mode = planned.components[name], planned.recipe.gate.mode
+    (folder / name).mkdir(exist_ok=True)
     tables: dict[str, torch.Tensor] = {}
     for graph in lowering.graphs:
-        tables |= evaluate_tables(graph, checkpoint)
-    tables_file = None
-    if tables:
-        path = place / "tables.safetensors"
-        save_file(tables, path)
-        path.chmod(0o644)  # safetensors writes files that only their owner can read
-        tables_file = describe_file(path, folder)
+        tables |= evaluate_tables(graph, builder.source.checkpoint)
+    tables_file = _write_tables(tables, folder / name / "tables.safetensors", folder)
     listener.start(name, [b.name for b in lowering.blocks])
-    references: dict[str, dict[str, ReferenceRun]] = {}
-    for graph in lowering.graphs:
-        references |= dict.fromkeys(graph.blocks(), _references(lowering, graph, recipe, tables))
-    with tempfile.TemporaryDirectory() as scratch:
-        templates = Templates(lowering.target, lowering.blocks, Path(scratch), listener, direct)
-        entries = [
-            _build_block(
-                lowering, templates, block, eager, references[block.name], checkpoint, folder, recipe, listener
-            )
-            for block, eager in zip(lowering.blocks, lowering.reference, strict=True)
-        ]
+    gate = None if mode == "none" else ComponentGate(builder, planned.recipe, tables, listener)
+    entries = []
+    for block in lowering.blocks:
+        listener.working(name, block.name, "build")
+        artifact = artifacts.artifact(name, block)
+        if artifact.meta.get("unbound"):
+            listener.remark(f"block '{block.name}' and its like are lowered one by one: {artifact.meta['unbound']}")
+        passed = None
+        if gate is not None and gate.needs(block):
+            listener.working(name, block.name, "execute")
+            passed = gate.hold(block, artifact)
+        files = _place_artifact(artifact, folder / name / f"{block.name}{lowering.target.suffix}", folder)
+        goldens = _place_goldens(passed, folder / GOLDENS / name / f"{block.name}.safetensors", folder)
+        listener.finished(name, block.name, None if passed is None else passed.accuracy)
+        functions = tuple(artifact.meta["functions"])
+        entries.append(describe.block(block, files, functions, passed, goldens, lowering.target, name))
     return describe.component(lowering, entries, tables_file, tables)
 
 
-def _references(
-    lowering: Lowering, graph: Graph, recipe: Recipe, tables: Mapping[str, torch.Tensor]
-) -> dict[str, ReferenceRun]:
-    """Eager runs of a graph's blocks, one per function: functions may differ in the shapes they take."""
-    names = set(graph.blocks())
-    blocks = tuple(b for b in lowering.reference if b.name in names)
-    runs = {}
-    for function in graph.functions:
-        generator = torch.Generator().manual_seed(recipe.gate.seed)
-        values = {spec.name: sample_input(spec, recipe, generator) for spec in graph.inputs_of(function)}
-        runs[function] = ReferenceRun(blocks, values, tables)
-    return runs
+def _write_tables(tables: Mapping[str, torch.Tensor], path: Path, folder: Path) -> m.File | None:
+    if not tables:
+        return None
+    save_file(dict(tables), path)
+    path.chmod(0o644)  # safetensors writes files that only their owner can read
+    return describe_file(path, folder)
 
 
-def _build_block(
-    lowering: Lowering,
-    templates: Templates,
-    block: Block,
-    eager: Block,
-    references: Mapping[str, ReferenceRun],
-    checkpoint: Checkpoint,
-    folder: Path,
-    recipe: Recipe,
-    listener: Listener,
-) -> m.BlockEntry:
-    name, target, aliases = lowering.name, lowering.target, lowering.definition.aliases
-    listener.working(name, block.name, "lower")
-    out = folder / name / f"{block.name}{target.suffix}"
-    artifact = templates.build(block, read_weights(block, checkpoint, aliases), out)
-    listener.working(name, block.name, "check")
-    target.check(artifact.path, block)
-    accuracy = None
-    try:
-        engine = target.engine(artifact.path, block.inputs, block.outputs)
-    except EngineUnavailableError as e:
-        listener.remark(f"{target.name}: not executed: {e}")
-    else:
-        listener.working(name, block.name, "execute")
-        weights = read_weights(eager, checkpoint, aliases)
-        accuracy = hold(eager, artifact.functions, engine, references, weights, gate_limit(recipe, target))
-    listener.finished(name, block.name, accuracy)
-    return describe.block(block, artifact, accuracy, target, folder)
+def _place_artifact(artifact: Entry, out: Path, folder: Path) -> list[m.File]:
+    """Put an artifact's files where they belong in the bundle."""
+    files = []
+    for file in artifact.files:
+        path = Path(f"{out}{file.path.removeprefix(NAME + out.suffix)}")
+        place(artifact.data / file.path, path)
+        files.append(m.File(path=path.relative_to(folder).as_posix(), bytes=file.bytes, sha256=file.sha256))
+    return sorted(files, key=lambda f: f.path)
 
 
-def gate_limit(recipe: Recipe, target: Target) -> float:
-    """The gate's limit for the target's precision.
+def _place_goldens(passed: Passed | None, path: Path, folder: Path) -> m.File | None:
+    if passed is None:
+        return None
+    place(passed.goldens, path)
+    return describe_file(path, folder)
 
-    Raises:
-        RecipeError: the recipe gives none.
-    """
-    limits = recipe.gate.max_relative_error
-    if target.precision not in limits:
-        hint = f"add '{target.precision}: 0.001' or the like"
-        raise RecipeError(f"gate.max_relative_error: no limit for {target.precision}; {hint}")
-    return limits[target.precision]
+
+def _with_golden_video(manifest: m.Manifest, planned: Plan, base: Path, folder: Path, listener: Listener) -> m.Manifest:
+    """Hold a whole video against the eager pipeline's, if the recipe asks for it."""
+    asked = planned.recipe.gate.golden
+    if asked is None or manifest.gate.mode in ("none", "interface"):
+        return manifest
+    from toolchain.golden_video import make
+
+    return manifest.model_copy(update={"golden": make(manifest, planned.recipe, base, folder, listener)})

@@ -200,13 +200,29 @@ class TransformerRecipe(ComponentRecipe):
     frame_conditions: bool = Field(default=False, description="Accept frames given as condition (input x_mask).")
 
 
+class GoldenRecipe(Strict):
+    """A prompt whose video is made eagerly in float32, held against the bundle's, and stored with it."""
+
+    prompt: str = Field(min_length=1)
+    seed: int = Field(default=0, ge=0, lt=1 << 64)
+    min_psnr_db: float = Field(default=40.0, description="Least peak signal-to-noise ratio of the bundle's video.")
+
+
 class GateRecipe(Strict):
     """The accuracy gate: every artifact is executed and held against eager float32."""
 
     max_relative_error: dict[str, float] = Field(
         default_factory=lambda: dict(GATE_DEFAULTS), description="Largest relative error of a block, by precision."
     )
+    mode: Literal["every", "structure", "none"] = Field(
+        default="every",
+        description="Execute every artifact; or one of each structure, checking the others' weights; or nothing.",
+    )
+    inputs: int = Field(default=2, ge=2, le=64, description="Number of inputs that each function is executed on.")
     seed: int = Field(default=0, ge=0, description="Seed of the inputs.")
+    golden: GoldenRecipe | None = Field(
+        default=None, description="Also hold a whole video against the eager pipeline's; loads whole components."
+    )
 
     @field_validator("max_relative_error")
     @classmethod

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -11,8 +14,14 @@ from rich.text import Text
 from toolchain.bundle import Bundle
 from toolchain.describe import sampler
 from toolchain.lowering import Lowering, Plan
-from toolchain.manifest import BlockEntry
+from toolchain.manifest import BlockEntry, Manifest
 from toolchain.target import distinct_functions
+
+if TYPE_CHECKING:
+    from toolchain.compare import Comparison
+    from toolchain.explain import Explanation
+    from toolchain.store import Store
+    from toolchain.verify import Verification
 
 
 def size(count: float) -> str:
@@ -116,17 +125,21 @@ def bundle_summary(bundle: Bundle) -> RenderableType:
     """What a build ends with: the bundle's path on a line of its own, and a line about it."""
     m = bundle.manifest
     blocks = sum(len(c.blocks) for c in m.components.values())
-    worst = max(
-        (a.relative_error for c in m.components.values() for b in c.blocks for a in (b.accuracy or {}).values()),
-        default=None,
-    )
-    proof = (
-        f"all executed, largest relative error {worst:.2g}"
-        if worst is not None
-        else "interfaces checked, not executed here"
-    )
     total = sum(f.bytes for f in bundle.files())
-    return Text(f"{bundle.path}\n{m.target.name}: {blocks} blocks, {size(total)}; {proof}")
+    return Text(f"{bundle.path}\n{m.target.name}: {blocks} blocks, {size(total)}; {_proof(m)}")
+
+
+def _proof(m: Manifest) -> str:
+    """What was executed, in a few words."""
+    every = [a for c in m.components.values() for b in c.blocks for a in (b.accuracy or {}).values()]
+    worst = max((a.relative_error for a in every), default=0.0)
+    what = {
+        "every": f"all executed, largest relative error {worst:.2g}",
+        "structure": f"one of each structure executed, largest relative error {worst:.2g}",
+        "none": "NOT executed, as asked for",
+        "interface": "interfaces checked, not executed here",
+    }[m.gate.mode]
+    return what + (f", video {m.golden.psnr_db:.1f} dB" if m.golden is not None else "")
 
 
 def bundle_table(bundle: Bundle) -> RenderableType:
@@ -159,3 +172,102 @@ def _errors(block: BlockEntry) -> str:
     if block.accuracy is None:
         return "not executed"
     return ", ".join(f"{a.relative_error:.2g}" for a in block.accuracy.values())
+
+
+def verification_json(found: Verification) -> dict[str, Any]:
+    """What ``verify`` found, as plain data."""
+    return {
+        "bundle": str(found.bundle),
+        "passed": not found.failed,
+        "checks": [asdict(c) | {"passed": c.passed} for c in found.checks],
+        "unchecked": list(found.unchecked),
+    }
+
+
+def verification_table(found: Verification) -> RenderableType:
+    """What ``verify`` found, for people."""
+    table = Table(title=f"{found.bundle} against its goldens", title_justify="left")
+    for column in ("block", "function", "now", "when built", "limit", ""):
+        table.add_column(column, justify="right" if column in ("now", "when built", "limit") else "left")
+    for c in found.checks:
+        unit = " dB" if not c.function else ""
+        figures = (f"{v:.3g}{unit}" for v in (c.now, c.built, c.limit))
+        table.add_row(f"{c.component}/{c.block}", c.function, *figures, "ok" if c.passed else "FAILED")
+    lines = [f"{len(found.checks)} checks, {len(found.failed)} failed; all files are what was built"]
+    if found.unchecked:
+        lines.append(f"{len(found.unchecked)} blocks have no goldens: another of their structure was executed")
+    return Group(table, Text("\n".join(lines)))
+
+
+def explanation_json(found: Sequence[Explanation]) -> list[dict[str, Any]]:
+    """What ``verify --explain`` found, as plain data."""
+    return [json_safe(asdict(e)) for e in found]
+
+
+def json_safe(value: Any) -> Any:
+    """``value`` with infinities and not-a-numbers as text, which JSON has none of."""
+    if isinstance(value, Mapping):
+        return {k: json_safe(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_safe(v) for v in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def comparison_json(found: Comparison) -> dict[str, Any]:
+    """Two bundles compared, as plain data."""
+    data: dict[str, Any] = json_safe(asdict(found))
+    return data | {"a": str(found.a), "b": str(found.b), "same": found.same}
+
+
+def comparison_table(found: Comparison) -> RenderableType:
+    """Two bundles compared, for people."""
+    if found.same:
+        return Text(f"{found.a} and {found.b} are the same")
+    groups: list[RenderableType] = []
+    if found.differences:
+        table = Table("manifest", str(found.a), str(found.b))
+        for d in found.differences:
+            table.add_row(d.key, str(d.a), str(d.b))
+        groups.append(table)
+    changed = [b for b in found.blocks if not b.same]
+    if changed:
+        table = Table("block", "bytes", "relative error", "outputs, B against A")
+        for b in changed:
+            errors = " → ".join("-" if e is None else f"{e:.2g}" for e in (b.a_error, b.b_error))
+            outputs = b.reason if b.outputs is None else ", ".join(f"{f} {e:.2g}" for f, e in b.outputs.items())
+            table.add_row(b.block, f"{size(b.a_bytes)} → {size(b.b_bytes)}", errors, outputs)
+        groups.append(table)
+    same = len(found.blocks) - len(changed)
+    groups.append(Text(f"{len(changed)} blocks differ, {same} are the same byte for byte"))
+    return Group(*groups)
+
+
+def cache_json(store: Store, action: str) -> dict[str, Any]:
+    """Show, verify or clear the store; what there is, or was."""
+    kinds: dict[str, dict[str, int]] = {}
+    damaged = []
+    for entry in store.entries():
+        found = kinds.setdefault(entry.kind, {"entries": 0, "bytes": 0})
+        found["entries"] += 1
+        found["bytes"] += entry.bytes
+        if action == "verify" and not entry.intact(thorough=True):
+            damaged.append(f"{entry.kind}/{entry.key}")
+            store.remove(entry)
+    data: dict[str, Any] = {"location": str(store.root), "limit_bytes": store.limit_bytes, "kinds": kinds}
+    if action == "verify":
+        data["damaged"] = damaged
+    if action == "clear":
+        data["removed_bytes"] = store.clear()
+    return data
+
+
+def cache_table(data: dict[str, Any]) -> RenderableType:
+    """The store for people."""
+    total = sum(k["bytes"] for k in data["kinds"].values())
+    lines = [f"{data['location']}: {size(total)} of at most {size(data['limit_bytes'])}"]
+    lines += [f"  {kind}: {k['entries']}, {size(k['bytes'])}" for kind, k in data["kinds"].items()]
+    if "damaged" in data:
+        lines.append(f"{len(data['damaged'])} damaged entries removed" if data["damaged"] else "all entries are whole")
+    if "removed_bytes" in data:
+        lines.append(f"cleared: {size(data['removed_bytes'])}")
+    return Text("\n".join(lines))

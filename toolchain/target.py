@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -13,6 +13,9 @@ from pydantic import BaseModel, ConfigDict
 
 from toolchain.blocks import Block, Port
 from toolchain.errors import ResourceError
+
+STEP = "__"
+"""Between the name of a step of a block's graph and an operator's, in the names of an artifact's values."""
 
 
 class TargetConfig(BaseModel):
@@ -33,6 +36,27 @@ class Engine(Protocol):
 
 
 @dataclass(frozen=True)
+class OpValue:
+    """One output of an operator, as an engine's ``trace`` met it.
+
+    ``dtype`` is what the artifact declares; ``inputs`` are the names of the values that the operator was given,
+    constants included.
+    """
+
+    name: str
+    op: str
+    dtype: str
+    value: torch.Tensor
+    inputs: tuple[str, ...]
+
+
+class TracingEngine(Engine, Protocol):
+    """An engine that can show what every operator gives."""
+
+    def trace(self, function: str, inputs: Mapping[str, torch.Tensor]) -> Iterator[OpValue]: ...
+
+
+@dataclass(frozen=True)
 class Artifact:
     """What ``lower`` wrote: a file or, for packages, a folder at ``path``, holding ``functions``."""
 
@@ -44,7 +68,7 @@ class Artifact:
 class Template:
     """A lowered structure whose weights can be replaced: an artifact, and where in it each weight lies.
 
-    ``slots`` is the target's own; ``stamp`` reads it.
+    ``slots`` is the target's own, in plain data as JSON has it; ``stamp`` reads it.
     """
 
     artifact: Artifact
@@ -97,6 +121,9 @@ class Target(abc.ABC):
     @abc.abstractmethod
     def stamp(self, template: Template, weights: Mapping[str, torch.Tensor], out: Path) -> Artifact:
         """Write the template's artifact with other ``weights``: byte for byte what ``lower`` gives for them.
+
+        Takes one weight after the other, so that ``weights`` may read each from disk when it is asked for, and
+        proves by digest that each arrived.
 
         (Where ``lower`` simplifies degenerate weights, such as a bias of zeros, the template's structure is
         kept: the numbers are the same, the bytes are not.)

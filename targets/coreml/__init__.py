@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -13,7 +14,6 @@ from toolchain.blocks import Block, Port
 from toolchain.target import (
     Artifact,
     Engine,
-    EngineUnavailableError,
     Target,
     TargetConfig,
     Template,
@@ -57,8 +57,25 @@ class CoreMLTarget(Target):
 
         check(path, block, self.precision)
 
-    def engine(self, path: Path, inputs: Sequence[Port], outputs: Sequence[Port]) -> Engine:
-        raise EngineUnavailableError("Core ML packages are executed on macOS only; this version checks their interface")
+    def engine(
+        self, path: Path, inputs: Sequence[Port], outputs: Sequence[Port], *, device: bool | None = None
+    ) -> Engine:
+        """Load a package for execution.
+
+        Args:
+            device: with Core ML itself, which only macOS has; else on torch. By default, what the machine has.
+
+        Raises:
+            LoweringError: the package is damaged, of another block, or has what the engine does not know.
+        """
+        with quiet():
+            if sys.platform == "darwin" if device is None else device:
+                from targets.coreml.device import CoreMLDevice
+
+                return CoreMLDevice(path, inputs, outputs)
+            from targets.coreml.engine import CoreMLEngine
+
+            return CoreMLEngine(path, inputs, outputs)
 
     def versions(self) -> dict[str, str]:
         return package_versions("torch", "coremltools")

@@ -1,32 +1,40 @@
 """Replacing the weights of a Core ML package.
 
-All tensors of ten elements and more lie in ``weight.bin`` as blobs: at a multiple of 64 bytes a header
-(sentinel, type, size, offset), then the data. Two packages of one structure differ in nothing else.
+Tensors of ten elements and more lie in ``weight.bin`` as blobs: at a multiple of 64 bytes a header (sentinel, type,
+size, offset), then the data. Smaller ones stand in the program itself, as immediate values of constants. Two
+packages of one structure differ in nothing else.
 """
 
 from __future__ import annotations
 
+import mmap
 import shutil
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from targets.coreml.canonical import MODEL
+from targets.stamping import Stretch, copy_with, raw
 from toolchain.target import Artifact, Template, UnboundTemplateError
 
 WEIGHTS = Path("Data/com.apple.CoreML/weights/weight.bin")
 SENTINEL = 0xDEADBEEF
 ALIGNMENT = 64
 HEADER = struct.Struct("<IIQQ")
-TYPES: Mapping[int, np.dtype[Any]] = {1: np.dtype(np.float16), 2: np.dtype(np.float32)}
+BLOB_TYPES: Mapping[int, torch.dtype] = {1: torch.float16, 2: torch.float32}
+NAMES = {torch.float16: "float16", torch.float32: "float32"}
+DTYPES = {name: dtype for dtype, name in NAMES.items()}
+LARGEST_IMMEDIATE = 9
+"""Elements of the largest tensor that coremltools keeps in the program."""
 
 
 @dataclass(frozen=True)
-class Slot:
+class Blob:
     """A blob: where its data lies, and which elements of which weight it holds."""
 
     weight: str
@@ -36,7 +44,17 @@ class Slot:
     dtype: str
 
 
-def blobs(data: bytes) -> Iterator[tuple[np.dtype[Any], int, int]]:
+@dataclass(frozen=True)
+class Immediate:
+    """A constant of the program: in which function, at which operation, and which weight it holds."""
+
+    weight: str
+    function: str
+    operation: int
+    dtype: str
+
+
+def blobs(data: mmap.mmap) -> Iterator[tuple[torch.dtype, int, int]]:
     """Type, size and data offset of every blob of a ``weight.bin``, in order.
 
     Raises:
@@ -45,44 +63,129 @@ def blobs(data: bytes) -> Iterator[tuple[np.dtype[Any], int, int]]:
     at = ALIGNMENT
     while at < len(data):
         sentinel, kind, size, offset = HEADER.unpack_from(data, at)
-        if sentinel != SENTINEL or kind not in TYPES or offset != at + ALIGNMENT:
+        if sentinel != SENTINEL or kind not in BLOB_TYPES or offset != at + ALIGNMENT:
             raise UnboundTemplateError(f"weight.bin has no blob of floats at byte {at}")
-        yield TYPES[kind], size, offset
+        yield BLOB_TYPES[kind], size, offset
         at = -(-(offset + size) // ALIGNMENT) * ALIGNMENT
 
 
 def bind(artifact: Artifact, weights: Mapping[str, torch.Tensor]) -> Template:
-    data = (artifact.path / WEIGHTS).read_bytes()
+    found: list[Blob] = []
+    file = artifact.path / WEIGHTS
+    if file.is_file() and file.stat().st_size > ALIGNMENT:
+        with file.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            for dtype, size, offset in blobs(data):
+                blob = data[offset : offset + size]
+                if blob != blob[: dtype.itemsize] * (size // dtype.itemsize):  # all equal: a constant, no weight
+                    found.append(_find(blob, dtype, offset, weights))
+    immediates = list(_immediates(artifact.path, weights))
     covered = dict.fromkeys(weights, 0)
-    slots = []
-    for dtype, size, offset in blobs(data):
-        slot = _find(data[offset : offset + size], dtype, offset, weights)
-        slots.append(slot)
+    for slot in found:
         covered[slot.weight] += slot.count
+    for name in {slot.weight for slot in immediates}:
+        covered[name] += weights[name].numel()
     for name, weight in weights.items():
         if covered[name] != weight.numel():
             part = f"{covered[name]} of {weight.numel()} elements"
-            raise UnboundTemplateError(f"weight '{name}': {part} are in weight.bin")
-    return Template(artifact, tuple(slots))
+            raise UnboundTemplateError(f"weight '{name}': {part} are in the package")
+    return Template(artifact, {"blobs": [asdict(s) for s in found], "immediates": [asdict(s) for s in immediates]})
 
 
-def _find(blob: bytes, dtype: np.dtype[Any], offset: int, weights: Mapping[str, torch.Tensor]) -> Slot:
-    found = []
-    for name, weight in weights.items():
-        whole = weight.numpy().astype(dtype).tobytes()
-        at = whole.find(blob)
-        if at >= 0 and at % dtype.itemsize == 0:
-            found.append(Slot(name, at // dtype.itemsize, len(blob) // dtype.itemsize, offset, dtype.str))
-    if len(found) != 1:
-        raise UnboundTemplateError(f"the blob at byte {offset} is found in {len(found)} weights")
-    return found[0]
+def _find(blob: bytes, dtype: torch.dtype, offset: int, weights: Mapping[str, torch.Tensor]) -> Blob:
+    """The weight, or the part of one, that a blob holds; whole ones are looked for first."""
+    size = dtype.itemsize
+    count = len(blob) // size
+    head = blob[: 16 * size]
+    for whole in (True, False):
+        found = []
+        for name, weight in weights.items():
+            if weight.numel() < count or whole != (weight.numel() == count):
+                continue
+            if whole and bytes(raw(weight.reshape(-1)[:16].to(dtype))) != head:
+                continue
+            content = bytes(raw(weight.to(dtype)))
+            at = 0 if whole and content == blob else content.find(blob) if not whole else -1
+            if at >= 0 and at % size == 0:
+                found.append(Blob(name, at // size, count, offset, NAMES[dtype]))
+        if len(found) == 1:
+            return found[0]
+        if found:
+            break
+    raise UnboundTemplateError(f"the blob at byte {offset} is found in {len(found)} weights")
+
+
+def _immediates(package: Path, weights: Mapping[str, torch.Tensor]) -> Iterator[Immediate]:
+    """The program's constants that hold small weights."""
+    small = {
+        (NAMES[dtype], bytes(raw(w.to(dtype)))): name
+        for name, w in weights.items()
+        if w.numel() <= LARGEST_IMMEDIATE
+        for dtype in NAMES
+    }
+    if not small:
+        return
+    for function, index, dtype, content in _constants(_load(package)):
+        name = small.get((dtype, content))
+        if name is not None:
+            yield Immediate(name, function, index, dtype)
+
+
+def _load(package: Path) -> Any:
+    import coremltools as ct
+
+    return ct.utils.load_spec(str(package))
+
+
+def _operations(spec: Any, function: str) -> Any:
+    specialised = spec.mlProgram.functions[function]
+    return specialised.block_specializations[specialised.opset].operations
+
+
+def _constants(spec: Any) -> Iterator[tuple[str, int, str, bytes]]:
+    """Function, operation, dtype and content of every constant of floats in the program."""
+    for function in sorted(spec.mlProgram.functions):
+        for index, operation in enumerate(_operations(spec, function)):
+            if operation.type == "const" and operation.attributes["val"].HasField("immediateValue"):
+                tensor = operation.attributes["val"].immediateValue.tensor
+                if tensor.WhichOneof("value") == "floats":
+                    yield function, index, "float32", np.asarray(tensor.floats.values, np.float32).tobytes()
+                elif tensor.WhichOneof("value") == "bytes":
+                    yield function, index, "float16", bytes(tensor.bytes.values)
 
 
 def stamp(template: Template, weights: Mapping[str, torch.Tensor], out: Path) -> Artifact:
-    shutil.copytree(template.artifact.path, out)
-    with (out / WEIGHTS).open("r+b") as f:
-        for slot in template.slots:
-            values = weights[slot.weight].reshape(-1)[slot.start : slot.start + slot.count]
-            f.seek(slot.offset)
-            f.write(values.numpy().astype(np.dtype(slot.dtype)).tobytes())
+    found = [Blob(**s) for s in template.slots["blobs"]]
+    immediates = [Immediate(**s) for s in template.slots["immediates"]]
+    source = template.artifact.path
+    last: dict[str, torch.Tensor] = {}
+
+    def weight(name: str) -> torch.Tensor:
+        if name not in last:  # a weight's parts follow one another: each tensor is read once
+            last.clear()
+            last[name] = weights[name].reshape(-1)
+        return last[name]
+
+    def content(slot: Blob) -> memoryview:
+        return raw(weight(slot.weight)[slot.start : slot.start + slot.count].to(DTYPES[slot.dtype]))
+
+    def ignore(folder: str, names: list[str]) -> list[str]:
+        return [n for n in names if n == WEIGHTS.name]
+
+    shutil.copytree(source, out, ignore=ignore)
+    if (source / WEIGHTS).is_file():
+        stretches = [
+            Stretch(s.offset, s.count * DTYPES[s.dtype].itemsize, lambda s=s: content(s))  # type: ignore[misc]
+            for s in found
+        ]
+        copy_with(source / WEIGHTS, out / WEIGHTS, stretches)
+    if immediates:
+        spec = _load(out)
+        for slot in immediates:
+            tensor = _operations(spec, slot.function)[slot.operation].attributes["val"].immediateValue.tensor
+            values = weight(slot.weight).to(DTYPES[slot.dtype])
+            if slot.dtype == "float32":
+                tensor.floats.values[:] = values.tolist()
+            else:
+                tensor.bytes.values = bytes(raw(values))
+        (out / MODEL).write_bytes(spec.SerializeToString(deterministic=True))
     return Artifact(out, template.artifact.functions)

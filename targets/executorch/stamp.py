@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import mmap
-import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
+from targets.stamping import Stretch, copy_with, raw
 from toolchain.target import Artifact, Template, UnboundTemplateError
 
 
@@ -25,25 +25,26 @@ class Slot:
     weight: str
     channels_last: bool
     offset: int
-    keys: tuple[int, ...]
+    size: int
+    keys: list[int]
 
 
 def bind(artifact: Artifact, weights: Mapping[str, torch.Tensor]) -> Template:
     with artifact.path.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as program:
-        slots = tuple(_find(program, name, weight) for name, weight in weights.items())
+        slots = [_find(program, name, weight) for name, weight in weights.items()]
     if len({slot.offset for slot in slots}) < len(slots):
         raise UnboundTemplateError("two weights are found in the same place of the program")
-    return Template(artifact, slots)
+    return Template(artifact, [asdict(s) for s in slots])
 
 
 def _find(program: mmap.mmap, name: str, weight: torch.Tensor) -> Slot:
     found = []
     permuted = weight.dim() == 4 and weight.shape[2:].numel() > 1
     for channels_last in (False, True) if permuted else (False,):
-        stored = _stored(weight, channels_last)
+        stored = bytes(_stored(weight, channels_last))
         offsets = list(_occurrences(program, stored))
-        keys = tuple(_occurrences(program, hashlib.sha256(stored).hexdigest().encode()))
-        found += [Slot(name, channels_last, offset, keys) for offset in offsets]
+        keys = list(_occurrences(program, hashlib.sha256(stored).hexdigest().encode()))
+        found += [Slot(name, channels_last, offset, len(stored), keys) for offset in offsets]
     if len(found) != 1:
         raise UnboundTemplateError(f"weight '{name}' is found {len(found)} times in the program")
     return found[0]
@@ -56,23 +57,22 @@ def _occurrences(program: mmap.mmap, pattern: bytes) -> Iterator[int]:
         at = program.find(pattern, at + 1)
 
 
-def _stored(weight: torch.Tensor, channels_last: bool) -> bytes:
+def _stored(weight: torch.Tensor, channels_last: bool) -> memoryview:
     """A weight's bytes as they are stored: convolutions that XNNPACK runs have their channels last."""
-    if channels_last:
-        weight = weight.permute(0, 2, 3, 1)
-    return weight.contiguous().numpy().tobytes()
+    return raw(weight.permute(0, 2, 3, 1) if channels_last else weight)
 
 
 def stamp(template: Template, weights: Mapping[str, torch.Tensor], out: Path) -> Artifact:
-    shutil.copyfile(template.artifact.path, out)
+    slots = [Slot(**s) for s in template.slots]
+
+    def content(slot: Slot) -> memoryview:
+        return _stored(weights[slot.weight], slot.channels_last)
+
+    stretches = [Stretch(s.offset, s.size, lambda s=s: content(s)) for s in slots]  # type: ignore[misc]
+    digests = copy_with(template.artifact.path, out, stretches)
     with out.open("r+b") as program:
-        for slot in template.slots:
-            stored = _stored(weights[slot.weight], slot.channels_last)
-            program.seek(slot.offset)
-            program.write(stored)
-            if slot.keys:
-                key = hashlib.sha256(stored).hexdigest().encode()
-                for at in slot.keys:
-                    program.seek(at)
-                    program.write(key)
+        for slot, key in zip(slots, digests, strict=True):
+            for at in slot.keys:
+                program.seek(at)
+                program.write(key.encode())
     return Artifact(out, template.artifact.functions)

@@ -37,6 +37,10 @@ class ResidualLeaf(Leaf):
 
     scale: float = 1.0
 
+    @property
+    def output_scale(self) -> float:
+        return self.scale
+
     def legal(self, rule: str) -> LegalLeaf | None:
         if rule != "float16" or self.scale != 1.0:
             return super().legal(rule)
@@ -124,9 +128,13 @@ class BiasedAttention(ResidualLeaf, AttentionLeaf):
 
 
 class Norm(RMSNorm, ResidualLeaf):
-    """RMS norm over the hidden size; no mean, no bias."""
+    """RMS norm over the hidden size; no mean, no bias. Does not see the scale of what it reads."""
 
     kind = "norm"
+
+    @property
+    def output_scale(self) -> float:
+        return 1.0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[B, L, C]`` to ``[B, L, C]``."""

@@ -1,0 +1,134 @@
+"""Block → artifact, through the store: a template once for each structure, then a stamp for each block.
+
+Lowering never sees the user's weights: a template is built with unique random ones, and each block's tensors are
+written into a copy of it. So a changed checkpoint lowers nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from toolchain.blocks import Block
+from toolchain.checkpoint import Checkpoint
+from toolchain.digests import block_digest
+from toolchain.lowering import Lowering
+from toolchain.store import Entry, Store, code_version, key_of
+from toolchain.target import Artifact, Template, UnboundTemplateError, distinct_functions, unique_weights
+from toolchain.weights import BlockWeights
+
+NAME = "artifact"
+BINDING_SEEDS = (0, 1, 2)
+"""Random weights that happen to be found elsewhere in an artifact are drawn again."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a component's weights come from."""
+
+    checkpoint: Checkpoint
+    digests: Mapping[str, str]
+    """Of every tensor, by the checkpoint's own names."""
+
+
+class Builder:
+    """Builds a component's artifacts.
+
+    Args:
+        direct: lower every block by itself, which is the reference for stamping.
+    """
+
+    def __init__(self, lowering: Lowering, source: Source, store: Store, direct: bool) -> None:
+        self.lowering, self.source, self.store, self.direct = lowering, source, store, direct
+
+    @property
+    def _tools(self) -> dict[str, Any]:
+        target = self.lowering.target
+        return {
+            "target": target.name,
+            "config": target.config.model_dump(mode="json"),
+            "tools": target.versions(),
+            "code": own_code(type(target).__module__),
+        }
+
+    def template_key(self, block: Block) -> str:
+        """Key of the template of a block's structure."""
+        return key_of(self._tools | {"structure": _structure(block)})
+
+    def artifact_key(self, block: Block) -> str:
+        """Key of a block's artifact."""
+        weights = block_digest(block, self.source.digests, self.lowering.definition.aliases)
+        return key_of({"template": self.template_key(block), "weights": weights, "direct": self.direct})
+
+    def template(self, block: Block) -> Entry:
+        """The template of a block's structure, lowered and bound now if it is not in the store.
+
+        Raises:
+            LoweringError: as :meth:`toolchain.target.Target.lower` and :meth:`~toolchain.target.Target.check`.
+        """
+        return self.store.obtain("templates", self.template_key(block), lambda folder: self._lower(block, folder))
+
+    def _lower(self, block: Block, folder: Path) -> dict[str, Any]:
+        target = self.lowering.target
+        for seed in BINDING_SEEDS:
+            weights = unique_weights(block, seed)
+            artifact = target.lower(block, weights, folder / f"{NAME}{target.suffix}")
+            try:
+                template = target.bind(artifact, weights)
+            except UnboundTemplateError as e:
+                reason = str(e)
+                _discard(artifact.path)
+                continue
+            target.check(artifact.path, block)
+            return {"functions": list(artifact.functions), "slots": template.slots}
+        return {"unbound": reason}
+
+    def artifact(self, block: Block) -> Entry:
+        """The artifact of a block.
+
+        Raises:
+            LoweringError: as :meth:`template`.
+        """
+        return self.store.obtain("artifacts", self.artifact_key(block), lambda folder: self._build(block, folder))
+
+    def _build(self, block: Block, folder: Path) -> dict[str, Any]:
+        target = self.lowering.target
+        out = folder / f"{NAME}{target.suffix}"
+        weights: Mapping[str, torch.Tensor] = self.weights(block)
+        entry = None if self.direct else self.template(block)
+        if entry is None or "unbound" in entry.meta:
+            artifact = target.lower(block, dict(weights), out)
+            target.check(artifact.path, block)
+        else:
+            lowered = Artifact(entry.data / out.name, tuple(entry.meta["functions"]))
+            artifact = target.stamp(Template(lowered, entry.meta["slots"]), weights, out)
+        unbound = None if entry is None else entry.meta.get("unbound")
+        return {"functions": list(artifact.functions), "unbound": unbound}
+
+    def weights(self, block: Block) -> BlockWeights:
+        """A block's weights, read when asked for."""
+        return BlockWeights(block, self.source.checkpoint, self.lowering.definition.aliases)
+
+
+def _structure(block: Block) -> dict[str, Any]:
+    return {"text": block.structure(), "functions": list(distinct_functions(block))}
+
+
+def _discard(path: Path) -> None:
+    import shutil
+
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+@functools.cache
+def own_code(target_module: str) -> str:
+    """Digest of the code that decides what is built: ours, and the target's."""
+    return code_version("toolchain", "passes", target_module)

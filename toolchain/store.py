@@ -1,0 +1,358 @@
+"""The content-addressed store of what builds make: templates, artifacts and gate results.
+
+An entry's key is a digest of everything that decides its content. Entries are built in a folder of their own and
+renamed into place, so one that is there is whole; each is built by one process at a time, and used by many. What
+was altered since is found by its digest, and built again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from toolchain.errors import ResourceError
+
+ENTRY_FILE = "entry.json"
+DATA = "data"
+KINDS = ("templates", "artifacts", "gates", "builds")
+DEFAULT_LIMIT_BYTES = 40_000_000_000
+LOCATION_VARIABLE, LIMIT_VARIABLE = "SORA_COMPILE_CACHE", "SORA_COMPILE_CACHE_LIMIT"
+
+
+def default_location() -> Path:
+    """``$SORA_COMPILE_CACHE``, or ``sora-compile`` in the user's cache folder."""
+    if own := os.environ.get(LOCATION_VARIABLE):
+        return Path(own)
+    usual = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
+    return Path(os.environ.get("XDG_CACHE_HOME") or usual) / "sora-compile"
+
+
+def key_of(parts: Mapping[str, Any]) -> str:
+    """The digest of everything that decides an entry's content: plain data."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def digest(path: Path) -> str:
+    """sha256 of a file, in hex."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file of an entry: its path within the entry, size and digest, and when it was last known to be so."""
+
+    path: str
+    bytes: int
+    sha256: str
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A whole entry. ``meta`` is what its maker returned."""
+
+    kind: str
+    key: str
+    folder: Path
+    files: tuple[StoredFile, ...]
+    meta: Mapping[str, Any]
+
+    @property
+    def data(self) -> Path:
+        """The folder that holds what was made."""
+        return self.folder / DATA
+
+    @property
+    def bytes(self) -> int:
+        return sum(f.bytes for f in self.files)
+
+    def intact(self, thorough: bool = False) -> bool:
+        """Whether every file is what was stored; only one whose time has changed is read, unless ``thorough``."""
+        for file in self.files:
+            try:
+                stat = (self.data / file.path).stat()
+                if stat.st_size != file.bytes:
+                    return False
+                if (thorough or stat.st_mtime_ns != file.mtime_ns) and digest(self.data / file.path) != file.sha256:
+                    return False
+            except OSError:
+                return False
+        return True
+
+
+class Store:
+    """A folder of entries.
+
+    Args:
+        root: the folder; made when first written to.
+        limit_bytes: what :meth:`evict` leaves at most.
+    """
+
+    def __init__(self, root: Path | None = None, limit_bytes: int | None = None) -> None:
+        self.root = Path(os.path.abspath(root or default_location()))
+        own = os.environ.get(LIMIT_VARIABLE)
+        self.limit_bytes = limit_bytes if limit_bytes is not None else (_limit(own) if own else DEFAULT_LIMIT_BYTES)
+
+    def get(self, kind: str, key: str) -> Entry | None:
+        """An entry that is there and intact; marks it as used. A damaged one is removed."""
+        folder = self._folder(kind, key)
+        entry = _read(folder, kind, key)
+        if entry is not None and entry.intact():
+            with contextlib.suppress(OSError):
+                os.utime(folder / ENTRY_FILE)
+            return entry
+        if folder.exists():
+            _remove(folder)
+        return None
+
+    def obtain(self, kind: str, key: str, make: Callable[[Path], Mapping[str, Any] | None]) -> Entry:
+        """The entry, made now if need be: ``make`` fills the folder that it is given and returns ``meta``.
+
+        Two processes that want the same entry make it once.
+
+        Raises:
+            ResourceError: the store cannot be written.
+        """
+        found = self.get(kind, key)
+        if found is not None:
+            return found
+        with self._locked(kind, key):
+            return self.get(kind, key) or self._make(kind, key, make)
+
+    def _make(self, kind: str, key: str, make: Callable[[Path], Mapping[str, Any] | None]) -> Entry:
+        with self.scratch() as scratch:
+            data = scratch / DATA
+            data.mkdir()
+            meta = dict(make(data) or {})
+            files = []
+            for path in sorted(p for p in data.rglob("*") if p.is_file()):
+                stat = path.stat()
+                relative = path.relative_to(data).as_posix()
+                files.append(StoredFile(relative, stat.st_size, digest(path), stat.st_mtime_ns))
+            text = json.dumps({"files": [f.__dict__ for f in files], "meta": meta}, indent=1)
+            (scratch / ENTRY_FILE).write_text(text, encoding="utf-8")
+            folder = self._folder(kind, key)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            scratch.rename(folder)
+        return Entry(kind, key, folder, tuple(files), meta)
+
+    def entries(self) -> Iterator[Entry]:
+        """All entries that can be read, intact or not."""
+        for kind in KINDS:
+            for file in sorted((self.root / kind).glob(f"*/*/{ENTRY_FILE}")):
+                entry = _read(file.parent, kind, file.parent.name)
+                if entry is not None:
+                    yield entry
+
+    def evict(self, limit_bytes: int | None = None) -> int:
+        """Remove what was not used for the longest time until the rest fits; returns the bytes removed.
+
+        What another process is making or has just taken is left alone.
+        """
+        limit = self.limit_bytes if limit_bytes is None else limit_bytes
+        used = []
+        for entry in self.entries():
+            with contextlib.suppress(OSError):
+                used.append(((entry.folder / ENTRY_FILE).stat().st_mtime_ns, entry))
+        excess = sum(e.bytes for _, e in used) - limit
+        removed = 0
+        for _, entry in sorted(used, key=lambda pair: pair[0]):
+            if removed >= excess:
+                break
+            with contextlib.suppress(_BusyError), self._locked(entry.kind, entry.key, wait=False):
+                _remove(entry.folder)
+                removed += entry.bytes
+        return removed
+
+    def remove(self, entry: Entry) -> None:
+        """Remove an entry."""
+        _remove(entry.folder)
+
+    def clear(self) -> int:
+        """Remove everything; returns the bytes removed."""
+        removed = sum(e.bytes for e in self.entries())
+        for folder in (*KINDS, "digests", "scratch", "locks"):
+            shutil.rmtree(self.root / folder, ignore_errors=True)
+        return removed
+
+    def sweep(self) -> None:
+        """Remove what killed processes were making."""
+        parent = self.root / "scratch"
+        for left in parent.iterdir() if parent.is_dir() else ():
+            pid = left.name.split("-")[0]
+            if pid.isdigit() and not process_alive(int(pid)):
+                shutil.rmtree(left, ignore_errors=True)
+
+    # --- digests of other files, remembered while size and time stay the same ----------------------------
+
+    def remembered(self, path: Path, compute: Callable[[], Any]) -> Any:
+        """``compute()`` of a file's content, as plain data; from memory if the file is what it was then."""
+        place = self.root / "digests" / f"{hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()}.json"
+        stamp = _stamp(path)
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            known = json.loads(place.read_text(encoding="utf-8"))
+            if known["stamp"] == stamp:
+                return known["value"]
+        value = compute()
+        if _stamp(path) == stamp:
+            self.remember(path, value)
+        return value
+
+    def remember(self, path: Path, value: Any) -> None:
+        """Remember what is known of a file as it is now."""
+        place = self.root / "digests" / f"{hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()}.json"
+        with self._errors():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            part = place.with_name(f"{place.name}.{os.getpid()}")
+            part.write_text(json.dumps({"stamp": _stamp(path), "value": value}), encoding="utf-8")
+            part.replace(place)
+
+    def _folder(self, kind: str, key: str) -> Path:
+        return self.root / kind / key[:2] / key
+
+    @contextlib.contextmanager
+    def _locked(self, kind: str, key: str, wait: bool = True) -> Iterator[None]:
+        from filelock import FileLock, Timeout
+
+        with self._errors():
+            (self.root / "locks").mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.root / "locks" / f"{kind}-{key}.lock", timeout=-1 if wait else 0)
+        try:
+            lock.acquire()
+        except Timeout as e:
+            raise _BusyError from e
+        try:
+            yield
+        finally:
+            lock.release()
+
+    @contextlib.contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A folder of this process, removed afterwards."""
+        parent = self.root / "scratch"
+        with self._errors():
+            parent.mkdir(parents=True, exist_ok=True)
+            self.sweep()
+            scratch = Path(tempfile.mkdtemp(dir=parent, prefix=f"{os.getpid()}-"))
+            scratch.chmod(0o755)
+        try:
+            yield scratch
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except PermissionError as e:
+            raise ResourceError(
+                f"cache '{self.root}' cannot be written: {e.strerror}; set {LOCATION_VARIABLE} to another folder"
+            ) from e
+
+
+class _BusyError(Exception):
+    """Another process holds an entry's lock."""
+
+
+def place(source: Path, destination: Path) -> None:
+    """Give ``destination`` the content of ``source`` as cheaply as the file system can.
+
+    A copy-on-write clone, else a hard link, else a copy.
+    """
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    if _clone(source, destination):
+        return
+    try:
+        os.link(source, destination)
+    except OSError:
+        shutil.copyfile(source, destination)
+
+
+def _clone(source: Path, destination: Path) -> bool:
+    if not sys.platform.startswith("linux"):
+        return False
+    import fcntl
+
+    ficlone = 0x40049409  # of linux/fs.h
+    try:
+        with source.open("rb") as a, destination.open("wb") as b:
+            fcntl.ioctl(b.fileno(), ficlone, a.fileno())
+    except OSError:
+        destination.unlink(missing_ok=True)
+        return False
+    return True
+
+
+def process_alive(pid: int) -> bool:
+    """Whether a process of this machine still runs."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _remove(folder: Path) -> None:
+    """Remove an entry: its description first, so that no half of it is taken for whole."""
+    with contextlib.suppress(OSError):
+        (folder / ENTRY_FILE).unlink()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _read(folder: Path, kind: str, key: str) -> Entry | None:
+    try:
+        data = json.loads((folder / ENTRY_FILE).read_text(encoding="utf-8"))
+        files = tuple(StoredFile(**f) for f in data["files"])
+        return Entry(kind, key, folder, files, data["meta"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _stamp(path: Path) -> list[int]:
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+
+
+def _limit(text: str) -> int:
+    from pydantic import TypeAdapter, ValidationError
+
+    from toolchain.validation import Bytes
+
+    try:
+        return int(TypeAdapter(Bytes).validate_python(text))
+    except ValidationError as e:
+        raise ResourceError(f"{LIMIT_VARIABLE}={text}: expected a size, as 20GB") from e
+
+
+@functools.cache
+def code_version(*packages: str) -> str:
+    """Digest of the sources of packages, ours or a plugin's: what is built depends on them.
+
+    A package in a package of another name also depends on the modules beside it (``targets.coreml`` on
+    ``targets/*.py``), not on the packages there.
+    """
+    import importlib
+
+    whole = hashlib.sha256()
+    for name in sorted(packages):
+        file = Path(str(importlib.import_module(name).__file__))
+        sources = list(file.parent.rglob("*.py")) if file.name == "__init__.py" else [file]
+        if "." in name:
+            sources += file.parent.parent.glob("*.py")
+        for path in sorted(sources):
+            whole.update(f"{name} {path.name}\n".encode())
+            whole.update(path.read_bytes())
+    return whole.hexdigest()
