@@ -8,6 +8,7 @@ it: errors that came in do not count, so the first step with an error of its own
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,11 +129,12 @@ class _Walk(fx.Interpreter):
     ) -> None:
         self.gm = block.module(function, weights)
         super().__init__(self.gm, garbage_collect_values=False)
-        self.steps = {n.name: n for n in self.gm.graph.nodes if n.op in ("call_module", "call_function")}
-        self.labels = {_label(n): n.name for n in self.steps.values()}
+        steps = [n for n in self.gm.graph.nodes if n.op in ("call_module", "call_function")]
+        self.labels = {_label(n): n.name for n in steps}
         self.by_step = _sort(traced, self.labels)
         self.rows: list[Row] = []
         self.operators: dict[str, tuple[Row, ...]] = {}
+        self.nodes: dict[str, fx.Node] = {}
         self.artifact: dict[fx.Node, Any] = {}
         self._given = [inputs[p.name] for p in block.inputs]
         self._outputs = {
@@ -153,10 +155,12 @@ class _Walk(fx.Interpreter):
         self.artifact[n] = expected if given is None else given
         if isinstance(plain, torch.Tensor):
             shown = given if given is not None else expected
-            dtypes = {v.dtype for v in self.by_step.get(n.name, ())[-1:]}
+            owner = cast(fx.Node, n.args[0]) if n.target is operator.getitem else n
+            name = f"{owner.name}[{n.args[1]}]" if owner is not n else n.name
+            dtypes = {v.dtype for v in self.by_step.get(owner.name, ())[-1:]}
             self.rows.append(
                 Row(
-                    n.name,
+                    name,
                     "",
                     "".join(dtypes) if given is not None else "-",
                     *_range(shown),
@@ -164,8 +168,9 @@ class _Walk(fx.Interpreter):
                     None if given is None else _error(given, expected),
                 )
             )
-            values = self.by_step.get(n.name, ())
-            self.operators[n.name] = tuple(Row(v.name, v.op, v.dtype, *_range(v.value), None, None) for v in values)
+            self.nodes[name] = n
+            values = self.by_step.get(owner.name, ())
+            self.operators[name] = tuple(Row(v.name, v.op, v.dtype, *_range(v.value), None, None) for v in values)
         return plain
 
     def _value_of(self, n: fx.Node, expected: Any) -> torch.Tensor | None:
@@ -186,8 +191,8 @@ class _Walk(fx.Interpreter):
 
     def cause(self, step: str, precision: str) -> Cause:
         """Whether a step's error is overflow, rounding, or neither."""
-        node = self.steps[step]
-        values = [v.value for v in self.by_step.get(step, ())]
+        node = self.nodes[step]
+        values = [v.value for v in self.by_step.get(node.name, ())]
         result = self.artifact[node]
         checked = [*values, result] if isinstance(result, torch.Tensor) else values
         if any(v.is_floating_point() and not bool(torch.isfinite(v).all()) for v in checked):

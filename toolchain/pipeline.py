@@ -25,8 +25,9 @@ from toolchain.gating import ComponentGate, Passed
 from toolchain.graph import Graph
 from toolchain.listener import Listener
 from toolchain.lowering import Plan, configuration, load_passes, plan
+from toolchain.plugins import find_target
 from toolchain.recipe import Recipe, TextEncoderRecipe
-from toolchain.store import Entry, Store, place
+from toolchain.store import Entry, Store, code_version, digest, key_of, place
 
 TOKENIZER_FILE = "spiece.model"
 GOLDENS = "goldens"

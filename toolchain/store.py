@@ -8,6 +8,7 @@ was altered since is found by its digest, and built again.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
@@ -255,7 +256,9 @@ class Store:
     def _errors(self) -> Iterator[None]:
         try:
             yield
-        except PermissionError as e:
+        except OSError as e:
+            if e.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
             raise ResourceError(
                 f"cache '{self.root}' cannot be written: {e.strerror}; set {LOCATION_VARIABLE} to another folder"
             ) from e

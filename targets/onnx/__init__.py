@@ -1,0 +1,57 @@
+"""ONNX: a folder a block, with one simplified ``.onnx`` model a function and one file of weights for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from targets.streams import quiet
+from toolchain.blocks import Block, Port
+from toolchain.target import Artifact, Engine, Target, TargetConfig, Template, package_versions
+
+
+class OnnxConfig(TargetConfig):
+    precision: Literal["float32"] = "float32"
+
+
+class OnnxTarget(Target):
+    name = "onnx"
+    suffix = ""
+    Config = OnnxConfig
+
+    @property
+    def rules(self) -> tuple[str, ...]:
+        return ()
+
+    def lower(self, block: Block, weights: Mapping[str, torch.Tensor], out: Path) -> Artifact:
+        with quiet():
+            from targets.onnx.lower import lower
+
+        return lower(block, weights, out)
+
+    def bind(self, artifact: Artifact, weights: Mapping[str, torch.Tensor]) -> Template:
+        from targets.onnx.stamp import bind
+
+        return bind(artifact, weights)
+
+    def stamp(self, template: Template, weights: Mapping[str, torch.Tensor], out: Path) -> Artifact:
+        from targets.onnx.stamp import stamp
+
+        return stamp(template, weights, out)
+
+    def check(self, path: Path, block: Block) -> None:
+        from targets.onnx.check import check
+
+        check(path, block)
+
+    def engine(self, path: Path, inputs: Sequence[Port], outputs: Sequence[Port]) -> Engine:
+        with quiet():
+            from targets.onnx.engine import OnnxEngine
+
+        return OnnxEngine(path, inputs, outputs)
+
+    def versions(self) -> dict[str, str]:
+        return package_versions("torch", "onnx", "onnxscript", "onnx-ir", "onnxsim", "onnxruntime")
