@@ -15,30 +15,21 @@ ROOT = Path(__file__).parents[1]
 # tests/ mirrors the tree, so with tests/ on the path its folders would hide the packages `passes` and `targets`
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
-# what tests build is kept for one another, and for no longer
-_CACHE = tempfile.TemporaryDirectory(prefix="sora-compile-tests-")
-os.environ["SORA_COMPILE_CACHE"] = _CACHE.name
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # each process has a core to itself
+else:
+    # what tests build is kept for one another, and for no longer; other processes are told by the environment
+    _CACHE = tempfile.TemporaryDirectory(prefix="sora-compile-tests-")
+    os.environ["SORA_COMPILE_CACHE"] = _CACHE.name
 
 import json  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-import yaml  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
-from support import FACTS, GOLDEN, Cut, write_checkpoint  # noqa: E402
+from support import FACTS, GOLDEN, RECIPE, Cut, write_checkpoint, write_project  # noqa: E402
 
 from toolchain.models.stdit3 import STDiT3, STDiT3Config  # noqa: E402
-
-RECIPE: dict[str, Any] = {
-    "version": 1,
-    "name": "small",
-    "model": "open-sora-v1.2",
-    "video": {"frames": 17, "height": 32, "width": 48},
-    "sampler": {"steps": 6, "leap": 3, "merged_steps": 2},
-    "transformer": {"checkpoint": "checkpoint", "passes": ["token-merge", "partition"]},
-    "target": "executorch",
-}
-"""One video of 5 latent frames, each of 2 × 3 patches."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -133,12 +124,6 @@ def project(tmp_path: Path, one_pair: tuple[dict[str, Any], dict[str, torch.Tens
     return write_project(tmp_path / "project", one_pair)
 
 
-def write_project(folder: Path, one_pair: tuple[dict[str, Any], dict[str, torch.Tensor]]) -> Path:
-    write_checkpoint(folder / "checkpoint", *one_pair)
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
-    return folder
-
-
 # --- blocks and what they should compute -------------------------------------------------------------
 
 
@@ -189,9 +174,11 @@ def run_cli() -> RunCli:
 def start_cli() -> Callable[..., subprocess.Popen[str]]:
     """Start ``sora-compile`` in a process that can be sent signals as from a terminal."""
 
-    def start(*args: str | Path, cwd: Path) -> subprocess.Popen[str]:
+    def start(*args: str | Path, cwd: Path, cache: Path | None = None) -> subprocess.Popen[str]:
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen(command(*args), cwd=cwd, preexec_fn=_hear_interrupts, **pipes)
+        # an empty cache, or there would be little to interrupt
+        env = {**os.environ, "SORA_COMPILE_CACHE": str(cache or tempfile.mkdtemp(dir=os.environ["SORA_COMPILE_CACHE"]))}
+        return subprocess.Popen(command(*args), cwd=cwd, env=env, preexec_fn=_hear_interrupts, **pipes)
 
     return start
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors.torch import save_file
 
 from passes.partition import Partition, PartitionConfig
@@ -24,11 +25,29 @@ GOLDEN = Path(__file__).parent / "golden"
 FACTS: dict[str, Any] = json.loads((GOLDEN / "stdit3_rflow.json").read_text())
 
 
+RECIPE: dict[str, Any] = {
+    "version": 1,
+    "name": "small",
+    "model": "open-sora-v1.2",
+    "video": {"frames": 17, "height": 32, "width": 48},
+    "sampler": {"steps": 6, "leap": 3, "merged_steps": 2},
+    "transformer": {"checkpoint": "checkpoint", "passes": ["token-merge", "partition"]},
+    "target": "executorch",
+}
+"""One video of 5 latent frames, each of 2 × 3 patches."""
+
+
 def write_checkpoint(folder: Path, config: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> Path:
     """A checkpoint in the official layout."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     save_file(dict(weights), folder / "model.safetensors")
+    return folder
+
+
+def write_project(folder: Path, one_pair: tuple[dict[str, Any], dict[str, torch.Tensor]]) -> Path:
+    write_checkpoint(folder / "checkpoint", *one_pair)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
     return folder
 
 

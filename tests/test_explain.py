@@ -22,7 +22,7 @@ from targets.onnx import OnnxTarget
 from targets.stamping import raw
 from toolchain.errors import AccuracyError
 from toolchain.explain import explain
-from toolchain.gate import hold
+from toolchain.gate import measure, require
 from toolchain.reference import run_eager
 from toolchain.target import Target, unique_weights
 
@@ -204,7 +204,7 @@ def judge(target: Target, cut: Any, path: Path, function: str) -> tuple[str | No
     limit = 2e-2 if target.precision == "float16" else 1e-3
     objection = None
     try:
-        hold(block, [function], engine, [case], limit)
+        require(f"block 'pair_0', function '{function}'", measure(block, [function], engine, [case], limit)[function])
     except AccuracyError as e:
         objection = str(e)
     return objection, explain(block, cut.weights(block), case, engine, target, limit)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-CONVERTERS = ("coremltools", "executorch", "onnx", "onnxruntime", "torchao")
+CONVERTERS = ("coremltools", "executorch", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "onnxsim", "torchao")
 HEAVY = (*CONVERTERS, "torch", "transformers", "numpy", "huggingface_hub")
 
 
@@ -45,7 +45,7 @@ def test_commands_that_need_nothing_load_nothing(arguments: list[str], tmp_path:
 
 
 def test_passes_and_targets_load_no_converter(tmp_path: Path) -> None:
-    code = "import passes.partition, passes.token_merge, targets.coreml, targets.executorch"
+    code = "import passes.partition, passes.token_merge, targets.coreml, targets.executorch, targets.onnx"
     assert loaded_after(code, tmp_path, CONVERTERS) == "set()"
 
 

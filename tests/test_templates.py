@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from targets.coreml import CoreMLConfig, CoreMLTarget
 from targets.executorch import ExecuTorchTarget
+from targets.onnx import OnnxTarget
 from toolchain.blocks import Block
 from toolchain.building import Builder, Source
 from toolchain.checkpoint import open_checkpoint
@@ -26,6 +27,7 @@ pytestmark = pytest.mark.slow
 
 TARGETS: dict[str, Target] = {
     "executorch": ExecuTorchTarget(),
+    "onnx": OnnxTarget(),
     "coreml-float16": CoreMLTarget(CoreMLConfig(precision="float16")),
     "coreml-float32": CoreMLTarget(CoreMLConfig(precision="float32")),
 }

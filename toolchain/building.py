@@ -76,17 +76,34 @@ class Builder:
     def _lower(self, block: Block, folder: Path) -> dict[str, Any]:
         target = self.lowering.target
         for seed in BINDING_SEEDS:
-            weights = unique_weights(block, seed)
-            artifact = target.lower(block, weights, folder / f"{NAME}{target.suffix}")
             try:
-                template = target.bind(artifact, weights)
+                template = self._bound(block, folder, seed)
             except UnboundTemplateError as e:
                 reason = str(e)
-                _discard(artifact.path)
-                continue
-            target.check(artifact.path, block)
-            return {"functions": list(artifact.functions), "slots": template.slots}
+            else:
+                target.check(template.artifact.path, block)
+                return {"functions": list(template.artifact.functions), "slots": template.slots}
         return {"unbound": reason}
+
+    def _bound(self, block: Block, folder: Path, seed: int) -> Template:
+        """Lower with random weights and find them; where constants stand beside them, prove that they are such."""
+        target = self.lowering.target
+        weights = unique_weights(block, seed)
+        artifact = target.lower(block, weights, folder / f"{NAME}{target.suffix}")
+        try:
+            template = target.bind(artifact, weights)
+            if template.constants:
+                others = unique_weights(block, seed + len(BINDING_SEEDS))
+                twin = target.lower(block, others, folder / f"twin{target.suffix}")
+                constants = target.bind(twin, others).constants
+                _discard(twin.path)
+                if constants != template.constants:
+                    raise UnboundTemplateError("a constant depends on the weights")
+        except UnboundTemplateError:
+            for path in folder.iterdir():
+                _discard(path)
+            raise
+        return template
 
     def artifact(self, block: Block) -> Entry:
         """The artifact of a block.

@@ -105,6 +105,19 @@ def describe_file(path: Path, root: Path) -> File:
     return File(path=path.relative_to(root).as_posix(), bytes=path.stat().st_size, sha256=digest(path))
 
 
+def prepare(out: Path) -> Path:
+    """Refuse a place that holds something else, and remove what killed runs left beside it; its absolute path.
+
+    Raises:
+        RecipeError: ``out`` exists and is not a bundle.
+    """
+    out = Path(os.path.abspath(out))
+    if out.exists() and not (out / FILE_NAME).is_file() and not (out.is_dir() and not any(out.iterdir())):
+        raise RecipeError(f"-o {out}: exists and is not a bundle; choose another folder or remove it")
+    _remove_leftovers(out)
+    return out
+
+
 @contextlib.contextmanager
 def staging(out: Path) -> Iterator[Path]:
     """A folder to build in, moved to ``out`` when the body ends well and removed when it does not.
@@ -116,13 +129,10 @@ def staging(out: Path) -> Iterator[Path]:
         RecipeError: ``out`` exists and is not a bundle.
         ResourceError: the folder cannot be written, or the disk is full.
     """
-    out = Path(os.path.abspath(out))
-    if out.exists() and not (out / FILE_NAME).is_file() and not (out.is_dir() and not any(out.iterdir())):
-        raise RecipeError(f"-o {out}: exists and is not a bundle; choose another folder or remove it")
+    out = prepare(out)
     above = [p for p in out.parents if not p.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(out)
         folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.partial-{os.getpid()}-"))
         folder.chmod(0o755)
     except OSError as e:
@@ -164,7 +174,7 @@ def _replace(folder: Path, out: Path) -> None:
 def _remove_leftovers(out: Path) -> None:
     for kind in ("partial", "old"):
         prefix = f".{out.name}.{kind}-"
-        for left in out.parent.glob(f"{glob.escape(prefix)}*"):
+        for left in out.parent.glob(f"{glob.escape(prefix)}*") if out.parent.is_dir() else ():
             pid = left.name.removeprefix(prefix).split("-")[0]
             if pid.isdigit() and not process_alive(int(pid)):
                 shutil.rmtree(left, ignore_errors=True)

@@ -219,7 +219,7 @@ def play(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")],
     prompt: Annotated[str, typer.Option("--prompt", help="What the video shows.")],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="VIDEO", help="The .mp4 file to write.")],
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Decides the initial noise.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=(1 << 64) - 1, help="Decides the initial noise.")] = 0,
     frames: Annotated[Path | None, typer.Option("--frames", metavar="FOLDER", help="Also write PNGs.")] = None,
     trace: Annotated[Path | None, typer.Option("--trace", metavar="FILE", help="Also write a Chrome trace.")] = None,
     as_json: JsonOption = False,

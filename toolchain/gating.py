@@ -16,7 +16,7 @@ from toolchain.building import NAME, Builder
 from toolchain.components import sample_input
 from toolchain.digests import block_digest
 from toolchain.errors import AccuracyError, RecipeError
-from toolchain.gate import FLOAT16_MAX, hold, require, worst
+from toolchain.gate import FLOAT16_MAX, measure, require, worst
 from toolchain.graph import Graph
 from toolchain.listener import Listener
 from toolchain.recipe import Recipe
@@ -119,21 +119,23 @@ class ComponentGate:
             return None
         accuracy = {f: m.Accuracy(**a | {"limit": self._limit}) for f, a in found.meta["accuracy"].items()}
         for function, figures in accuracy.items():
-            require(f"block '{block.name}', function '{function}'", figures)
+            try:
+                require(f"block '{block.name}', function '{function}'", figures)
+            except AccuracyError as e:
+                raise AccuracyError(f"{e}; {self._explain(block, artifact, function)}") from e
         activations = {f: m.Activations(**a) for f, a in found.meta["activations"].items()}
         self._warn(block, activations)
         return Passed(accuracy, activations, found.data / GOLDENS)
 
-    def _execute(self, block: Block, artifact: Entry, folder: Path) -> dict[str, Any]:
+    def _engine(self, block: Block, artifact: Entry) -> Engine:
         target = self._builder.lowering.target
-        path = artifact.data / f"{NAME}{target.suffix}"
+        return target.engine(artifact.data / f"{NAME}{target.suffix}", block.inputs, block.outputs)
+
+    def _execute(self, block: Block, artifact: Entry, folder: Path) -> dict[str, Any]:
         functions: Sequence[str] = artifact.meta["functions"]
-        engine = target.engine(path, block.inputs, block.outputs)
+        engine = self._engine(block, artifact)
         cases = self._references[block.name].cases(block.name)
-        try:
-            accuracy = hold(block, functions, engine, cases, self._limit)
-        except AccuracyError as e:
-            raise self._explained(e, block, engine, cases) from e
+        accuracy = measure(block, functions, engine, cases, self._limit)
         plain = self._plain[block.name]
         chosen = goldens.golden_cases(block, plain, functions, cases, self._weights(plain))
         goldens.write(folder / GOLDENS, block, chosen)
@@ -144,15 +146,15 @@ class ComponentGate:
             "activations": {f: _activations(block, cases, f) for f in functions},
         }
 
-    def _explained(self, error: AccuracyError, block: Block, engine: Engine, cases: Sequence[Case]) -> AccuracyError:
-        """The error with the step that is to blame, after the table of all steps is shown."""
+    def _explain(self, block: Block, artifact: Entry, function: str) -> str:
+        """Show the table of a function's steps; says which of them is to blame."""
         from toolchain.explain import explain
 
-        lowering = self._builder.lowering
-        failed = next((c for c in cases if f"'{c.function}'" in str(error)), cases[0])
-        found = explain(block, self._weights(block), failed, engine, lowering.target, self._limit)
+        case = next(c for c in self._references[block.name].cases(block.name) if c.function == function)
+        target, engine = self._builder.lowering.target, self._engine(block, artifact)
+        found = explain(block, self._weights(block), case, engine, target, self._limit)
         self._listener.remark(found.text())
-        return AccuracyError(f"{error}; {found.verdict}")
+        return found.verdict
 
     def _warn(self, block: Block, activations: Mapping[str, m.Activations]) -> None:
         if self._builder.lowering.target.precision != "float16":

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from toolchain.schedule import Leap
 
@@ -109,6 +109,13 @@ class BlockEntry(Entry):
     )
     activations: dict[str, Activations] | None = Field(description="By function; null where accuracy is.")
     goldens: File | None = Field(description="Inputs and outputs to run the artifact on; null where accuracy is.")
+
+    @model_validator(mode="after")
+    def _own_files(self) -> BlockEntry:
+        for file in self.files:
+            if file.path != self.artifact and not file.path.startswith(f"{self.artifact}/"):
+                raise ValueError(f"block '{self.name}': '{file.path}' is no file of '{self.artifact}'")
+        return self
 
 
 class Table(Entry):

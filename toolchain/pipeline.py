@@ -17,7 +17,7 @@ from toolchain import describe, jobs
 from toolchain import manifest as m
 from toolchain.blocks import table_nodes
 from toolchain.building import NAME, Builder, own_code
-from toolchain.bundle import RECIPE_FILE, Bundle, describe_file, load_bundle, staging
+from toolchain.bundle import RECIPE_FILE, Bundle, describe_file, load_bundle, prepare, staging
 from toolchain.checkpoint import Checkpoint, match, open_checkpoint
 from toolchain.digests import checkpoint_digest, tensor_digests
 from toolchain.errors import CheckpointError, RecipeError, ResourceError, SoraCompileError
@@ -63,6 +63,7 @@ def compile_recipe(
     if jobs < 1:
         raise RecipeError(f"--jobs {jobs}: must be at least 1")
     out = Path(out)
+    prepare(out)
     checkpoints = {n: open_checkpoint(part.checkpoint, base) for n, part in recipe.components().items()}
     key = _build_key(recipe, base, checkpoints, store, direct)
     done = up_to_date(out, key, store)
@@ -158,7 +159,7 @@ def pin(checkpoint: Checkpoint, expected: str | None, store: Store) -> str | Non
     found = checkpoint_digest(tensor_digests(checkpoint, store))
     if expected not in (None, found):
         raise CheckpointError(
-            f"checkpoint '{checkpoint.location}' has digest {found}, the recipe expects {expected}; "
+            f"checkpoint '{checkpoint.location}' has sha256 {found}, the recipe expects {expected}; "
             "use the checkpoint that the recipe was made for, or remove its sha256"
         )
     return found

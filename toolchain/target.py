@@ -68,11 +68,13 @@ class Artifact:
 class Template:
     """A lowered structure whose weights can be replaced: an artifact, and where in it each weight lies.
 
-    ``slots`` is the target's own, in plain data as JSON has it; ``stamp`` reads it.
+    ``slots`` is the target's own, in plain data as JSON has it; ``stamp`` reads it. ``constants`` describes what
+    looks like a weight and is none: it must be the same whatever the weights, or the template is refused.
     """
 
     artifact: Artifact
     slots: Any
+    constants: Any = None
 
 
 class UnboundTemplateError(Exception):

@@ -68,14 +68,14 @@ class CoreMLTarget(Target):
         Raises:
             LoweringError: the package is damaged, of another block, or has what the engine does not know.
         """
-        with quiet():
-            if sys.platform == "darwin" if device is None else device:
+        if sys.platform == "darwin" if device is None else device:
+            with quiet():
                 from targets.coreml.device import CoreMLDevice
 
-                return CoreMLDevice(path, inputs, outputs)
-            from targets.coreml.engine import CoreMLEngine
+            return CoreMLDevice(path, inputs, outputs)
+        from targets.coreml.engine import CoreMLEngine
 
-            return CoreMLEngine(path, inputs, outputs)
+        return CoreMLEngine(path, inputs, outputs)
 
     def versions(self) -> dict[str, str]:
         return package_versions("torch", "coremltools")

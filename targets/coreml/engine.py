@@ -22,8 +22,8 @@ from targets.exporting import reason
 from toolchain.blocks import Port
 from toolchain.errors import LoweringError
 
-CACHED = 1 << 18
-"""Elements that a processor's cache holds."""
+PIECE = 1 << 15
+"""Elements that torch handles in one thread: on a busy machine, threads that wait for one another cost most."""
 Arithmetic = Literal["rounded", "native"]
 
 
@@ -165,7 +165,7 @@ class CoreMLEngine:
 
 def _rounded_in_place(value: torch.Tensor) -> torch.Tensor:
     """Round to float16, in pieces that stay in the processor's cache: a new tensor costs ten times as much."""
-    for piece in value.view(-1).split(CACHED):
+    for piece in value.view(-1).split(PIECE):
         piece.copy_(piece.to(torch.float16))
     return value
 

@@ -10,14 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import coremltools as ct
-from coremltools.proto import MIL_pb2
-
 from targets.coreml.dtypes import DTYPES, DType
+from targets.coreml.schema import read_model, schema
 from targets.coreml.values import Constant, MalformedError, WeightFile
 
-DATA = Path("Data/com.apple.CoreML")
-KINDS: Mapping[int, str] = {number: name.lower() for name, number in MIL_pb2.DataType.items()}
+KINDS: Mapping[int, str] = {number: name.lower() for name, number in schema("MIL_pb2").DataType.items()}
 
 
 @dataclass(frozen=True)
@@ -68,12 +65,14 @@ def read_program(package: Path) -> dict[str, Function]:
         MalformedError: the package is damaged, is no ML program, or has what this reader does not know.
     """
     try:
-        spec = ct.utils.load_spec(str(package))
-    except Exception as e:  # protobuf's and coremltools' own
-        raise MalformedError(" ".join(str(e).split())) from e
+        spec, folder = read_model(package)
+    except FileNotFoundError as e:
+        raise MalformedError(f"no package: there is no '{e.filename}'") from e
+    except Exception as e:  # the file system's, JSON's and protobuf's
+        raise MalformedError(f"cannot be read as a package: {' '.join(str(e).split())}") from e
     if spec.WhichOneof("Type") != "mlProgram":
         raise MalformedError(f"is a {spec.WhichOneof('Type')} model, not an ML program; convert it to one")
-    reader = _Reader(package / DATA)
+    reader = _Reader(folder)
     return {name: reader.function(name, f) for name, f in spec.mlProgram.functions.items()}
 
 

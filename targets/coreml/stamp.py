@@ -7,6 +7,7 @@ packages of one structure differ in nothing else.
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import shutil
 import struct
@@ -54,8 +55,8 @@ class Immediate:
     dtype: str
 
 
-def blobs(data: mmap.mmap) -> Iterator[tuple[torch.dtype, int, int]]:
-    """Type, size and data offset of every blob of a ``weight.bin``, in order.
+def blobs(data: mmap.mmap) -> Iterator[tuple[torch.dtype | None, int, int]]:
+    """Type (None for integers), size and data offset of every blob of a ``weight.bin``, in order.
 
     Raises:
         UnboundTemplateError: the file has another layout than the one that is known.
@@ -63,21 +64,25 @@ def blobs(data: mmap.mmap) -> Iterator[tuple[torch.dtype, int, int]]:
     at = ALIGNMENT
     while at < len(data):
         sentinel, kind, size, offset = HEADER.unpack_from(data, at)
-        if sentinel != SENTINEL or kind not in BLOB_TYPES or offset != at + ALIGNMENT:
-            raise UnboundTemplateError(f"weight.bin has no blob of floats at byte {at}")
-        yield BLOB_TYPES[kind], size, offset
+        if sentinel != SENTINEL or offset != at + ALIGNMENT:
+            raise UnboundTemplateError(f"weight.bin has no blob at byte {at}")
+        yield BLOB_TYPES.get(kind), size, offset
         at = -(-(offset + size) // ALIGNMENT) * ALIGNMENT
 
 
 def bind(artifact: Artifact, weights: Mapping[str, torch.Tensor]) -> Template:
     found: list[Blob] = []
+    constants: list[list[Any]] = []
     file = artifact.path / WEIGHTS
     if file.is_file() and file.stat().st_size > ALIGNMENT:
         with file.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
             for dtype, size, offset in blobs(data):
                 blob = data[offset : offset + size]
-                if blob != blob[: dtype.itemsize] * (size // dtype.itemsize):  # all equal: a constant, no weight
-                    found.append(_find(blob, dtype, offset, weights))
+                slot = _find(blob, dtype, offset, weights) if dtype is not None else None
+                if slot is not None:
+                    found.append(slot)
+                else:
+                    constants.append([offset, hashlib.sha256(blob).hexdigest()])
     immediates = list(_immediates(artifact.path, weights))
     covered = dict.fromkeys(weights, 0)
     for slot in found:
@@ -88,11 +93,16 @@ def bind(artifact: Artifact, weights: Mapping[str, torch.Tensor]) -> Template:
         if covered[name] != weight.numel():
             part = f"{covered[name]} of {weight.numel()} elements"
             raise UnboundTemplateError(f"weight '{name}': {part} are in the package")
-    return Template(artifact, {"blobs": [asdict(s) for s in found], "immediates": [asdict(s) for s in immediates]})
+    slots = {"blobs": [asdict(s) for s in found], "immediates": [asdict(s) for s in immediates]}
+    return Template(artifact, slots, constants)
 
 
-def _find(blob: bytes, dtype: torch.dtype, offset: int, weights: Mapping[str, torch.Tensor]) -> Blob:
-    """The weight, or the part of one, that a blob holds; whole ones are looked for first."""
+def _find(blob: bytes, dtype: torch.dtype, offset: int, weights: Mapping[str, torch.Tensor]) -> Blob | None:
+    """The weight, or the part of one, that a blob holds, whole ones being looked for first; None for a constant.
+
+    Raises:
+        UnboundTemplateError: several weights hold it.
+    """
     size = dtype.itemsize
     count = len(blob) // size
     head = blob[: 16 * size]
@@ -110,8 +120,8 @@ def _find(blob: bytes, dtype: torch.dtype, offset: int, weights: Mapping[str, to
         if len(found) == 1:
             return found[0]
         if found:
-            break
-    raise UnboundTemplateError(f"the blob at byte {offset} is found in {len(found)} weights")
+            raise UnboundTemplateError(f"the blob at byte {offset} is found in {len(found)} weights")
+    return None
 
 
 def _immediates(package: Path, weights: Mapping[str, torch.Tensor]) -> Iterator[Immediate]:

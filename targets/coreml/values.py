@@ -8,6 +8,7 @@ byte are packed from the least significant bit upwards.
 from __future__ import annotations
 
 import math
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ import numpy as np
 import torch
 
 from targets.coreml.dtypes import DTYPES, DType, held_as
-from targets.coreml.stamp import HEADER, SENTINEL
 
+HEADER = struct.Struct("<IIQQ")
+SENTINEL = 0xDEADBEEF
 KEPT_BYTES = 1 << 16
 """Constants up to this size are kept once they have been read."""
 
