@@ -1,23 +1,26 @@
 """What every technique costs in quality, and saves in time, on the shipped miniature model.
 
-    python benchmarks/quality.py [--prompts 40] [--bundle BUNDLE] [--sheet sheet.png] [--curve curve.json]
+    python benchmarks/quality.py [--prompts 40] [--bundle BUNDLE] [--coreml BUNDLE] [--figures FOLDER]
 
 Compiles the shipped recipe for ExecuTorch (or takes a bundle), then plays the same prompts and seeds under
 every setting with the same artifacts: a setting is only a schedule. Prompts are combinations that were
-never trained on. Accuracy is read off the frames; PSNR and SSIM are against the same seed's full run.
+never trained on; the first 24 name no size or speed, the others may. What a video shows is read off its frames;
+PSNR and SSIM are against the same seed's full run on ExecuTorch. One more row is the full run through the
+Core ML bundle in float16, where this machine can run one.
 
-At 64 × 64 the official timestep transform moves time towards the video (ratio 0.28), which flatters the leap.
+At 64 x 64 the official timestep transform moves time towards the video (ratio 0.28), which flatters the leap.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
+import itertools
+import random
+import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,14 +29,15 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import itertools
-
 import toolchain
+from benchmarks.sheet import animation, contact_sheet, curve
+from toolchain.errors import ResourceError
 from toolchain.manifest import Manifest
 from toolchain.player.video import to_bytes
-from toolchain.schedule import PRESETS, DynamicLeap, StaticLeap
+from toolchain.sampler import initial_noise
+from toolchain.schedule import PRESETS, DynamicLeap, StaticLeap, Step
 from training.grammar import Scene, split
-from training.judge import judge
+from training.judge import ATTRIBUTES, judge
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,17 @@ SETTINGS = (
     *(Setting(f"first {n} merged", merged=n) for n in (10, 15, 30)),
     Setting("first 10 merged, leap after 15", merged=10, leap=StaticLeap(after=15)),
 )
+DEMO = "leap after 15"
+"""The setting that the animation shows: the recipe's own."""
+SHEET_PROMPT = 9
+"""Which prompt the contact sheet shows: one across the picture, so that its path is seen."""
+COLUMNS = dict.fromkeys(ATTRIBUTES, "{:.1%}") | {
+    "psnr": "{:.1f}",
+    "ssim": "{:.3f}",
+    "flicker": "{:.4f}",
+    "motion": "{:.4f}",
+}
+"""What is shown of :func:`figures`, and how. Flicker and motion: mean second and first differences over time."""
 
 
 def with_setting(manifest: Manifest, setting: Setting) -> Manifest:
@@ -70,25 +85,28 @@ class Video:
     seconds: float
 
 
-def make(bundle: toolchain.Bundle, setting: Setting, scenes: list[Scene]) -> Iterator[Video]:
-    """Play every prompt under a setting; the seed is the prompt's index."""
-    player = toolchain.Player(dataclasses.replace(bundle, manifest=with_setting(bundle.manifest, setting)))
-    for seed, scene in enumerate(scenes):
-        y, mask = player.encode(scene.prompt())
-        calls, began = 0, time.perf_counter()
+def player(bundle: toolchain.Bundle, setting: Setting) -> toolchain.Player:
+    """A player of the bundle's artifacts under a setting."""
+    return toolchain.Player(dataclasses.replace(bundle, manifest=with_setting(bundle.manifest, setting)))
 
-        def count(stage: str, done: int, total: int) -> None:
-            nonlocal calls
-            calls += stage == "denoise" and done < total
 
-        player.progress = count
-        latents = player.denoise(y, mask, seed)
-        seconds = time.perf_counter() - began
-        yield Video(player.decode(latents), calls, seconds)
+def make(player: toolchain.Player, scene: Scene, seed: int) -> Video:
+    """Play one prompt."""
+    y, mask = player.encode(scene.prompt())
+    calls, began = -1, time.perf_counter()  # one more report comes when all calls are done
+
+    def count(stage: str, done: int, total: int) -> None:
+        nonlocal calls
+        calls += stage == "denoise"
+
+    player.progress = count
+    latents = player.denoise(y, mask, seed)
+    seconds = time.perf_counter() - began
+    return Video(player.decode(latents), calls, seconds)
 
 
 def figures(videos: list[Video], scenes: list[Scene], full: list[Video]) -> dict[str, float]:
-    """Means over the prompts."""
+    """Means over the prompts; of the seconds the median, since other work on the machine disturbs some."""
     rows = []
     for video, scene, reference in zip(videos, scenes, full, strict=True):
         right = judge(video.frames.transpose(0, 1)).correct(scene)
@@ -106,57 +124,87 @@ def figures(videos: list[Video], scenes: list[Scene], full: list[Video]) -> dict
                 "ssim": float(structural_similarity(a, b, channel_axis=3)) if not same else 1.0,
             }
         )
-    return {k: sum(r[k] for r in rows) / len(rows) for k in rows[0]}
+    means = {k: sum(r[k] for r in rows) / len(rows) for k in rows[0]}
+    return means | {"seconds": statistics.median(r["seconds"] for r in rows)}
 
 
-def contact_sheet(made: dict[str, list[Video]], path: Path) -> None:
-    """One prompt under every setting: a row a setting, every fourth frame."""
-    from PIL import Image
+def prompts(count: int) -> list[Scene]:
+    """Held-out scenes, the same for every ``count``: all once as they are, then in random sizes and speeds."""
+    rng = random.Random(0)
+    plain = split()[1]
+    varied = (scene.varied(rng) for scene in itertools.cycle(plain))
+    return list(itertools.islice(itertools.chain(plain, varied), count))
 
-    rows = [torch.cat(tuple(to_bytes(v[0].frames)[::4]), dim=1) for v in made.values()]
-    Image.fromarray(torch.cat(rows).numpy()).save(path)
 
-
-def velocity_cosines(bundle: toolchain.Bundle, scenes: list[Scene]) -> list[float]:
-    """Mean cosine of consecutive velocities over the steps (figure 4 of arXiv 2502.04363)."""
-    player = toolchain.Player(dataclasses.replace(bundle, manifest=with_setting(bundle.manifest, SETTINGS[0])))
+def velocity_cosines(bundle: toolchain.Bundle, scenes: list[Scene]) -> torch.Tensor:
+    """Cosines of consecutive velocities ``[scenes, steps - 1]`` (as figure 4 of arXiv 2502.04363)."""
+    full = player(bundle, SETTINGS[0])
+    g = bundle.manifest.geometry
     curves = []
     for seed, scene in enumerate(scenes):
-        places: list[tuple[torch.Tensor, float]] = []
-        y, mask = player.encode(scene.prompt())
-        player.denoise(y, mask, seed, on_step=lambda step, z, to=places: to.append((z.flatten(), step.dt)))
-        # the first place is after the first step, so the first velocity is that of the second
-        v = [(b[0] - a[0]) / b[1] for a, b in itertools.pairwise(places)]
+        noise = initial_noise(seed, (g.latent_channels, g.latent_frames, g.latent_height, g.latent_width))
+        places: list[torch.Tensor] = [torch.from_numpy(noise).flatten()]
+        lengths: list[float] = []
+
+        def keep(
+            step: Step, z: torch.Tensor, places: list[torch.Tensor] = places, lengths: list[float] = lengths
+        ) -> None:
+            places.append(z.flatten().clone())
+            lengths.append(step.dt)
+
+        y, mask = full.encode(scene.prompt())
+        full.denoise(y, mask, seed, on_step=keep)
+        v = [(b - a) / dt for (a, b), dt in zip(itertools.pairwise(places), lengths, strict=True)]
         pairs = itertools.pairwise(v)
         curves.append([float(torch.nn.functional.cosine_similarity(a, b, dim=0)) for a, b in pairs])
-    return [sum(c) / len(c) for c in zip(*curves, strict=True)]
+    return torch.tensor(curves)
+
+
+def coreml(path: Path) -> toolchain.Bundle | None:
+    """The shipped recipe's float16 bundle for Core ML, or None where it cannot run."""
+    recipe = toolchain.load_recipe("tiny", ["target=coreml"])
+    bundle = toolchain.load_bundle(path) if path.exists() else toolchain.compile_recipe(recipe, path)
+    try:
+        toolchain.Player(bundle).encode("a red circle")
+    except ResourceError as error:
+        print(f"no row for Core ML: {error}", file=sys.stderr)
+        return None
+    return bundle
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=40)
     parser.add_argument("--bundle", type=Path, help="an ExecuTorch bundle of recipes/tiny.yaml")
-    parser.add_argument("--sheet", type=Path, help="write a contact sheet of the first prompt")
-    parser.add_argument("--curve", type=Path, help="write the cosines of consecutive velocities")
+    parser.add_argument("--coreml", type=Path, help="a Core ML bundle of recipes/tiny.yaml")
+    parser.add_argument("--figures", type=Path, help="write the contact sheet, the animation and the curve here")
     args = parser.parse_args()
-    scenes = split()[1]
-    scenes = (scenes * (args.prompts // len(scenes) + 1))[: args.prompts]
+    scenes = prompts(args.prompts)
     with tempfile.TemporaryDirectory() as tmp:
         path = args.bundle or toolchain.compile_recipe(toolchain.load_recipe("tiny"), Path(tmp) / "bundle").path
         bundle = toolchain.load_bundle(path)
-        made: dict[str, list[Video]] = {}
-        columns = ("shape", "colour", "background", "axis", "sign", "psnr", "ssim", "flicker", "motion")
-        print(f"| setting | calls | seconds | {' | '.join(columns)} |")
-        print("|" + "---|" * (len(columns) + 3))
-        for setting in SETTINGS:
-            made[setting.name] = list(make(bundle, setting, scenes))
-            f = figures(made[setting.name], scenes, made[SETTINGS[0].name])
-            numbers = " | ".join(f"{f[c]:.3g}" for c in columns)
-            print(f"| {setting.name} | {f['calls']:.1f} | {f['seconds']:.2f} | {numbers} |", flush=True)
-        if args.sheet:
-            contact_sheet(made, args.sheet)
-        if args.curve:
-            args.curve.write_text(json.dumps(velocity_cosines(bundle, scenes[:10])))
+        players = {setting.name: player(bundle, setting) for setting in SETTINGS}
+        if other := coreml(args.coreml or Path(tmp) / "coreml"):
+            players[f"{SETTINGS[0].name}, Core ML float16"] = player(other, SETTINGS[0])
+        made: dict[str, list[Video]] = {name: [] for name in players}
+        for seed, scene in enumerate(scenes):
+            for name, one in players.items():  # in turns: what else the machine does disturbs all alike
+                made[name].append(make(one, scene, seed))
+        print(f"| setting | calls | seconds | {' | '.join(COLUMNS)} |")
+        print("|" + "---|" * (len(COLUMNS) + 3))
+        for name, videos in made.items():
+            f = figures(videos, scenes, made[SETTINGS[0].name])
+            numbers = " | ".join(form.format(f[column]) for column, form in COLUMNS.items())
+            print(f"| {name} | {f['calls']:.1f} | {f['seconds']:.2f} | {numbers} |", flush=True)
+        if args.figures:
+            shown = {name: to_bytes(videos[SHEET_PROMPT].frames) for name, videos in made.items()}
+            contact_sheet(shown, args.figures / "settings.png")
+            animation([to_bytes(v.frames) for v in made[DEMO][::5]], args.figures / "tiny.gif")
+            cosines = velocity_cosines(bundle, scenes)
+            mean, low, high = cosines.mean(dim=0), cosines.min(dim=0).values, cosines.max(dim=0).values
+            print("cosines:", " ".join(f"{c:.3f}" for c in mean))
+            title = f"Cosine of each step's velocity with the one before, {len(scenes)} videos"
+            curve(mean.tolist(), low.tolist(), high.tolist(), title, args.figures / "velocity.svg")
 
 
 if __name__ == "__main__":

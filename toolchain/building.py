@@ -18,6 +18,7 @@ from toolchain.blocks import Block
 from toolchain.checkpoint import Checkpoint
 from toolchain.digests import block_digest
 from toolchain.lowering import Lowering
+from toolchain.memory import release
 from toolchain.store import Entry, Store, code_version, key_of
 from toolchain.target import Artifact, Template, UnboundTemplateError, distinct_functions, unique_weights
 from toolchain.weights import BlockWeights
@@ -82,6 +83,7 @@ class Builder:
                 reason = str(e)
             else:
                 target.check(template.artifact.path, block)
+                release()
                 return {"functions": list(template.artifact.functions), "slots": template.slots}
         return {"unbound": reason}
 

@@ -14,6 +14,7 @@ from toolchain.blocks import Block
 from toolchain.components import MEANINGS, chunk_functions, frames_per_call
 from toolchain.gating import Passed
 from toolchain.lowering import Lowering, Plan
+from toolchain.manifest import GateMode
 from toolchain.recipe import Recipe
 from toolchain.schedule import plan_steps
 from toolchain.target import Target
@@ -148,8 +149,9 @@ def manifest(
     """The whole bundle."""
     recipe, target, video = planned.recipe, planned.target, planned.recipe.video
     height, width = video.latent_size
-    executed = any(b.accuracy is not None for c in components.values() for b in c.blocks)
-    asked = recipe.gate.mode
+    mode: GateMode = recipe.gate.mode
+    if mode == "every" and any(b.accuracy is None for c in components.values() for b in c.blocks):
+        mode = "interface"
     precisions = {c.precision for c in components.values()}
     return m.Manifest(
         name=recipe.name,
@@ -171,9 +173,9 @@ def manifest(
         decoding=_decoding(planned),
         components=dict(components),
         gate=m.Gate(
-            mode=asked if executed or asked == "none" else "interface",
+            mode=mode,
             seed=recipe.gate.seed,
-            inputs=recipe.gate.inputs,
+            inputs={"every": recipe.gate.inputs, "structure": 1}.get(mode, 0),
             limits={
                 p: recipe.gate.max_relative_error[p] for p in sorted(precisions) if p in recipe.gate.max_relative_error
             },

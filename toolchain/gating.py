@@ -15,10 +15,11 @@ from toolchain.blocks import Block, scales
 from toolchain.building import NAME, Builder
 from toolchain.components import sample_input
 from toolchain.digests import block_digest
-from toolchain.errors import AccuracyError, RecipeError
+from toolchain.errors import AccuracyError, LoweringError, RecipeError
 from toolchain.gate import FLOAT16_MAX, measure, require, worst
 from toolchain.graph import Graph
 from toolchain.listener import Listener
+from toolchain.memory import release
 from toolchain.recipe import Recipe
 from toolchain.reference import Case, References, Weights
 from toolchain.store import Entry, key_of
@@ -69,7 +70,7 @@ class ComponentGate:
 
     def _representatives(self) -> dict[str, str]:
         """Block → the block that is executed for it; with gate ``every`` each for itself."""
-        if self._recipe.gate.mode == "every":
+        if self._recipe.gate.mode == "every" or self._builder.direct:
             return {name: name for name in self._plain}
         first: dict[tuple[str, str], str] = {}
         blocks = zip(self._builder.lowering.blocks, self._builder.lowering.reference, strict=True)
@@ -85,7 +86,12 @@ class ComponentGate:
         blocks = tuple(b for b in self._builder.lowering.reference if b.name in names)
         functions = tuple(graph.functions)
         stand_in = {name: self._stand_in[name] for name in names}
-        return References(blocks, functions, inputs, recipe.gate.inputs, self._tables, self._weights, stand_in)
+        return References(blocks, functions, inputs, self._runs, self._tables, self._weights, stand_in)
+
+    @property
+    def _runs(self) -> int:
+        """On how many inputs a function is executed; with gate ``structure`` once."""
+        return self._recipe.gate.inputs if self._recipe.gate.mode == "every" else 1
 
     def _weights(self, block: Block) -> Weights:
         return BlockWeights(block, self._builder.source.checkpoint, self._builder.lowering.definition.aliases)
@@ -93,25 +99,43 @@ class ComponentGate:
     def _weights_digest(self, block: Block) -> str:
         return block_digest(block, self._builder.source.digests, self._builder.lowering.definition.aliases)
 
-    def needs(self, block: Block) -> bool:
-        """Whether the block is executed, or another one of its structure for it."""
-        return self._stand_in[block.name] == block.name
+    def needs(self, block: Block, artifact: Entry) -> bool:
+        """Whether the block is executed, or another one of its structure for it.
+
+        Raises:
+            LoweringError: another one was to be, but this one was lowered by itself, so its program may differ.
+        """
+        needed = self._stand_in[block.name] == block.name
+        if not needed and artifact.meta.get("unbound"):
+            raise LoweringError(
+                f"block '{block.name}' cannot be stamped ({artifact.meta['unbound']}), so gate 'structure' cannot "
+                "vouch for it; use gate 'every'"
+            )
+        return needed
 
     def hold(self, block: Block, artifact: Entry) -> Passed | None:
-        """Execute a block's artifact; None where this machine has no engine for it.
+        """Execute a block's artifact, or take it from the store that it was.
+
+        With gate ``structure`` a program that was executed once is not executed again for another checkpoint. What
+        was measured then is not this checkpoint's, so it is none of the bundle's, whose bytes shall not depend on
+        what is in the store.
+
+        Returns:
+            What goes into the bundle; None with gate ``structure``, and where this machine has no engine.
 
         Raises:
             AccuracyError: names the block, the function, the figures and the step where it goes wrong.
         """
-        gate = self._recipe.gate
-        key = key_of(
-            {
-                "artifact": artifact.key,
-                "chain": self._chain[block.name],
-                "inputs": [gate.seed, gate.inputs],
-                "tables": sorted(self._tables),
-            }
-        )
+        gate, every = self._recipe.gate, self._recipe.gate.mode == "every"
+        program: dict[str, Any] = {
+            "artifact": artifact.key,
+            "chain": self._chain[block.name],
+            "tables": sorted(self._tables),
+        }
+        if not (every or self._builder.direct):
+            plain = self._plain[block.name].structure()
+            program = {"template": self._builder.template_key(block), "plain": plain}
+        key = key_of(program | {"inputs": [gate.seed, self._runs]})
         try:
             found = self._builder.store.obtain("gates", key, lambda folder: self._execute(block, artifact, folder))
         except EngineUnavailableError as e:
@@ -125,7 +149,7 @@ class ComponentGate:
                 raise AccuracyError(f"{e}; {self._explain(block, artifact, function)}") from e
         activations = {f: m.Activations(**a) for f, a in found.meta["activations"].items()}
         self._warn(block, activations)
-        return Passed(accuracy, activations, found.data / GOLDENS)
+        return Passed(accuracy, activations, found.data / GOLDENS) if every else None
 
     def _engine(self, block: Block, artifact: Entry) -> Engine:
         target = self._builder.lowering.target
@@ -136,11 +160,14 @@ class ComponentGate:
         engine = self._engine(block, artifact)
         cases = self._references[block.name].cases(block.name)
         accuracy = measure(block, functions, engine, cases, self._limit)
-        plain = self._plain[block.name]
-        chosen = goldens.golden_cases(block, plain, functions, cases, self._weights(plain))
-        goldens.write(folder / GOLDENS, block, chosen)
-        on_goldens = goldens.run(folder / GOLDENS, block.signatures, functions, engine, self._limit)
-        accuracy = {f: worst([a, on_goldens[f]]) for f, a in accuracy.items()}
+        if self._recipe.gate.mode == "every":
+            plain = self._plain[block.name]
+            chosen = goldens.golden_cases(block, plain, functions, cases, self._weights(plain))
+            goldens.write(folder / GOLDENS, block, chosen)
+            again = [f for f, (_, case) in chosen.items() if not any(case is c for c in cases)]
+            on_goldens = goldens.run(folder / GOLDENS, block.signatures, again, engine, self._limit)
+            accuracy = {f: worst([a, on_goldens.get(f, a)]) for f, a in accuracy.items()}
+        release()
         return {
             "accuracy": {f: a.model_dump() for f, a in accuracy.items()},
             "activations": {f: _activations(block, cases, f) for f in functions},

@@ -44,13 +44,33 @@ def noise_seed(function: str, port: str) -> int:
     return zlib.crc32(f"{function}.{port}".encode())
 
 
+def reduce(block: Block, function: str, inputs: Mapping[str, torch.Tensor]) -> tuple[Values, Values]:
+    """What is stored of a function's inputs (keys without the function), and the inputs that follow from it.
+
+    An input that is too large to be stored gives way to noise of the same channel statistics.
+
+    Args:
+        block: as it was lowered; ``inputs`` by port, of the model's own scale.
+    """
+    stored: Values = {}
+    for port in block.inputs:
+        value = inputs[port.name] * port.scale if port.scale != 1.0 else inputs[port.name]
+        if value.numel() <= WHOLE:
+            stored[f"in.{port.name}"] = value
+        else:
+            stored[f"mean.{port.name}"], stored[f"std.{port.name}"] = statistics(value)
+    own = block.signatures.get(function, block.signatures["base"])
+    drawn = draw(function, stored, {p.name: p.shape for p in own.inputs})
+    return stored, {p.name: drawn[p.name] / p.scale if p.scale != 1.0 else drawn[p.name] for p in block.inputs}
+
+
 def golden_cases(
     block: Block, plain: Block, functions: Sequence[str], cases: Iterable[Case], weights: Weights
 ) -> dict[str, tuple[Values, Case]]:
     """For each function what is stored of its inputs, and the eager run on them.
 
-    The first run of a function is taken; if an input is too large to be stored, its place is taken by noise of
-    the same channel statistics and the function is run again.
+    The first run of a function is taken; if its inputs are too large to be stored, the function is run again on
+    what can be.
 
     Args:
         block: as it was lowered, ``plain`` as the model has it.
@@ -61,20 +81,9 @@ def golden_cases(
     for case in cases:
         if case.function not in functions or case.function in chosen:
             continue
-        stored: Values = {}
-        for port in block.inputs:
-            value = case.inputs[port.name]
-            if value.numel() <= WHOLE:
-                stored[f"in.{port.name}"] = value * port.scale if port.scale != 1.0 else value
-            else:
-                mean, std = statistics(value * port.scale)
-                stored |= {f"mean.{port.name}": mean, f"std.{port.name}": std}
-        if any(k.startswith("mean.") for k in stored):
-            shapes = {p.name: p.shape for p in block.signatures[case.function].inputs}
-            drawn = draw(case.function, stored, shapes)
-            inputs = {p.name: drawn[p.name] / p.scale if p.scale != 1.0 else drawn[p.name] for p in block.inputs}
-            case = run_eager(plain, case.function, weights, inputs)
-        chosen[case.function] = (stored, case)
+        stored, inputs = reduce(block, case.function, case.inputs)
+        whole = all(k.startswith("in.") for k in stored)
+        chosen[case.function] = stored, case if whole else run_eager(plain, case.function, weights, inputs)
     return chosen
 
 

@@ -6,7 +6,6 @@ hands its results on through the store.
 
 from __future__ import annotations
 
-import os
 import signal
 import tempfile
 import threading
@@ -25,6 +24,7 @@ from toolchain.checkpoint import open_checkpoint
 from toolchain.digests import tensor_digests
 from toolchain.errors import ResourceError
 from toolchain.lowering import Plan, plan
+from toolchain.memory import free_bytes
 from toolchain.recipe import Recipe
 from toolchain.store import Entry, Store
 
@@ -85,7 +85,7 @@ class Parallel:
         self._builders, self._store = made, store
         initial = (recipe.model_dump_json(), str(base), str(store.root), next(iter(made.values())).direct)
         self._pool = ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_start, initargs=initial)
-        self._free_bytes, self._jobs = free_memory(), jobs
+        self._free_bytes, self._jobs = free_bytes(), jobs
         self._lock = threading.RLock()
         self._waiting: list[Task] = []
         self._running: dict[Task, Future[None]] = {}
@@ -177,17 +177,6 @@ class Parallel:
             else:
                 self._done[task.component, task.index].set_result(None)
             self._begin()
-
-
-def free_memory() -> int:
-    """Bytes of memory that can be used without swapping; a guess of 4 GB where the system does not say."""
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    except (OSError, ValueError):
-        return 4_000_000_000
 
 
 # --- in the other process ------------------------------------------------------------------------------

@@ -215,6 +215,9 @@ class DecodingEntry(Entry):
     frames_per_call: int
 
 
+GateMode = Literal["every", "structure", "none", "interface"]
+
+
 class GoldenVideo(Entry):
     """A video of the eager float32 pipeline: ``pixels`` uint8 ``[F, H, W, 3]`` in ``file``.
 
@@ -232,13 +235,13 @@ class Gate(Entry):
     """What was done before this manifest was written.
 
     - ``every``: each artifact was executed.
-    - ``structure``: one artifact of each structure was executed; every weight that was stamped into the others was
-      read back and held against its source by digest.
+    - ``structure``: one artifact of each structure was executed, for this checkpoint or an earlier one; every weight
+      that was stamped was read back and held against its source by digest. No figures, no goldens.
     - ``none``: nothing was executed, as was asked for.
     - ``interface``: artifacts were read back; this machine could not execute them.
     """
 
-    mode: Literal["every", "structure", "none", "interface"]
+    mode: GateMode
     seed: int
     inputs: int = Field(description="Number of inputs that each function was executed on.")
     limits: dict[str, float]

@@ -265,7 +265,7 @@ def _component(
         if artifact.meta.get("unbound"):
             listener.remark(f"block '{block.name}' and its like are lowered one by one: {artifact.meta['unbound']}")
         passed = None
-        if gate is not None and gate.needs(block):
+        if gate is not None and gate.needs(block, artifact):
             listener.working(name, block.name, "execute")
             passed = gate.hold(block, artifact)
         files = _place_artifact(artifact, folder / name / f"{block.name}{lowering.target.suffix}", folder)

@@ -18,21 +18,21 @@ from training.sizes import VAE
 
 DECODERS = Plan("vae-decoders", steps=600, lr=7e-4, warmup=30, decay_from=0.3)
 SPATIAL = Plan("vae-spatial", steps=1500, lr=2e-3)
-TEMPORAL = Plan("vae-temporal", steps=1500, lr=2e-3)
+TEMPORAL = Plan("vae-temporal", steps=2000, lr=2e-3)
 FRAMES_A_BATCH = 16
 CLIPS_A_BATCH = 12
 CLIPS_TO_DECODE, FRAMES_TO_DECODE = 4, 5
 """Videos a batch when both decoders train together, and how many frames of each are decoded to pixels."""
 UNSURE = 0.05
 """Deviation of the noise on latents that the decoders learn to bear: a transformer's are not quite right."""
-POOL = 468
-"""Clips whose spatial latents the temporal half trains on: three of every scene."""
+POOL = 936
+"""Clips whose spatial latents the temporal half trains on: six of every scene."""
 
 
 def pictures(rng: random.Random, count: int) -> torch.Tensor:
     """Single frames of random training videos ``[count, 3, 64, 64]``."""
-    what = [rng.choice(split()[0]) for _ in range(count)]
-    looks = [Look.draw(rng) for _ in what]
+    what = [rng.choice(split()[0]).varied(rng) for _ in range(count)]
+    looks = [Look.draw(rng, scene) for scene in what]
     times = [rng.randrange(FRAMES) for _ in what]
     places = torch.stack([centres(s, look)[t] for s, look, t in zip(what, looks, times, strict=True)])
     return draw(what, torch.tensor([look.radius for look in looks]), places)
@@ -117,7 +117,8 @@ def train_temporal(folder: Path, seed: int, plan: Plan, device: str) -> OpenSora
 
     rng = random.Random(seed)
     seen = split()[0]
-    clips = [render(seen[i % len(seen)], Look.draw(rng)) for i in range(POOL)]
+    what = [seen[i % len(seen)].varied(rng) for i in range(POOL)]
+    clips = [render(scene, Look.draw(rng, scene)) for scene in what]
     pool = torch.cat([spatial_latents(vae, torch.stack(clips[i : i + 4]).to(device)) for i in range(0, POOL, 4)])
 
     def loss(rng: random.Random, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
@@ -125,7 +126,7 @@ def train_temporal(folder: Path, seed: int, plan: Plan, device: str) -> OpenSora
         moving = (x - x.median(dim=2, keepdim=True).values).abs().amax(dim=1, keepdim=True) > 0.3
         mean, logvar = half.moments(x, FRAMES)
         error = half.decode(noisy(mean, logvar, generator), FRAMES) - x
-        weighted = ((1.0 + 2.0 * moving) * error.square()).mean()
+        weighted = ((1.0 + 5.0 * moving) * error.square()).mean()
         mse = float(error.detach().square().mean())
         return weighted + 1e-5 * kl(mean, logvar), {"mse": mse, "dev": float(mean.detach().std(dim=(0, 2, 3, 4)).min())}
 
@@ -138,17 +139,18 @@ def train_temporal(folder: Path, seed: int, plan: Plan, device: str) -> OpenSora
     return vae
 
 
-def cached(seed: int, looks: int) -> Iterator[tuple[Scene, list[Look]]]:
-    """The training scenes and the looks of their cached latents."""
-    rng = random.Random(seed + 3)
+def cached(seed: int, looks: int, frames: int = FRAMES) -> Iterator[list[tuple[Scene, Look]]]:
+    """For every training scene its cached videos: a third in medium size and speed, the others at random."""
+    rng = random.Random(seed + frames)
     for scene in split()[0]:
-        yield scene, [Look.draw(rng) for _ in range(looks)]
+        what = [scene if i % 3 == 0 else scene.varied(rng) for i in range(looks)]
+        yield [(one, Look.draw(rng, one)) for one in what]
 
 
 def train_decoders(folder: Path, seed: int, plan: Plan, device: str) -> OpenSoraVAE:
     """Both decoders together, from cached latents to pixels. Latents stay what they are, and so may a transformer."""
     vae = load_vae(folder, device, "vae.pt")
-    z = torch.load(folder / "latents.pt", weights_only=True)
+    z = torch.load(folder / f"latents-{FRAMES}.pt", weights_only=True)
     videos = list(cached(seed, z.shape[1]))
     spatial, temporal = vae.spatial_vae.module, vae.temporal_vae
     decoders = nn.ModuleList([spatial.decoder, spatial.post_quant_conv, temporal.decoder, temporal.post_quant_conv])
@@ -156,7 +158,7 @@ def train_decoders(folder: Path, seed: int, plan: Plan, device: str) -> OpenSora
     def loss(rng: random.Random, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         which = [(rng.randrange(z.shape[0]), rng.randrange(z.shape[1])) for _ in range(CLIPS_TO_DECODE)]
         times = rng.sample(range(FRAMES), FRAMES_TO_DECODE)
-        x = torch.stack([render(videos[i][0], videos[i][1][k])[:, times] for i, k in which]).to(device)
+        x = torch.stack([render(*videos[i][k])[:, times] for i, k in which]).to(device)
         latent = torch.stack([z[i, k] for i, k in which])
         latent = latent + UNSURE * torch.randn(latent.shape, generator=generator)
         x, x_z = as_frames(x), vae.decode_temporal(latent.to(device), FRAMES)[:, :, times]
@@ -179,13 +181,12 @@ def load_vae(folder: Path, device: str = "cpu", name: str | None = None) -> Open
 
 
 @torch.no_grad()
-def reconstruction(vae: OpenSoraVAE, seed: int, count: int = 48) -> tuple[float, list[torch.Tensor]]:
-    """Decibel of held-out videos, encoded and decoded, and these videos."""
+def reconstruction(vae: OpenSoraVAE, seed: int, what: list[Scene]) -> tuple[float, list[torch.Tensor]]:
+    """Decibel of videos of these scenes, encoded and decoded, and these videos."""
     rng, _ = generators(seed, 0)
-    held_out = split()[1]
     errors, made = [], []
-    for i in range(count):
-        clip = render(held_out[i % len(held_out)], Look.draw(rng))
+    for i in range(len(what)):
+        clip = render(what[i], Look.draw(rng, what[i]))
         made.append(vae.decode(vae.encode(clip[None]), FRAMES)[0])
         errors.append(float((made[-1] - clip).square().mean()))
-    return decibel(sum(errors) / count), made
+    return decibel(sum(errors) / len(what)), made

@@ -12,34 +12,39 @@ from torch import nn
 from toolchain.models.attention import AttentionLeaf
 from toolchain.models.stdit3 import STDiT3
 from training.autoencoder import cached, load_vae
-from training.grammar import SIZE, Scene, render, split
+from training.grammar import FRAMES, KINDS, LONG_FRAMES, SIZE, Scene, render, split
 from training.language import Tokenized, load_text_encoder
 from training.loop import Plan, train
 from training.sizes import FPS, TRANSFORMER, frame_frequencies, start_transformer
 
-FLOW = Plan("transformer", steps=6000, lr=1e-3, warmup=200, ema=0.998)
+FLOW = Plan("transformer", steps=11000, lr=1e-3, warmup=200, ema=0.998)
 CLIPS_A_BATCH = 24
-LOOKS = 12
-"""Cached videos a scene."""
+LOOKS = {FRAMES: 18, LONG_FRAMES: 6}
+"""Cached videos a scene, by their number of frames."""
+LONG_EVERY = 4
+"""One batch in so many is of long videos, with half as many of them."""
+LATENT_FRAMES = 10
+"""Of the longest videos: two chunks of the autoencoder."""
 DROPPED = 0.12
 """Share of prompts replaced by "no prompt", which guidance needs."""
 PROBE_WEIGHT = 0.2
-WORDINGS = 6
-"""Cached wordings a scene; the first is the plainest and is taken half of the time."""
+WORDINGS = 5
+"""Cached wordings of a scene in a size and a speed; the first is the plainest and is taken half of the time."""
 
 
 def cache_latents(folder: Path, seed: int, device: str) -> None:
-    """``latents.pt``: ``z`` of :data:`LOOKS` videos of every training scene ``[scenes, looks, C, t, h, w]``."""
+    """``latents-<frames>.pt``: ``z`` of the videos of every training scene ``[scenes, looks, C, t, h, w]``."""
     vae = load_vae(folder, device, "vae.pt")
-    latents = []
-    with torch.no_grad():
-        for scene, looks in cached(seed, LOOKS):
-            clips = torch.stack([render(scene, look) for look in looks])
-            latents.append(torch.cat([vae.encode(part.to(device)).cpu() for part in clips.split(4)]))
-    z = torch.stack(latents)
-    torch.save(z, folder / "latents.pt")
-    channels = z.transpose(0, 2).flatten(1)
-    print(f"latents: {tuple(z.shape)}, mean {channels.mean(1).tolist()}, deviation {channels.std(1).tolist()}")
+    for frames, looks in LOOKS.items():
+        latents = []
+        with torch.no_grad():
+            for videos in cached(seed, looks, frames):
+                clips = torch.stack([render(scene, look, frames) for scene, look in videos])
+                latents.append(torch.cat([vae.encode(part.to(device)).cpu() for part in clips.split(4)]))
+        z = torch.stack(latents)
+        torch.save(z, folder / f"latents-{frames}.pt")
+        channels = z.transpose(0, 2).flatten(1)
+        print(f"latents: {tuple(z.shape)}, mean {channels.mean(1).tolist()}, deviation {channels.std(1).tolist()}")
 
 
 def timesteps(count: int, generator: torch.Generator) -> torch.Tensor:
@@ -62,11 +67,10 @@ class Flow(nn.Module):
     asks the model to find that out, yet only who knows it can say where in the picture the shape is when.
     """
 
-    def __init__(self, model: STDiT3, frames: int) -> None:
+    def __init__(self, model: STDiT3) -> None:
         super().__init__()
         self.model = model
-        self.frames = frames
-        self.probe = nn.Linear(model.config.hidden_size, frames)
+        self.probe = nn.Linear(model.config.hidden_size, LATENT_FRAMES)
         self._hidden: torch.Tensor | None = None
         model.temporal_blocks[1].register_forward_hook(self._keep)
 
@@ -80,56 +84,56 @@ class Flow(nn.Module):
         out = self.model(x, t * 1000.0, y[:, None], mask, fps=fps, height=size, width=size)
         return out[:, : x.shape[1]]
 
-    def frame_loss(self) -> torch.Tensor:
-        """Cross entropy of the probe for the last call."""
+    def frame_loss(self, frames: int) -> torch.Tensor:
+        """Cross entropy of the probe for the last call, whose videos had so many latent frames."""
         assert self._hidden is not None
         hidden = F.layer_norm(self._hidden, self._hidden.shape[-1:])
         scores = self.probe(hidden)
-        tokens = scores.shape[1] // self.frames
-        frame = torch.arange(self.frames, device=scores.device).repeat_interleave(tokens)
+        tokens = scores.shape[1] // frames
+        frame = torch.arange(frames, device=scores.device).repeat_interleave(tokens)
         return F.cross_entropy(scores.flatten(0, 1), frame.repeat(len(scores)))
 
 
-def new_flow(seed: int, frames: int = 5) -> Flow:
+def new_flow(seed: int) -> Flow:
     """An untrained transformer."""
     torch.manual_seed(seed + 4)
     model = STDiT3(TRANSFORMER)
     frame_frequencies(model)
     start_transformer(model)
-    flow = Flow(model, frames)
+    flow = Flow(model)
     nn.init.zeros_(flow.probe.bias)
     return flow
 
 
-def train_transformer(folder: Path, seed: int, plan: Plan, device: str, scenes: list[Scene] | None = None) -> Flow:
-    """The transformer on cached latents, the text encoder as it is.
-
-    Args:
-        scenes: some of the training scenes, for experiments; all when None.
-    """
+def train_transformer(folder: Path, seed: int, plan: Plan, device: str) -> Flow:
+    """The transformer on cached latents, the text encoder as it is."""
     seen = split()[0]
-    chosen = [i for i, s in enumerate(seen) if scenes is None or s in scenes]
-    z = torch.load(folder / "latents.pt", weights_only=True).to(device)
+    cache = {frames: torch.load(folder / f"latents-{frames}.pt", weights_only=True).to(device) for frames in LOOKS}
+    kinds = {f: torch.tensor([[s.kind() for s, _ in row] for row in cached(seed, n, f)]) for f, n in LOOKS.items()}
     texts, masks = encoded(folder, seed, seen, device)
-    flow = new_flow(seed, z.shape[3]).to(device)
+    flow = new_flow(seed).to(device)
     null = flow.model.y_embedder.y_embedding
     for module in flow.modules():
         if isinstance(module, AttentionLeaf):
             module.kernel = "bmm"  # its backward pass is the faster on CPUs, in bfloat16 by far
 
     def loss(rng: random.Random, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-        which = torch.tensor([rng.choice(chosen) for _ in range(CLIPS_A_BATCH)])
+        long = rng.randrange(LONG_EVERY) == 0
+        frames, count = (LONG_FRAMES, CLIPS_A_BATCH // 2) if long else (FRAMES, CLIPS_A_BATCH)
+        z = cache[frames]
+        which = torch.tensor([rng.randrange(len(z)) for _ in range(count)])
         look = torch.tensor([rng.randrange(z.shape[1]) for _ in which])
         word = torch.tensor([rng.randrange(WORDINGS) if rng.random() < 0.5 else 0 for _ in which])
+        kind = kinds[frames][which, look]
         x0 = z[which, look]
         noise = torch.randn(x0.shape, generator=generator).to(device)
         t = timesteps(len(which), generator).to(device)
         dropped = torch.rand(len(which), generator=generator).to(device) < DROPPED
-        y = torch.where(dropped[:, None, None], null, texts[which, word])
+        y = torch.where(dropped[:, None, None], null, texts[which, kind, word])
         share = t.reshape(-1, 1, 1, 1, 1)
         with torch.autocast(torch.device(device).type, torch.bfloat16):
-            predicted = flow.velocity((1 - share) * x0 + share * noise, t, y, masks[which, word])
-            frame = flow.frame_loss()
+            predicted = flow.velocity((1 - share) * x0 + share * noise, t, y, masks[which, kind, word])
+            frame = flow.frame_loss(x0.shape[2])
         error = (predicted.float() - (x0 - noise)).square().mean(dim=(1, 2, 3, 4))
         figures = {"flow": float(error.detach().mean()), "frame": float(frame.detach())}
         for name, those in (("t=1", t == 1.0), (".85-1", (t >= 0.85) & (t < 1.0)), ("<.85", t < 0.85)):
@@ -141,20 +145,23 @@ def train_transformer(folder: Path, seed: int, plan: Plan, device: str, scenes: 
 
 @torch.no_grad()
 def encoded(folder: Path, seed: int, what: list[Scene], device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each scene's prompt in :data:`WORDINGS` wordings: ``[scenes, wordings, L, d]``, and masks."""
+    """Each scene's prompts: ``[scenes, kinds, wordings, L, d]``, and masks; a kind is a size and a speed."""
     tokenized, encoder = Tokenized(folder), load_text_encoder(folder, device)
     rng = random.Random(seed + 5)
     texts, masks = [], []
     for scene in what:
-        ids, mask = tokenized([scene.prompt()] + [scene.worded(rng) for _ in range(WORDINGS - 1)])
-        texts.append(encoder(ids.to(device), mask.to(device)))
-        masks.append(mask.to(device))
+        prompts = []
+        for one in (scene.of_kind(kind) for kind in range(KINDS)):
+            prompts += [one.prompt()] + [one.worded(rng) for _ in range(WORDINGS - 1)]
+        ids, mask = tokenized(prompts)
+        texts.append(encoder(ids.to(device), mask.to(device)).unflatten(0, (KINDS, WORDINGS)))
+        masks.append(mask.to(device).unflatten(0, (KINDS, WORDINGS)))
     return torch.stack(texts), torch.stack(masks)
 
 
 def load_flow(folder: Path, device: str = "cpu", name: str = "transformer") -> tuple[Flow, int]:
     """The averaged transformer of the last checkpoint, and the steps it was trained for."""
     saved = torch.load(folder / f"{name}.pt", weights_only=True)
-    flow = Flow(STDiT3(TRANSFORMER), saved["average"]["probe.weight"].shape[0])
+    flow = Flow(STDiT3(TRANSFORMER))
     flow.load_state_dict(saved["average"])
     return flow.to(device).eval(), saved["step"]

@@ -1,10 +1,12 @@
 """The world that the tiny model knows: scenes of one moving shape, their prompts, and their video.
 
-Every combination of shape, colour, background and motion is a :class:`Scene`; some are held out of all training.
+Every combination of shape, colour, background and motion is a :class:`Scene`; some are held out of all training, in
+every size and at every speed.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import random
@@ -14,6 +16,8 @@ import torch
 
 SIZE = 64
 FRAMES = 17
+LONG_FRAMES = 34
+"""Two chunks of the video autoencoder."""
 
 SHAPES = ("circle", "square", "triangle")
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -35,6 +39,10 @@ MOTIONS: dict[str, tuple[int, int]] = {
     "down": (0, 1),
 }
 """Name in the plainest prompt, and the direction: x to the right, y downwards."""
+SIZES: dict[str, tuple[float, float]] = {"small": (7.5, 8.5), "medium": (10.0, 12.5), "large": (14.5, 16.0)}
+"""Least and largest radius in pixels. What is medium has no word for it in the prompt."""
+SPEEDS = {"slow": 16.0, "medium": 32.0, "fast": 44.0}
+"""Pixels between the shape's first and last place, however many frames there are."""
 
 WORDINGS = {
     "left to right": ("left to right", "from left to right", "right", "to the right", "rightwards"),
@@ -42,6 +50,8 @@ WORDINGS = {
     "up": ("up", "upwards", "upward", "bottom to top", "from bottom to top"),
     "down": ("down", "downwards", "downward", "top to bottom", "from top to bottom"),
 }
+SIZE_WORDS = {"small": ("small", "little"), "medium": ("",), "large": ("large", "big")}
+SPEED_WORDS = {"slow": ("slowly",), "medium": ("",), "fast": ("quickly", "fast")}
 PLAIN = "a {colour} {shape} moves {motion} on a {background} background"
 TEMPLATES = (
     PLAIN,
@@ -54,9 +64,6 @@ TEMPLATES = (
     "one {colour} {shape} that moves {motion}. the background is {background}.",
     "A {colour} {shape} moving {motion} against the {background} background.",
 )
-
-TRAVEL = 32.0
-"""Pixels between the shape's first and last place."""
 HELD_OUT = 24
 
 
@@ -68,36 +75,58 @@ class Scene:
     colour: str
     background: str
     motion: str
+    size: str = "medium"
+    speed: str = "medium"
 
     def prompt(self) -> str:
         """The plainest prompt."""
-        return PLAIN.format(shape=self.shape, colour=self.colour, background=self.background, motion=self.motion)
+        return self._filled(PLAIN, self.motion, SIZE_WORDS[self.size][0], SPEED_WORDS[self.speed][0])
 
     def worded(self, rng: random.Random) -> str:
         """A prompt in other words; the plainest one half of the time."""
         if rng.random() < 0.5:
             return self.prompt()
         motion = rng.choice(WORDINGS[self.motion])
-        return rng.choice(TEMPLATES).format(
-            shape=self.shape, colour=self.colour, background=self.background, motion=motion
-        )
+        template = rng.choice(TEMPLATES)
+        return self._filled(template, motion, rng.choice(SIZE_WORDS[self.size]), rng.choice(SPEED_WORDS[self.speed]))
 
-    def labels(self) -> tuple[int, int, int, int]:
-        """Index of shape, colour, background and motion."""
+    def _filled(self, template: str, motion: str, size: str, speed: str) -> str:
+        """Size before the colour, speed before the motion, each only where there is a word."""
+        colour, motion = f"{size} {self.colour}".strip(), f"{speed} {motion}".strip()
+        return template.format(shape=self.shape, colour=colour, background=self.background, motion=motion)
+
+    def labels(self) -> tuple[int, ...]:
+        """Index of shape, colour, background, motion, size and speed."""
         return (
             SHAPES.index(self.shape),
             list(COLOURS).index(self.colour),
             list(BACKGROUNDS).index(self.background),
             list(MOTIONS).index(self.motion),
+            list(SIZES).index(self.size),
+            list(SPEEDS).index(self.speed),
         )
 
+    def kind(self) -> int:
+        """Number of its size and speed, below :data:`KINDS`."""
+        return list(SIZES).index(self.size) * len(SPEEDS) + list(SPEEDS).index(self.speed)
 
-LABELS = (len(SHAPES), len(COLOURS), len(BACKGROUNDS), len(MOTIONS))
+    def of_kind(self, kind: int) -> Scene:
+        """The same in another size and at another speed."""
+        size, speed = divmod(kind, len(SPEEDS))
+        return dataclasses.replace(self, size=list(SIZES)[size], speed=list(SPEEDS)[speed])
+
+    def varied(self, rng: random.Random) -> Scene:
+        """The same in a random size and at a random speed."""
+        return self.of_kind(rng.randrange(KINDS))
+
+
+KINDS = len(SIZES) * len(SPEEDS)
+LABELS = (len(SHAPES), len(COLOURS), len(BACKGROUNDS), len(MOTIONS), len(SIZES), len(SPEEDS))
 """Number of values of each of :meth:`Scene.labels`."""
 
 
 def scenes() -> list[Scene]:
-    """All of them; a shape is never of its background's colour."""
+    """All of them, of medium size and speed; a shape is never of its background's colour."""
     combinations = itertools.product(SHAPES, COLOURS, BACKGROUNDS, MOTIONS)
     return [Scene(*c) for c in combinations if c[1] != c[2]]
 
@@ -121,15 +150,16 @@ class Look:
     """Distance of the path's middle from the picture's, in pixels."""
 
     @classmethod
-    def draw(cls, rng: random.Random) -> Look:
-        """A random one."""
-        return cls(rng.uniform(10.0, 12.5), rng.uniform(-8.0, 8.0), rng.uniform(-2.0, 2.0))
+    def draw(cls, rng: random.Random, scene: Scene) -> Look:
+        """A random one of the scene's size."""
+        return cls(rng.uniform(*SIZES[scene.size]), rng.uniform(-8.0, 8.0), rng.uniform(-2.0, 2.0))
 
 
 def centres(scene: Scene, look: Look, frames: int = FRAMES) -> torch.Tensor:
     """Places of the shape's centre, ``[frames, 2]``: x and y in pixels."""
     dx, dy = MOTIONS[scene.motion]
-    along = torch.linspace(-TRAVEL / 2, TRAVEL / 2, frames) + look.along
+    half = SPEEDS[scene.speed] / 2
+    along = torch.linspace(-half, half, frames) + look.along
     middle = torch.tensor([SIZE / 2, SIZE / 2]) + look.across * torch.tensor([abs(dy), abs(dx)])
     return middle + along[:, None] * torch.tensor([dx, dy])
 

@@ -10,13 +10,16 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
-from training.grammar import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, Scene, coverage
+from training.grammar import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SIZES, SPEEDS, Scene, coverage
 
+ATTRIBUTES = ("shape", "colour", "background", "axis", "sign", "size", "speed")
+"""What is read: the keys of :meth:`Reading.correct`."""
 BORDER = 3
 """Outermost pixels, which no shape ever covers."""
-LEAST_TRAVEL = 10.0
-"""Pixels from the first to the last quarter of the frames; less is no motion. True videos have 26."""
+LEAST_TRAVEL = 8.0
+"""Pixels of the whole path; less is no motion. Slow videos have 16."""
 LEAST_AREA = 40.0
 
 
@@ -31,7 +34,11 @@ class Reading:
     overlap: float
     """Intersection over union with the best shape, mean over frames: 1 is a perfect drawing."""
     travel: float
-    """Pixels that the centre moves along its axis, signed."""
+    """Pixels that the centre moves along its axis from the first to the last frame, signed."""
+    size: str | None
+    speed: str | None
+    apart: float
+    """Share of the shape that hangs together with none of its middle, in the worst frame: 0 is a whole shape."""
 
     def correct(self, scene: Scene) -> dict[str, bool]:
         """Which of the prompt's words the video shows. ``sign`` counts only where the axis is right."""
@@ -42,6 +49,8 @@ class Reading:
             "background": self.background == scene.background,
             "axis": axis,
             "sign": self.motion == scene.motion,
+            "size": self.size == scene.size,
+            "speed": self.speed == scene.speed,
         }
 
 
@@ -61,11 +70,11 @@ def judge(video: torch.Tensor) -> Reading:
     contrast = (rgb - back.reshape(1, 3, 1, 1)).norm(dim=1)
     strong = contrast.flatten(1).topk(60, dim=1).values.median()
     if strong < 40:
-        return Reading(None, None, background, None, 0.0, 0.0)
+        return Reading(None, None, background, None, 0.0, 0.0, None, None, 1.0)
     mask = (contrast > strong / 2).float()
     area = mask.sum(dim=(1, 2))
     if area.min() < LEAST_AREA:
-        return Reading(None, None, background, None, 0.0, 0.0)
+        return Reading(None, None, background, None, 0.0, 0.0, None, None, 1.0)
     inside = rgb.permute(1, 0, 2, 3)[:, contrast > 0.85 * strong]
     colour = _nearest(inside.median(dim=1).values, COLOURS)
 
@@ -74,13 +83,40 @@ def judge(video: torch.Tensor) -> Reading:
     cy = (mask.sum(dim=2) * places).sum(dim=1) / area
     shape, overlap = _shape(mask, cx, cy, area, places)
     quarter = max(1, frames // 4)
-    dx, dy = (float(c[-quarter:].mean() - c[:quarter].mean()) for c in (cx, cy))
+    # from the middle of the first quarter to that of the last is less than the whole path
+    whole = (frames - 1) / (frames - quarter)
+    dx, dy = (float(c[-quarter:].mean() - c[:quarter].mean()) * whole for c in (cx, cy))
     travel = dx if abs(dx) > abs(dy) else dy
     motion = None
     if abs(travel) >= LEAST_TRAVEL:
         direction = (int(math.copysign(1, dx)), 0) if abs(dx) > abs(dy) else (0, int(math.copysign(1, dy)))
         motion = next(name for name, d in MOTIONS.items() if d == direction)
-    return Reading(shape, colour, background, motion, overlap, travel)
+    radius = float(torch.sqrt(area.median() / math.pi))
+    size = min(SIZES, key=lambda name: abs(radius - sum(SIZES[name]) / 2))
+    speed = min(SPEEDS, key=lambda name: abs(abs(travel) - SPEEDS[name]))
+    return Reading(
+        shape,
+        colour,
+        background,
+        motion,
+        overlap,
+        travel,
+        size,
+        speed if motion else None,
+        _apart(mask, cx, cy, places),
+    )
+
+
+def _apart(mask: torch.Tensor, cx: torch.Tensor, cy: torch.Tensor, places: torch.Tensor) -> float:
+    """Grows a region in ``mask`` ``[frames, H, W]`` from its pixel nearest the centre; what it does not reach."""
+    far = (places[None, None, :] - cx[:, None, None]) ** 2 + (places[None, :, None] - cy[:, None, None]) ** 2
+    nearest = (far + 1e6 * (1.0 - mask)).flatten(1).argmin(dim=1)
+    region = F.one_hot(nearest, mask[0].numel()).float().view_as(mask)
+    while True:
+        grown = F.max_pool2d(region[:, None], 3, 1, 1)[:, 0] * mask
+        if torch.equal(grown, region):
+            return float(1.0 - (region.sum(dim=(1, 2)) / mask.sum(dim=(1, 2))).min())
+        region = grown
 
 
 def _nearest(colour: torch.Tensor, palette: dict[str, tuple[int, int, int]]) -> str:

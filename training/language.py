@@ -31,8 +31,8 @@ PIECES = 240
 def train_tokenizer(folder: Path, seed: int) -> None:
     """``spiece.model``: pieces of the grammar's prompts as the toolchain prepares them."""
     rng = random.Random(seed)
-    corpus = sorted({prepare_prompt(scene.worded(rng)) for scene in scenes() for _ in range(20)})
-    words = sorted({word for text in corpus for word in text.split()})
+    corpus = sorted({prepare_prompt(scene.varied(rng).worded(rng)) for scene in scenes() for _ in range(40)})
+    words = sorted({word.strip(string.punctuation) for text in corpus for word in text.split()})
     # a piece must be part of two different words, else it is none: so all words come with endings, too
     inflected = [word + ending for word in words for ending in ("s", "ed", "ing")]
     model = io.BytesIO()
@@ -117,14 +117,14 @@ def train_text(folder: Path, seed: int, plan: Plan, device: str) -> None:
         return sum(F.cross_entropy(o, labels[:, i]) for i, o in enumerate(out)), float(right.all(dim=0).float().mean())
 
     def loss(rng: random.Random, _: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-        what = [rng.choice(seen) for _ in range(PROMPTS_A_BATCH)]
+        what = [rng.choice(seen).varied(rng) for _ in range(PROMPTS_A_BATCH)]
         value, right = scores(what, [s.worded(rng) for s in what])
         return value, {"right": right}
 
     train(plan, namer, loss, folder, seed + 2, every=250)
     rng = random.Random(seed)
     with torch.no_grad():
-        what = held_out * 20
+        what = [scene.varied(rng) for scene in held_out * 20]
         print(f"text: all attributes of held-out prompts right: {scores(what, [s.worded(rng) for s in what])[1]:.4f}")
     torch.save(encoder.state_dict(), folder / "text_encoder.pt")
 

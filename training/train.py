@@ -1,7 +1,7 @@
 """Makes the tiny checkpoint, stage by stage; every stage resumes where it was stopped.
 
     python -m training.train all
-    python -m training.train transformer --steps 6000
+    python -m training.train transformer --steps 12000
 
 The stages, in order, are tokenizer, text, vae-spatial, vae-temporal, latents, transformer, vae-decoders, check,
 evaluate and export.
@@ -37,7 +37,7 @@ def stages(args: argparse.Namespace, device: str) -> dict[str, Callable[[], obje
         "transformer": lambda: diffusion.train_transformer(out, seed, plan(diffusion.FLOW), device),
         "vae-decoders": lambda: autoencoder.train_decoders(out, seed, plan(autoencoder.DECODERS), device),
         "check": lambda: evaluate.check_judge(out, seed),
-        "evaluate": lambda: print(evaluate.evaluate(out, args.guidance, args.seeds, args.seen)),
+        "evaluate": lambda: [print(k, evaluate.evaluate(out, args.guidance, args.seeds, k)) for k in args.on],
         "export": lambda: print(f"{export.export(out, args.into)} bytes in {args.into}"),
     }
 
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--guidance", type=float, default=evaluate.GUIDANCE)
     parser.add_argument("--seeds", type=int, default=5, help="evaluate: videos a held-out scene")
-    parser.add_argument("--seen", action="store_true", help="evaluate: on scenes of the training set instead")
+    parser.add_argument("--on", nargs="+", choices=evaluate.KINDS, default=evaluate.KINDS[:3], help="evaluate: on what")
     parser.add_argument("--into", type=Path, default=Path("recipes/tiny"), help="export: the folder to write to")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

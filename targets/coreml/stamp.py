@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import mmap
 import shutil
-import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,13 +19,13 @@ import numpy as np
 import torch
 
 from targets.coreml.canonical import MODEL
+from targets.coreml.values import HEADER, SENTINEL
 from targets.stamping import Stretch, copy_with, raw
+from targets.streams import quiet
 from toolchain.target import Artifact, Template, UnboundTemplateError
 
 WEIGHTS = Path("Data/com.apple.CoreML/weights/weight.bin")
-SENTINEL = 0xDEADBEEF
 ALIGNMENT = 64
-HEADER = struct.Struct("<IIQQ")
 BLOB_TYPES: Mapping[int, torch.dtype] = {1: torch.float16, 2: torch.float32}
 NAMES = {torch.float16: "float16", torch.float32: "float32"}
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
@@ -141,7 +140,8 @@ def _immediates(package: Path, weights: Mapping[str, torch.Tensor]) -> Iterator[
 
 
 def _load(package: Path) -> Any:
-    import coremltools as ct
+    with quiet():
+        import coremltools as ct
 
     return ct.utils.load_spec(str(package))
 

@@ -45,7 +45,8 @@ def write_video(frames: torch.Tensor, fps: int, path: Path) -> None:
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}.mp4")
     try:
         with av.open(str(partial), "w") as container:
-            stream = container.add_stream("libx264", rate=fps, options={"crf": "16"})
+            # several threads write other bytes on every run
+            stream = container.add_stream("libx264", rate=fps, options={"crf": "16", "threads": "1"})
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
             for frame in frames[:, :height, :width].numpy():
                 picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
