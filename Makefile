@@ -1,5 +1,5 @@
 # Two commands do all the set-up on a fresh machine:
-#   make demo   environment, install, compile a shipped recipe for both targets, play it, show where the video is
+#   make demo   environment, install, compile a shipped recipe for two targets, play it, show where the video is
 #   make test   environment, install, lint, types, tests
 PYTHON ?= python3
 VENV := .venv

@@ -24,7 +24,7 @@ from toolchain.errors import AccuracyError, BundleError
 from toolchain.recipe import load_recipe
 from toolchain.store import Store
 from toolchain.testing import assert_bundle
-from toolchain.verify import verify
+from toolchain.verification import verify
 
 pytestmark = pytest.mark.slow
 

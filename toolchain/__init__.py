@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from toolchain.pipeline import compile_recipe
     from toolchain.player import Player, play
     from toolchain.recipe import Recipe, load_recipe
-    from toolchain.verify import verify
+    from toolchain.verification import verify
 
 _HOMES = {
     "Bundle": "bundle",
@@ -34,7 +34,7 @@ _HOMES = {
     "load_recipe": "recipe",
     "plan": "lowering",
     "play": "player",
-    "verify": "verify",
+    "verify": "verification",
 }
 
 __all__ = [

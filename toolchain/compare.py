@@ -11,7 +11,7 @@ from toolchain import goldens
 from toolchain import manifest as m
 from toolchain.bundle import Bundle, load_bundle
 from toolchain.errors import BundleError, SoraCompileError
-from toolchain.verify import signatures, target_of
+from toolchain.verification import signatures, target_of
 
 LEFT_OUT = ("accuracy", "activations", "goldens", "files", "sha256", "bytes", "structure")
 """Compared by themselves, or no difference of their own."""

@@ -14,7 +14,7 @@ from toolchain.explain import Explanation, explain
 from toolchain.lowering import plan
 from toolchain.recipe import load_recipe
 from toolchain.reference import run_eager
-from toolchain.verify import signatures, target_of
+from toolchain.verification import signatures, target_of
 from toolchain.weights import BlockWeights
 
 

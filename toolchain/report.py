@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from toolchain.compare import Comparison
     from toolchain.explain import Explanation
     from toolchain.store import Store
-    from toolchain.verify import Verification
+    from toolchain.verification import Verification
 
 
 def size(count: float) -> str:

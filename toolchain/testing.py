@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from toolchain.errors import SoraCompileError
-from toolchain.verify import Verification, verify
+from toolchain.verification import Verification, verify
 
 
 def assert_bundle(bundle: str | Path, *, goldens_of: str | Path | None = None) -> Verification:

@@ -28,7 +28,7 @@ from toolchain.recipe import Recipe, parse_recipe
 
 pytestmark = pytest.mark.slow
 
-PROMPT = "a red fox"
+PROMPT = "a blue square"
 LONG = "a red fox runs over the snow in the last light of a cold day, and then it sleeps under a tree. "
 ALIKE = 80.0
 """Decibels from which two videos count as equal. 50 are promised and float32 gives over 100, but these random
@@ -264,8 +264,9 @@ def conditioned(
     built = build(parse_recipe(data))
     folder = tmp_path_factory.mktemp("conditioned") / "bundle"
     shutil.copytree(bundle.path, folder)
-    shutil.rmtree(folder / "transformer")
-    shutil.copytree(built.path / "transformer", folder / "transformer")
+    for part in ("transformer", "goldens/transformer"):
+        shutil.rmtree(folder / part)
+        shutil.copytree(built.path / part, folder / part)
     components = bundle.manifest.components | {"transformer": built.manifest.components["transformer"]}
     return edit(Bundle(folder, bundle.manifest), components=components, sampler=built.manifest.sampler)
 

@@ -22,7 +22,7 @@ from toolchain.cli import app
 from toolchain.errors import BundleError
 from toolchain.player import Player
 from toolchain.recipe import parse_recipe
-from toolchain.target import Artifact
+from toolchain.target import EngineUnavailableError
 
 
 def hollow_bundle(data: dict[str, Any], source: Path, folder: Path) -> Path:
@@ -38,7 +38,8 @@ def hollow_bundle(data: dict[str, Any], source: Path, folder: Path) -> Path:
             path = folder / name / f"{block.name}{part.target.suffix}"
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(f"not a program, but {block.name}".encode())
-            entries.append(describe.block(block, Artifact(path, tuple(block.functions)), None, part.target, folder))
+            files = [describe_file(path, folder)]
+            entries.append(describe.block(block, files, tuple(block.functions), None, None, part.target, name))
         components[name] = describe.component(part, entries, None, {})
     files = [describe_file(folder / name, folder) for name in ("spiece.model", "recipe.yaml")]
     manifest = describe.manifest(planned, components, *files)
@@ -224,10 +225,16 @@ def test_an_unknown_target(hollow: Path, play: Callable[..., Failed]) -> None:
     assert "no target is called 'executorc'; did you mean 'executorch'?" in failed.line
 
 
-def test_an_engine_that_this_machine_lacks(originals: dict[str, Path], play: Callable[..., Failed]) -> None:
+def test_an_engine_that_this_machine_lacks(
+    originals: dict[str, Path], play: Callable[..., Failed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def engine(*_: object) -> None:
+        raise EngineUnavailableError("runs on the moon only")
+
+    monkeypatch.setattr("targets.coreml.CoreMLTarget.engine", engine)
     failed = play(originals["coreml"])
     assert failed.code == 6
-    assert "Core ML packages are executed on macOS only" in failed.line
+    assert "runs on the moon only" in failed.line
 
 
 # --- the command line --------------------------------------------------------------------------------
