@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -43,17 +44,18 @@ def copy_with(source: Path, out: Path, stretches: Sequence[Stretch]) -> list[str
     """
     order = sorted(range(len(stretches)), key=lambda i: stretches[i].offset)
     digests = [""] * len(stretches)
-    with source.open("rb") as template, out.open("wb") as stamped:
+    with source.open("rb") as template, out.open("wb") as stamped, ThreadPoolExecutor(1) as hashing:
         for i in order:
             stretch = stretches[i]
             _copy(template, stamped, stretch.offset - stamped.tell())
             content = stretch.content()
             if content.nbytes != stretch.size:
                 raise ValueError(f"{content.nbytes} bytes for a place of {stretch.size} in '{source.name}'")
-            digests[i] = hashlib.sha256(content).hexdigest()
+            digest = hashing.submit(_digest, content)  # while it is written
             stamped.write(content)
+            digests[i] = digest.result()
             template.seek(stretch.size, os.SEEK_CUR)
-            del content
+            del content, digest
         _copy(template, stamped, None)
     check(out, [(s.offset, s.size) for s in stretches], digests)
     return digests
@@ -61,18 +63,26 @@ def copy_with(source: Path, out: Path, stretches: Sequence[Stretch]) -> list[str
 
 def check(path: Path, places: Sequence[tuple[int, int]], digests: Sequence[str]) -> None:
     """Read stretches (offset and size) of a file back and hold them against their digests."""
-    with path.open("rb") as f:
-        for (offset, size), expected in zip(places, digests, strict=True):
-            f.seek(offset)
-            found = hashlib.sha256()
-            while size > 0:
-                part = f.read(min(size, CHUNK_BYTES))
-                found.update(part)
-                size -= len(part) or size
-            if found.hexdigest() != expected:
+    with path.open("rb") as f, ThreadPoolExecutor(os.cpu_count()) as hashing:
+        found = hashing.map(lambda p: _digest_at(f.fileno(), *p), places)
+        for (offset, _), digest, expected in zip(places, found, digests, strict=True):
+            if digest != expected:
                 raise ResourceError(
                     f"'{path.name}': what was read back at byte {offset} is not what was written; check the disk"
                 )
+
+
+def _digest(content: memoryview) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _digest_at(file: int, offset: int, size: int) -> str:
+    """sha256 of ``size`` bytes of a file, or of what there is of them."""
+    whole = hashlib.sha256()
+    while size > 0 and (part := os.pread(file, min(size, CHUNK_BYTES), offset)):
+        whole.update(part)
+        offset, size = offset + len(part), size - len(part)
+    return whole.hexdigest()
 
 
 def _copy(source: BinaryIO, out: BinaryIO, count: int | None) -> None:
