@@ -47,7 +47,7 @@ class Builder:
     def __init__(self, lowering: Lowering, source: Source, store: Store, direct: bool) -> None:
         self.lowering, self.source, self.store, self.direct = lowering, source, store, direct
 
-    @property
+    @functools.cached_property
     def _tools(self) -> dict[str, Any]:
         target = self.lowering.target
         return {
@@ -63,8 +63,8 @@ class Builder:
 
     def artifact_key(self, block: Block) -> str:
         """Key of a block's artifact."""
-        weights = block_digest(block, self.source.digests, self.lowering.definition.aliases)
-        return key_of({"template": self.template_key(block), "weights": weights, "direct": self.direct})
+        template, weights = self.template_key(block), self.weights_digest(block)
+        return key_of({"template": template, "weights": weights, "direct": self.direct})
 
     def template(self, block: Block) -> Entry:
         """The template of a block's structure, lowered and bound now if it is not in the store.
@@ -132,6 +132,10 @@ class Builder:
     def weights(self, block: Block) -> BlockWeights:
         """A block's weights, read when asked for."""
         return BlockWeights(block, self.source.checkpoint, self.lowering.definition.aliases)
+
+    def weights_digest(self, block: Block) -> str:
+        """The digest of a block's weights."""
+        return block_digest(block, self.source.digests, self.lowering.definition.aliases)
 
 
 def _structure(block: Block) -> dict[str, Any]:

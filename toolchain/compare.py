@@ -11,7 +11,8 @@ from toolchain import goldens
 from toolchain import manifest as m
 from toolchain.bundle import Bundle, load_bundle
 from toolchain.errors import BundleError, SoraCompileError
-from toolchain.verification import signatures, target_of
+from toolchain.plugins import target_of
+from toolchain.verification import signatures
 
 LEFT_OUT = ("accuracy", "activations", "goldens", "files", "sha256", "bytes", "structure")
 """Compared by themselves, or no difference of their own."""
@@ -127,7 +128,7 @@ def _outputs(first: Bundle, second: Bundle, component: str, a: m.BlockEntry, b: 
     ):
         raise BundleError("their functions or shapes differ")
     engines = [
-        target_of(bundle, component).engine(bundle.path / x.artifact, s["base"].inputs, s["base"].outputs)
+        target_of(bundle.manifest, component).engine(bundle.path / x.artifact, s["base"].inputs, s["base"].outputs)
         for bundle, x, s in ((first, a, ports), (second, b, signatures(b)))
     ]
     path = first.path / a.goldens.path

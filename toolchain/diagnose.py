@@ -11,10 +11,12 @@ from toolchain.bundle import RECIPE_FILE, Bundle, load_bundle
 from toolchain.checkpoint import open_checkpoint
 from toolchain.errors import BundleError, RecipeError
 from toolchain.explain import Explanation, explain
+from toolchain.gate import unscaled
 from toolchain.lowering import plan
+from toolchain.plugins import target_of
 from toolchain.recipe import load_recipe
 from toolchain.reference import run_eager
-from toolchain.verification import signatures, target_of
+from toolchain.verification import signatures
 from toolchain.weights import BlockWeights
 
 
@@ -43,14 +45,13 @@ def explain_block(bundle: Bundle | str | Path, name: str, *, base: str | Path = 
         raise BundleError(f"'{bundle.path}': this version makes another {name} of its recipe; build the bundle again")
     checkpoint = open_checkpoint(recipe.components()[component].checkpoint, Path(base))
     weights, own = (BlockWeights(b, checkpoint, lowering.definition.aliases) for b in (plain, block))
-    target, ports = target_of(bundle, component), signatures(entry)
+    target, ports = target_of(bundle.manifest, component), signatures(entry)
     engine = target.engine(bundle.path / entry.artifact, ports["base"].inputs, ports["base"].outputs)
     tensors = load_file(bundle.path / entry.goldens.path)
     found = []
     for function in entry.functions:
         stored = goldens.stored_for(tensors, function)
         drawn = goldens.draw(function, stored, {p.name: p.shape for p in block.signatures[function].inputs})
-        inputs = {p.name: drawn[p.name] / p.scale if p.scale != 1.0 else drawn[p.name] for p in block.inputs}
-        case = run_eager(plain, function, weights, inputs)
+        case = run_eager(plain, function, weights, unscaled(drawn, block.inputs))
         found.append(explain(block, own, case, engine, target, entry.accuracy[function].limit))
     return tuple(found)

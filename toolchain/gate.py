@@ -69,6 +69,11 @@ def scaled(values: Mapping[str, torch.Tensor], ports: Sequence[Port]) -> dict[st
     return {p.name: values[p.name] if p.scale == 1.0 else values[p.name] * p.scale for p in ports}
 
 
+def unscaled(values: Mapping[str, torch.Tensor], ports: Sequence[Port]) -> dict[str, torch.Tensor]:
+    """What ``ports`` carry as values of the model's own scale: the reverse of :func:`scaled`."""
+    return {p.name: values[p.name] if p.scale == 1.0 else values[p.name] / p.scale for p in ports}
+
+
 def measure(
     block: Block, functions: Sequence[str], engine: Engine, cases: Iterable[Case], limit: float
 ) -> dict[str, Accuracy]:

@@ -14,17 +14,15 @@ from toolchain import manifest as m
 from toolchain.blocks import Block, scales
 from toolchain.building import NAME, Builder
 from toolchain.components import sample_input
-from toolchain.digests import block_digest
 from toolchain.errors import AccuracyError, LoweringError, RecipeError
 from toolchain.gate import FLOAT16_MAX, measure, require, worst
 from toolchain.graph import Graph
 from toolchain.listener import Listener
 from toolchain.memory import release
 from toolchain.recipe import Recipe
-from toolchain.reference import Case, References, Weights
+from toolchain.reference import Case, References
 from toolchain.store import Entry, key_of
 from toolchain.target import Engine, EngineUnavailableError, Target
-from toolchain.weights import BlockWeights
 
 GOLDENS = "goldens.safetensors"
 CROWDED = 0.5
@@ -64,7 +62,7 @@ class ComponentGate:
             for name in names:
                 if self._stand_in[name] == name:
                     plain = self._plain[name]
-                    chain = [*chain, [name, plain.structure(), self._weights_digest(plain)]]
+                    chain = [*chain, [name, plain.structure(), builder.weights_digest(plain)]]
                 self._references[name] = references
                 self._chain[name] = chain
 
@@ -86,18 +84,12 @@ class ComponentGate:
         blocks = tuple(b for b in self._builder.lowering.reference if b.name in names)
         functions = tuple(graph.functions)
         stand_in = {name: self._stand_in[name] for name in names}
-        return References(blocks, functions, inputs, self._runs, self._tables, self._weights, stand_in)
+        return References(blocks, functions, inputs, self._runs, self._tables, self._builder.weights, stand_in)
 
     @property
     def _runs(self) -> int:
         """On how many inputs a function is executed; with gate ``structure`` once."""
         return self._recipe.gate.inputs if self._recipe.gate.mode == "every" else 1
-
-    def _weights(self, block: Block) -> Weights:
-        return BlockWeights(block, self._builder.source.checkpoint, self._builder.lowering.definition.aliases)
-
-    def _weights_digest(self, block: Block) -> str:
-        return block_digest(block, self._builder.source.digests, self._builder.lowering.definition.aliases)
 
     def needs(self, block: Block, artifact: Entry) -> bool:
         """Whether the block is executed, or another one of its structure for it.
@@ -162,7 +154,7 @@ class ComponentGate:
         accuracy = measure(block, functions, engine, cases, self._limit)
         if self._recipe.gate.mode == "every":
             plain = self._plain[block.name]
-            chosen = goldens.golden_cases(block, plain, functions, cases, self._weights(plain))
+            chosen = goldens.golden_cases(block, plain, functions, cases, self._builder.weights(plain))
             goldens.write(folder / GOLDENS, block, chosen)
             again = [f for f, (_, case) in chosen.items() if not any(case is c for c in cases)]
             on_goldens = goldens.run(folder / GOLDENS, block.signatures, again, engine, self._limit)
@@ -179,7 +171,7 @@ class ComponentGate:
 
         case = next(c for c in self._references[block.name].cases(block.name) if c.function == function)
         target, engine = self._builder.lowering.target, self._engine(block, artifact)
-        found = explain(block, self._weights(block), case, engine, target, self._limit)
+        found = explain(block, self._builder.weights(block), case, engine, target, self._limit)
         self._listener.remark(found.text())
         return found.verdict
 

@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from toolchain.blocks import Block, Signature
-from toolchain.gate import compare, scaled
+from toolchain.gate import compare, scaled, unscaled
 from toolchain.manifest import Accuracy
 from toolchain.reference import Case, Values, Weights, run_eager
 from toolchain.sampler import gaussian
@@ -53,15 +53,14 @@ def reduce(block: Block, function: str, inputs: Mapping[str, torch.Tensor]) -> t
         block: as it was lowered; ``inputs`` by port, of the model's own scale.
     """
     stored: Values = {}
-    for port in block.inputs:
-        value = inputs[port.name] * port.scale if port.scale != 1.0 else inputs[port.name]
+    for name, value in scaled(inputs, block.inputs).items():
         if value.numel() <= WHOLE:
-            stored[f"in.{port.name}"] = value
+            stored[f"in.{name}"] = value
         else:
-            stored[f"mean.{port.name}"], stored[f"std.{port.name}"] = statistics(value)
+            stored[f"mean.{name}"], stored[f"std.{name}"] = statistics(value)
     own = block.signatures.get(function, block.signatures["base"])
     drawn = draw(function, stored, {p.name: p.shape for p in own.inputs})
-    return stored, {p.name: drawn[p.name] / p.scale if p.scale != 1.0 else drawn[p.name] for p in block.inputs}
+    return stored, unscaled(drawn, block.inputs)
 
 
 def golden_cases(

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from toolchain.errors import RecipeError
+from toolchain.manifest import Manifest
 from toolchain.passbase import Pass
 from toolchain.target import Target
 from toolchain.validation import explain
@@ -41,6 +42,16 @@ def find_target(name: str, options: dict[str, Any], key: str = "target") -> Targ
     """
     cls = _load(TARGETS, name, "target", key)
     return cls(_config(cls.Config, options, key))  # type: ignore[no-any-return]
+
+
+def target_of(manifest: Manifest, component: str) -> Target:
+    """The target of a component of a bundle, with its options.
+
+    Raises:
+        RecipeError: as :func:`find_target`.
+    """
+    options = manifest.target.options | {"precision": manifest.components[component].precision}
+    return find_target(manifest.target.name, options)
 
 
 def _load(group: str, name: str, what: str, key: str) -> Any:

@@ -13,7 +13,7 @@ from toolchain.bundle import Bundle, load_bundle
 from toolchain.errors import AccuracyError, BundleError
 from toolchain.listener import Listener
 from toolchain.player.runner import DTYPES
-from toolchain.plugins import find_target
+from toolchain.plugins import target_of
 from toolchain.target import Target
 
 
@@ -90,7 +90,7 @@ def verify(
     checks: list[Check] = []
     unchecked: list[str] = []
     for name, component in bundle.manifest.components.items():
-        target = target_of(bundle, name)
+        target = target_of(bundle.manifest, name)
         listener.start(name, [b.name for b in component.blocks])
         for block in component.blocks:
             listener.working(name, block.name, "execute")
@@ -112,13 +112,6 @@ def verify(
         found = compare(bundle, video, source.path)
         checks.append(Check("pipeline", VIDEO, "", float(f"{found:.4g}"), video.psnr_db, video.limit_db))
     return Verification(bundle.path, tuple(checks), tuple(unchecked))
-
-
-def target_of(bundle: Bundle, component: str) -> Target:
-    """The target of a component of a bundle, with its options."""
-    manifest = bundle.manifest
-    options = manifest.target.options | {"precision": manifest.components[component].precision}
-    return find_target(manifest.target.name, options)
 
 
 def _of(source: Bundle, component: str, block: m.BlockEntry) -> m.BlockEntry:

@@ -7,7 +7,6 @@ reproduce Apple's kernels, which fuse, reorder and accumulate as they like; see 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,25 +20,11 @@ from targets.coreml.values import MalformedError
 from targets.exporting import reason
 from toolchain.blocks import Port
 from toolchain.errors import LoweringError
+from toolchain.target import OpValue
 
 PIECE = 1 << 15
 """Elements that torch handles in one thread: on a busy machine, threads that wait for one another cost most."""
 Arithmetic = Literal["rounded", "native"]
-
-
-@dataclass(frozen=True)
-class OpValue:
-    """One output of an operation, as :meth:`CoreMLEngine.trace` met it.
-
-    ``dtype`` is what the program declares; ``value`` holds it (float16 as float32 or, with native arithmetic,
-    as it is). ``inputs`` are the names of the values that the operation was given, constants included.
-    """
-
-    name: str
-    op: str
-    dtype: str
-    value: torch.Tensor
-    inputs: tuple[str, ...]
 
 
 class CoreMLEngine:
@@ -94,6 +79,8 @@ class CoreMLEngine:
 
     def trace(self, function: str, inputs: Mapping[str, torch.Tensor]) -> Iterator[OpValue]:
         """Run a function and yield what every operation gives, in order. Do not write to the values.
+
+        float16 comes as float32 or, with native arithmetic, as it is.
 
         Raises:
             LoweringError: as a call.

@@ -13,7 +13,7 @@ from toolchain.errors import BundleError
 from toolchain.player.runner import ComponentRunner
 from toolchain.player.trace import Trace
 from toolchain.player.video import check_outputs, to_bytes, write_frames, write_video
-from toolchain.plugins import find_target
+from toolchain.plugins import target_of
 from toolchain.sampler import initial_noise, sample
 from toolchain.schedule import Step
 from toolchain.text import prepare_prompt
@@ -53,11 +53,7 @@ class Player:
                 f"'{self.bundle.path}' has no {names}; a video needs all components, add them to the recipe"
             )
         self.bundle.check_files()
-        options = self.manifest.target.options
-        self._targets = {
-            name: find_target(self.manifest.target.name, options | {"precision": component.precision})
-            for name, component in self.manifest.components.items()
-        }
+        self._targets = {name: target_of(self.manifest, name) for name in self.manifest.components}
 
     @contextmanager
     def _component(self, name: str) -> Iterator[ComponentRunner]:
