@@ -189,6 +189,12 @@ def test_float16_is_rounded_as_float16_is(calculators: Any, x: np.ndarray, y: np
             np.testing.assert_array_equal(found.numpy(), expected[op], err_msg=op)
 
 
+def test_every_float16_has_its_square_root(tmp_path: Path) -> None:
+    x = np.arange(0x7C00, dtype=np.uint16).view(np.float16)
+    engine = load(lambda x: mb.sqrt(x=x, name="y"), tmp_path, mb.TensorSpec(x.shape, F16))
+    np.testing.assert_array_equal(engine("base", {"x": torch.from_numpy(x)})["y"].numpy(), np.sqrt(x))
+
+
 def test_what_float16_cannot_store_is_infinite(tmp_path: Path) -> None:
     body = lambda x: (mb.square(x=x, name="square"), mb.mul(x=mb.square(x=x), y=np.float16(0), name="times"))  # noqa: E731
     engine = load(body, tmp_path, mb.TensorSpec((2,), F16))

@@ -211,7 +211,8 @@ def sinh(x: Tensor) -> Tensor:
 
 @operator("sqrt")
 def sqrt(x: Tensor) -> Tensor:
-    return x.sqrt()
+    # torch's float32 square root is not rounded correctly on every CPU, its float64 one rounded to float32 is.
+    return x.double().sqrt().to(x.dtype)
 
 
 @operator("square")
