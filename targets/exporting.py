@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from toolchain.blocks import Block
+from toolchain.blocks import Block, copied
 from toolchain.errors import LoweringError
 from toolchain.target import STEP
 
@@ -66,8 +66,7 @@ class _Call(nn.Module):
 
 def _as_modules(gm: fx.GraphModule) -> fx.GraphModule:
     """``gm`` with every function of its graph called as a module named like its node."""
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(gm.graph, val_map={}))
+    graph = copied(gm.graph)
     for node in graph.nodes:
         if node.op == "call_function" and node.target is not operator.getitem:
             gm.add_submodule(node.name, _Call(node.target))

@@ -1,15 +1,16 @@
-"""Writing a copy of a file in which some stretches are replaced, and proving that they arrived."""
+"""Cutting stretches out of a file, and writing it again with others in their place, proving that they arrived."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import torch
 
 from toolchain.errors import ResourceError
@@ -19,7 +20,7 @@ CHUNK_BYTES = 1 << 24
 
 @dataclass(frozen=True)
 class Stretch:
-    """Bytes to replace: where they begin, how many they are, and what computes them when their turn comes."""
+    """Bytes to insert: where they begin, how many they are, and what computes them when their turn comes."""
 
     offset: int
     size: int
@@ -31,66 +32,69 @@ def raw(tensor: torch.Tensor) -> memoryview:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def copy_with(source: Path, out: Path, stretches: Sequence[Stretch]) -> list[str]:
-    """Copy ``source`` to ``out`` with ``stretches`` replaced, one held in memory at a time.
+def cut(path: Path, places: Sequence[tuple[int, int]]) -> None:
+    """Remove stretches (offset, size) from a file; what is left is what :func:`copy_with` takes."""
+    part = path.with_name(f"{path.name}.part")
+    with path.open("rb") as whole, part.open("wb", buffering=0) as rest:
+        for offset, size in sorted(places):
+            _copy(whole, rest, offset - whole.tell())
+            whole.seek(size, os.SEEK_CUR)
+        _copy(whole, rest, None)
+    part.replace(path)
 
-    What was written is read back and held against the digest of what should have been.
 
-    Returns:
-        sha256 of each stretch, in the order given.
+def copy_with(source: Path, out: Path, stretches: Sequence[Stretch]) -> None:
+    """Write ``source``, a file after :func:`cut`, with ``stretches`` where others were cut out of it.
+
+    Two are held in memory at a time. Each is read back and compared with what it should be, byte for byte.
 
     Raises:
-        ResourceError: a stretch on disk is not what was written.
+        ResourceError: what is read back is not what was written.
     """
-    order = sorted(range(len(stretches)), key=lambda i: stretches[i].offset)
-    digests = [""] * len(stretches)
-    with source.open("rb") as template, out.open("wb") as stamped, ThreadPoolExecutor(1) as hashing:
-        for i in order:
-            stretch = stretches[i]
-            _copy(template, stamped, stretch.offset - stamped.tell())
+    with source.open("rb") as template, out.open("wb", buffering=0) as stamped, ThreadPoolExecutor(1) as comparing:
+        pending: Future[None] | None = None
+        for stretch in sorted(stretches, key=lambda s: s.offset):
             content = stretch.content()
             if content.nbytes != stretch.size:
                 raise ValueError(f"{content.nbytes} bytes for a place of {stretch.size} in '{source.name}'")
-            digest = hashing.submit(_digest, content)  # while it is written
-            stamped.write(content)
-            digests[i] = digest.result()
-            template.seek(stretch.size, os.SEEK_CUR)
-            del content, digest
+            _copy(template, stamped, stretch.offset - stamped.tell())
+            if pending is not None:
+                pending.result()
+            _write(stamped, content)
+            pending = comparing.submit(_compare, out, stretch.offset, content)  # while the next one is computed
+            del content
         _copy(template, stamped, None)
-    check(out, [(s.offset, s.size) for s in stretches], digests)
-    return digests
+        if pending is not None:
+            pending.result()
 
 
-def check(path: Path, places: Sequence[tuple[int, int]], digests: Sequence[str]) -> None:
-    """Read stretches (offset and size) of a file back and hold them against their digests."""
-    with path.open("rb") as f, ThreadPoolExecutor(os.cpu_count()) as hashing:
-        found = hashing.map(lambda p: _digest_at(f.fileno(), *p), places)
-        for (offset, _), digest, expected in zip(places, found, digests, strict=True):
-            if digest != expected:
+def _compare(path: Path, offset: int, content: memoryview) -> None:
+    expected = np.frombuffer(content, np.uint8)
+    buffer = np.empty(min(CHUNK_BYTES, len(expected)), np.uint8)
+    with path.open("rb", buffering=0) as f:
+        f.seek(offset)
+        for at in range(0, len(expected), CHUNK_BYTES):
+            part = buffer[: len(expected) - at]
+            if f.readinto(part.data) != len(part) or not np.array_equal(part, expected[at : at + CHUNK_BYTES]):
                 raise ResourceError(
-                    f"'{path.name}': what was read back at byte {offset} is not what was written; check the disk"
+                    f"'{path.name}': what was read back from byte {offset + at} on is not what was written; "
+                    "check the disk"
                 )
 
 
-def _digest(content: memoryview) -> str:
-    return hashlib.sha256(content).hexdigest()
+def _write(out: FileIO, content: memoryview | bytes) -> None:
+    """Write all of it: one call may write less."""
+    left = memoryview(content)
+    while left:
+        left = left[out.write(left) or 0 :]
 
 
-def _digest_at(file: int, offset: int, size: int) -> str:
-    """sha256 of ``size`` bytes of a file, or of what there is of them."""
-    whole = hashlib.sha256()
-    while size > 0 and (part := os.pread(file, min(size, CHUNK_BYTES), offset)):
-        whole.update(part)
-        offset, size = offset + len(part), size - len(part)
-    return whole.hexdigest()
-
-
-def _copy(source: BinaryIO, out: BinaryIO, count: int | None) -> None:
+def _copy(source: BinaryIO, out: FileIO, count: int | None) -> None:
     """Copy the next ``count`` bytes, or all that are left."""
     while count is None or count > 0:
         part = source.read(CHUNK_BYTES if count is None else min(count, CHUNK_BYTES))
         if not part:
             return
-        out.write(part)
+        _write(out, part)
         if count is not None:
             count -= len(part)

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from targets.coreml import CoreMLConfig, CoreMLTarget
-from targets.coreml.canonical import MODEL
-from targets.coreml.stamp import DTYPES, WEIGHTS, Blob
+from targets.coreml.schema import MODEL
+from targets.coreml.stamp import DTYPES, WEIGHTS, Slot
 from targets.executorch import ExecuTorchTarget
 from targets.onnx import OnnxTarget
 from targets.stamping import raw
@@ -34,7 +34,7 @@ SPATIAL, TEMPORAL = "spatial_blocks.0", "temporal_blocks.0"
 class Package:
     """A lowered pair that can be damaged: its weights by name, its operations by what they are called."""
 
-    def __init__(self, path: Path, slots: list[Blob]) -> None:
+    def __init__(self, path: Path, slots: list[Slot]) -> None:
         self.path, self.slots = path, {s.weight: s for s in slots}
 
     def read(self, name: str) -> torch.Tensor:
@@ -192,7 +192,7 @@ def healthy(cut_small: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     unique = unique_weights(block)
     template = target.bind(target.lower(block, unique, folder / "template.mlpackage"), unique)
     path = target.stamp(template, cut.weights(block), folder / "pair_0.mlpackage").path
-    return target, cut, path, [Blob(**b) for b in template.slots["blobs"]]
+    return target, cut, path, [Slot(**s) for s in template.slots if s["file"] == WEIGHTS.as_posix()]
 
 
 def judge(target: Target, cut: Any, path: Path, function: str) -> tuple[str | None, Any]:

@@ -102,7 +102,14 @@ class Block:
 
 def materialise(gm: fx.GraphModule, weights: Mapping[str, torch.Tensor]) -> fx.GraphModule:
     """``gm`` with real weights, by parameter name; its own modules are shared and stay as they are."""
-    return fx.GraphModule(_skeleton(gm, weights), gm.graph, class_name=type(gm).__name__).eval()
+    return fx.GraphModule(_skeleton(gm, weights), copied(gm.graph), class_name=type(gm).__name__).eval()
+
+
+def copied(graph: fx.Graph) -> fx.Graph:
+    """A copy, for another module: a graph holds on to its module, and so to that one's weights."""
+    copy_ = fx.Graph()
+    copy_.output(copy_.graph_copy(graph, val_map={}))
+    return copy_
 
 
 def _skeleton(gm: fx.GraphModule, weights: Mapping[str, torch.Tensor]) -> nn.Module:

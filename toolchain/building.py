@@ -75,14 +75,12 @@ class Builder:
         return self.store.obtain("templates", self.template_key(block), lambda folder: self._lower(block, folder))
 
     def _lower(self, block: Block, folder: Path) -> dict[str, Any]:
-        target = self.lowering.target
         for seed in BINDING_SEEDS:
             try:
                 template = self._bound(block, folder, seed)
             except UnboundTemplateError as e:
                 reason = str(e)
             else:
-                target.check(template.artifact.path, block)
                 release()
                 return {"functions": list(template.artifact.functions), "slots": template.slots}
         return {"unbound": reason}
@@ -92,6 +90,7 @@ class Builder:
         target = self.lowering.target
         weights = unique_weights(block, seed)
         artifact = target.lower(block, weights, folder / f"{NAME}{target.suffix}")
+        target.check(artifact.path, block)
         try:
             template = target.bind(artifact, weights)
             if template.constants:

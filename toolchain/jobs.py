@@ -24,7 +24,7 @@ from toolchain.checkpoint import open_checkpoint
 from toolchain.digests import tensor_digests
 from toolchain.errors import ResourceError
 from toolchain.lowering import Plan, plan
-from toolchain.memory import free_bytes
+from toolchain.memory import free_bytes, keep_none
 from toolchain.recipe import Recipe
 from toolchain.store import Entry, Store
 
@@ -185,6 +185,7 @@ _own: dict[str, Any] = {}
 
 
 def _start(recipe: str, base: str, root: str, direct: bool) -> None:
+    keep_none()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process hears it and stops this one
     _own["arguments"] = Recipe.model_validate_json(recipe), Path(base), Store(Path(root)), direct
 

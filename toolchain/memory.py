@@ -7,6 +7,10 @@ import gc
 import os
 import sys
 from pathlib import Path
+from typing import Any
+
+M_MMAP_THRESHOLD = -3  # of malloc.h
+LARGE_BYTES = 1 << 20
 
 
 def free_bytes() -> int:
@@ -20,10 +24,23 @@ def free_bytes() -> int:
         return 4_000_000_000
 
 
+def keep_none() -> None:
+    """Have the C library ask the system for every large piece of memory, and give it back when it is freed.
+
+    glibc keeps freed pieces of up to 32 MB, which is the size of activations: what is kept in fragments adds up to
+    gigabytes.
+    """
+    if (mallopt := _c("mallopt")) is not None:
+        mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
+
+
 def release() -> None:
     """Give freed memory back to the system, which the C library would keep: converters free gigabytes."""
     gc.collect()
-    if sys.platform.startswith("linux"):
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, other C libraries do not
-        if trim is not None:
-            trim(0)
+    if (trim := _c("malloc_trim")) is not None:
+        trim(0)
+
+
+def _c(name: str) -> Any:
+    """A function of the C library; None where it is not glibc."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None

@@ -25,6 +25,7 @@ from toolchain.gating import ComponentGate, Passed
 from toolchain.graph import Graph
 from toolchain.listener import Listener
 from toolchain.lowering import Plan, configuration, load_passes, plan
+from toolchain.memory import keep_none
 from toolchain.plugins import find_target
 from toolchain.recipe import Recipe, TextEncoderRecipe
 from toolchain.store import Entry, Store, code_version, digest, key_of, place
@@ -60,6 +61,7 @@ def compile_recipe(
         SoraCompileError: says what, where and what to do; ``exit_code`` is the command's.
     """
     base, listener, store = Path(base or "."), listener or Listener(), store or Store()
+    keep_none()
     if jobs < 1:
         raise RecipeError(f"--jobs {jobs}: must be at least 1")
     out = Path(out)

@@ -66,7 +66,7 @@ class Artifact:
 
 @dataclass(frozen=True)
 class Template:
-    """A lowered structure whose weights can be replaced: an artifact, and where in it each weight lies.
+    """A lowered structure without weights: an artifact out of which they were cut, and where each of them lay.
 
     ``slots`` is the target's own, in plain data as JSON has it; ``stamp`` reads it. ``constants`` describes what
     looks like a weight and is none: it must be the same whatever the weights, or the template is refused.
@@ -114,7 +114,7 @@ class Target(abc.ABC):
 
     @abc.abstractmethod
     def bind(self, artifact: Artifact, weights: Mapping[str, torch.Tensor]) -> Template:
-        """Find every weight in an artifact that was lowered with the unique ``weights``.
+        """Find every weight in an artifact that was lowered with the unique ``weights``, and cut it out.
 
         Raises:
             UnboundTemplateError: a weight is not found, or what is found is ambiguous.
@@ -122,10 +122,10 @@ class Target(abc.ABC):
 
     @abc.abstractmethod
     def stamp(self, template: Template, weights: Mapping[str, torch.Tensor], out: Path) -> Artifact:
-        """Write the template's artifact with other ``weights``: byte for byte what ``lower`` gives for them.
+        """Write the template's artifact with ``weights``: byte for byte what ``lower`` gives for them.
 
         Takes one weight after the other, so that ``weights`` may read each from disk when it is asked for, and
-        proves by digest that each arrived.
+        compares what it wrote with each.
 
         (Where ``lower`` simplifies degenerate weights, such as a bias of zeros, the template's structure is
         kept: the numbers are the same, the bytes are not.)

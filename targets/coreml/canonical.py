@@ -13,7 +13,8 @@ from pathlib import Path
 
 import coremltools as ct
 
-MODEL = Path("Data/com.apple.CoreML/model.mlmodel")
+from targets.coreml.schema import MODEL
+
 _NAMESPACE = uuid.UUID("6f1d3ba4-3c3c-5d4e-9d39-7a0b8b8b0c55")
 
 

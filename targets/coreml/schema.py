@@ -11,6 +11,8 @@ from types import ModuleType
 from typing import Any
 
 DATA = "Data"
+MODEL = Path("Data/com.apple.CoreML/model.mlmodel")
+"""Where coremltools puts the model description in a package."""
 _SCHEMA = "targets.coreml._schema"
 
 

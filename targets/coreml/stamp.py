@@ -2,11 +2,12 @@
 
 Tensors of ten elements and more lie in ``weight.bin`` as blobs: at a multiple of 64 bytes a header (sentinel, type,
 size, offset), then the data. Smaller ones stand in the program itself, as immediate values of constants. Two
-packages of one structure differ in nothing else.
+packages of one structure differ in nothing else. Stamping does without coremltools, whose import takes seconds.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import mmap
 import shutil
@@ -18,10 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from targets.coreml.canonical import MODEL
+from targets.coreml.schema import MODEL, read_model
 from targets.coreml.values import HEADER, SENTINEL
-from targets.stamping import Stretch, copy_with, raw
-from targets.streams import quiet
+from targets.stamping import Stretch, copy_with, cut, raw
 from toolchain.target import Artifact, Template, UnboundTemplateError
 
 WEIGHTS = Path("Data/com.apple.CoreML/weights/weight.bin")
@@ -34,24 +34,19 @@ LARGEST_IMMEDIATE = 9
 
 
 @dataclass(frozen=True)
-class Blob:
-    """A blob: where its data lies, and which elements of which weight it holds."""
+class Slot:
+    """Where a weight, or a part of one, lies: in which file of the package, which elements, and at which byte."""
 
     weight: str
     start: int
     count: int
+    file: str
     offset: int
     dtype: str
 
-
-@dataclass(frozen=True)
-class Immediate:
-    """A constant of the program: in which function, at which operation, and which weight it holds."""
-
-    weight: str
-    function: str
-    operation: int
-    dtype: str
+    @property
+    def size(self) -> int:
+        return self.count * DTYPES[self.dtype].itemsize
 
 
 def blobs(data: mmap.mmap) -> Iterator[tuple[torch.dtype | None, int, int]]:
@@ -70,7 +65,7 @@ def blobs(data: mmap.mmap) -> Iterator[tuple[torch.dtype | None, int, int]]:
 
 
 def bind(artifact: Artifact, weights: Mapping[str, torch.Tensor]) -> Template:
-    found: list[Blob] = []
+    found: list[Slot] = []
     constants: list[list[Any]] = []
     file = artifact.path / WEIGHTS
     if file.is_file() and file.stat().st_size > ALIGNMENT:
@@ -92,11 +87,13 @@ def bind(artifact: Artifact, weights: Mapping[str, torch.Tensor]) -> Template:
         if covered[name] != weight.numel():
             part = f"{covered[name]} of {weight.numel()} elements"
             raise UnboundTemplateError(f"weight '{name}': {part} are in the package")
-    slots = {"blobs": [asdict(s) for s in found], "immediates": [asdict(s) for s in immediates]}
-    return Template(artifact, slots, constants)
+    slots = [*found, *immediates]
+    for name in {slot.file for slot in slots}:
+        cut(artifact.path / name, [(s.offset, s.size) for s in slots if s.file == name])
+    return Template(artifact, [asdict(s) for s in slots], constants)
 
 
-def _find(blob: bytes, dtype: torch.dtype, offset: int, weights: Mapping[str, torch.Tensor]) -> Blob | None:
+def _find(blob: bytes, dtype: torch.dtype, offset: int, weights: Mapping[str, torch.Tensor]) -> Slot | None:
     """The weight, or the part of one, that a blob holds, whole ones being looked for first; None for a constant.
 
     Raises:
@@ -115,7 +112,7 @@ def _find(blob: bytes, dtype: torch.dtype, offset: int, weights: Mapping[str, to
             content = bytes(raw(weight.to(dtype)))
             at = 0 if whole and content == blob else content.find(blob) if not whole else -1
             if at >= 0 and at % size == 0:
-                found.append(Blob(name, at // size, count, offset, NAMES[dtype]))
+                found.append(Slot(name, at // size, count, WEIGHTS.as_posix(), offset, NAMES[dtype]))
         if len(found) == 1:
             return found[0]
         if found:
@@ -123,8 +120,12 @@ def _find(blob: bytes, dtype: torch.dtype, offset: int, weights: Mapping[str, to
     return None
 
 
-def _immediates(package: Path, weights: Mapping[str, torch.Tensor]) -> Iterator[Immediate]:
-    """The program's constants that hold small weights."""
+def _immediates(package: Path, weights: Mapping[str, torch.Tensor]) -> Iterator[Slot]:
+    """The program's constants that hold small weights.
+
+    Raises:
+        UnboundTemplateError: a constant's bytes are not found in the file.
+    """
     small = {
         (NAMES[dtype], bytes(raw(w.to(dtype)))): name
         for name, w in weights.items()
@@ -133,69 +134,67 @@ def _immediates(package: Path, weights: Mapping[str, torch.Tensor]) -> Iterator[
     }
     if not small:
         return
-    for function, index, dtype, content in _constants(_load(package)):
+    spec, _ = read_model(package)
+    written = (package / MODEL).read_bytes()
+    for tensor in _float_constants(spec):
+        dtype = "float32" if tensor.WhichOneof("value") == "floats" else "float16"
+        content = np.asarray(tensor.floats.values, "<f4").tobytes() if dtype == "float32" else tensor.bytes.values
         name = small.get((dtype, content))
         if name is not None:
-            yield Immediate(name, function, index, dtype)
+            offset = _place(spec, tensor, written)
+            if written[offset : offset + len(content)] != content:
+                raise UnboundTemplateError(f"weight '{name}': its bytes are not found in the program's file")
+            yield Slot(name, 0, weights[name].numel(), MODEL.as_posix(), offset, dtype)
 
 
-def _load(package: Path) -> Any:
-    with quiet():
-        import coremltools as ct
-
-    return ct.utils.load_spec(str(package))
-
-
-def _operations(spec: Any, function: str) -> Any:
-    specialised = spec.mlProgram.functions[function]
-    return specialised.block_specializations[specialised.opset].operations
-
-
-def _constants(spec: Any) -> Iterator[tuple[str, int, str, bytes]]:
-    """Function, operation, dtype and content of every constant of floats in the program."""
-    for function in sorted(spec.mlProgram.functions):
-        for index, operation in enumerate(_operations(spec, function)):
+def _float_constants(spec: Any) -> Iterator[Any]:
+    """The tensors of floats that stand in the program itself."""
+    for _, function in sorted(spec.mlProgram.functions.items()):
+        for operation in function.block_specializations[function.opset].operations:
             if operation.type == "const" and operation.attributes["val"].HasField("immediateValue"):
                 tensor = operation.attributes["val"].immediateValue.tensor
-                if tensor.WhichOneof("value") == "floats":
-                    yield function, index, "float32", np.asarray(tensor.floats.values, np.float32).tobytes()
-                elif tensor.WhichOneof("value") == "bytes":
-                    yield function, index, "float16", bytes(tensor.bytes.values)
+                if tensor.WhichOneof("value") in ("floats", "bytes"):
+                    yield tensor
+
+
+def _place(spec: Any, tensor: Any, written: bytes) -> int:
+    """The byte of the program's file at which a constant begins: where the file changes if its first number does."""
+    if tensor.WhichOneof("value") == "floats":
+        values, sign = tensor.floats.values, 3  # of the four bytes of a float32, the last has its sign
+        first = values[0]
+        values[0] = -first
+        changed = spec.SerializeToString(deterministic=True)
+        values[0] = first
+    else:
+        content, sign = bytes(tensor.bytes.values), 0
+        tensor.bytes.values = bytes([content[0] ^ 0xFF]) + content[1:]
+        changed = spec.SerializeToString(deterministic=True)
+        tensor.bytes.values = content
+    if len(changed) != len(written):
+        return len(written)
+    before, after = np.frombuffer(written, np.uint8), np.frombuffer(changed, np.uint8)
+    differing = np.flatnonzero(before != after)
+    return int(differing[0]) - sign if len(differing) == 1 else len(written)
 
 
 def stamp(template: Template, weights: Mapping[str, torch.Tensor], out: Path) -> Artifact:
-    found = [Blob(**s) for s in template.slots["blobs"]]
-    immediates = [Immediate(**s) for s in template.slots["immediates"]]
+    slots = [Slot(**s) for s in template.slots]
     source = template.artifact.path
     last: dict[str, torch.Tensor] = {}
 
-    def weight(name: str) -> torch.Tensor:
-        if name not in last:  # a weight's parts follow one another: each tensor is read once
+    def content(slot: Slot) -> memoryview:
+        if slot.weight not in last:  # a weight's parts follow one another: each tensor is read once
             last.clear()
-            last[name] = weights[name].reshape(-1)
-        return last[name]
+            last[slot.weight] = weights[slot.weight].reshape(-1)
+        return raw(last[slot.weight][slot.start : slot.start + slot.count].to(DTYPES[slot.dtype]))
 
-    def content(slot: Blob) -> memoryview:
-        return raw(weight(slot.weight)[slot.start : slot.start + slot.count].to(DTYPES[slot.dtype]))
-
-    def ignore(folder: str, names: list[str]) -> list[str]:
-        return [n for n in names if n == WEIGHTS.name]
-
-    shutil.copytree(source, out, ignore=ignore)
+    stretches: dict[str, list[Stretch]] = {}
+    for slot in slots:
+        stretch = Stretch(slot.offset, slot.size, functools.partial(content, slot))
+        stretches.setdefault(slot.file, []).append(stretch)
+    shutil.copytree(source, out, ignore=lambda _, names: [n for n in names if n == WEIGHTS.name])
     if (source / WEIGHTS).is_file():
-        stretches = [
-            Stretch(s.offset, s.count * DTYPES[s.dtype].itemsize, lambda s=s: content(s))  # type: ignore[misc]
-            for s in found
-        ]
-        copy_with(source / WEIGHTS, out / WEIGHTS, stretches)
-    if immediates:
-        spec = _load(out)
-        for slot in immediates:
-            tensor = _operations(spec, slot.function)[slot.operation].attributes["val"].immediateValue.tensor
-            values = weight(slot.weight).to(DTYPES[slot.dtype])
-            if slot.dtype == "float32":
-                tensor.floats.values[:] = values.tolist()
-            else:
-                tensor.bytes.values = bytes(raw(values))
-        (out / MODEL).write_bytes(spec.SerializeToString(deterministic=True))
+        stretches.setdefault(WEIGHTS.as_posix(), [])
+    for file, replaced in stretches.items():
+        copy_with(source / file, out / file, replaced)
     return Artifact(out, template.artifact.functions)

@@ -6,15 +6,17 @@ of the stored bytes in hex, which occurs in the program's index and in every sub
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import mmap
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from targets.stamping import Stretch, copy_with, raw
+from targets.stamping import Stretch, copy_with, cut, raw
 from toolchain.target import Artifact, Template, UnboundTemplateError
 
 
@@ -34,6 +36,7 @@ def bind(artifact: Artifact, weights: Mapping[str, torch.Tensor]) -> Template:
         slots = [_find(program, name, weight) for name, weight in weights.items()]
     if len({slot.offset for slot in slots}) < len(slots):
         raise UnboundTemplateError("two weights are found in the same place of the program")
+    cut(artifact.path, [(slot.offset, slot.size) for slot in slots])
     return Template(artifact, [asdict(s) for s in slots])
 
 
@@ -41,9 +44,9 @@ def _find(program: mmap.mmap, name: str, weight: torch.Tensor) -> Slot:
     found = []
     permuted = weight.dim() == 4 and weight.shape[2:].numel() > 1
     for channels_last in (False, True) if permuted else (False,):
-        stored = bytes(_stored(weight, channels_last))
-        offsets = list(_occurrences(program, stored))
-        keys = list(_occurrences(program, hashlib.sha256(stored).hexdigest().encode()))
+        stored = _stored(weight, channels_last)
+        offsets = list(_occurrences(program, bytes(stored)))
+        keys = list(_occurrences(program, _key(stored).encode()))
         found += [Slot(name, channels_last, offset, len(stored), keys) for offset in offsets]
     if len(found) != 1:
         raise UnboundTemplateError(f"weight '{name}' is found {len(found)} times in the program")
@@ -62,17 +65,25 @@ def _stored(weight: torch.Tensor, channels_last: bool) -> memoryview:
     return raw(weight.permute(0, 2, 3, 1) if channels_last else weight)
 
 
+def _key(stored: memoryview) -> str:
+    return hashlib.sha256(stored).hexdigest()
+
+
 def stamp(template: Template, weights: Mapping[str, torch.Tensor], out: Path) -> Artifact:
     slots = [Slot(**s) for s in template.slots]
+    keys: dict[str, Future[str]] = {}
+    with ThreadPoolExecutor(1) as hashing:
 
-    def content(slot: Slot) -> memoryview:
-        return _stored(weights[slot.weight], slot.channels_last)
+        def content(slot: Slot) -> memoryview:
+            stored = _stored(weights[slot.weight], slot.channels_last)
+            keys[slot.weight] = hashing.submit(_key, stored)  # while it is written
+            return stored
 
-    stretches = [Stretch(s.offset, s.size, lambda s=s: content(s)) for s in slots]  # type: ignore[misc]
-    digests = copy_with(template.artifact.path, out, stretches)
+        stretches = [Stretch(s.offset, s.size, functools.partial(content, s)) for s in slots]
+        copy_with(template.artifact.path, out, stretches)
     with out.open("r+b") as program:
-        for slot, key in zip(slots, digests, strict=True):
+        for slot in slots:
             for at in slot.keys:
                 program.seek(at)
-                program.write(key.encode())
+                program.write(keys[slot.weight].result().encode())
     return Artifact(out, template.artifact.functions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import mmap
 import shutil
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ import onnx
 import torch
 
 from targets.onnx import weights as store
-from targets.stamping import Stretch, copy_with, raw
+from targets.stamping import Stretch, copy_with, cut, raw
 from toolchain.target import Artifact, Template, UnboundTemplateError
 
 
@@ -31,6 +32,7 @@ def bind(artifact: Artifact, weights: Mapping[str, torch.Tensor]) -> Template:
             for slot in slots.values():
                 if stored[slot.offset : slot.offset + slot.size] != raw(weights[slot.weight]):
                     raise UnboundTemplateError(f"weight '{slot.weight}' is not where '{store.FILE}' should have it")
+    cut(path, [(slot.offset, slot.size) for slot in slots.values()])
     return Template(artifact, [{"weight": s.weight, "offset": s.offset, "size": s.size} for s in slots.values()])
 
 
@@ -44,6 +46,6 @@ def stamp(template: Template, weights: Mapping[str, torch.Tensor], out: Path) ->
     out.mkdir()
     for function in template.artifact.functions:
         shutil.copyfile(source / f"{function}.onnx", out / f"{function}.onnx")
-    stretches = [Stretch(s["offset"], s["size"], lambda s=s: content(s)) for s in template.slots]  # type: ignore[misc]
+    stretches = [Stretch(s["offset"], s["size"], functools.partial(content, s)) for s in template.slots]
     copy_with(source / store.FILE, out / store.FILE, stretches)
     return Artifact(out, template.artifact.functions)
