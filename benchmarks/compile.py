@@ -1,63 +1,187 @@
-"""Compile a transformer of full width and few pairs for every target; print seconds, peak memory, bytes, error.
+"""What building costs at full size: cold, after fine-tuning, with nothing changed; the published way; the floor.
 
-    python benchmarks/compile.py [--pairs 2] [--targets executorch coreml]
+    python benchmarks/compile.py [--component transformer] [--target coreml] [--every] [--published-pairs 1]
 
-Each build runs in a process of its own; memory is the peak of the whole process tree. The checkpoint is
-synthetic: official names, shapes and dtypes, seeded weights.
+Rows, side by side in one run, each a process of its own, with the checkpoint in the file cache:
+
+- cold: an empty cache, gate ``structure``; with ``--every`` also gate ``every``.
+- nothing changed: the same command again.
+- fine-tuned: another checkpoint, templates in the cache.
+- floor: reading the checkpoint and writing the bundle's bytes.
+- published: see ``published.py``; measured on a few pairs and scaled to the depth, the load counted once.
+
+Memory is the peak of the process tree. "written" is what the processes wrote to files, temporary ones included;
+"kept" is the bytes of distinct files that are left in cache and bundle. Checkpoints are synthetic: official names,
+shapes and dtypes. ``--component all`` is the whole pipeline, by the shipped recipe of the target.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import yaml
-from measure import run
+from measure import Cost, run
 
-RECIPE = {
-    "version": 1,
-    "name": "full-width",
-    "model": "open-sora-v1.2",
-    "video": {"frames": 68, "height": 192, "width": 192},
-    "sampler": {"steps": 30, "merged_steps": 15, "leap": 15},
-    "transformer": {"checkpoint": "checkpoint", "passes": ["token-merge", "partition"]},
-}
-TARGETS = {
-    "executorch": {"name": "executorch", "precision": "float32"},
-    "coreml": {"name": "coreml", "precision": "float16"},
-    "coreml-float32": {"name": "coreml", "precision": "float32"},
-}
+HERE = Path(__file__).parent
+VIDEO = {"frames": 68, "height": 192, "width": 192}
+SHIPPED = {"coreml": "open-sora-v1.2-iphone-15-pro", "executorch": "open-sora-v1.2-android"}
+TOKENIZER = HERE.parent / "recipes/tiny/text_encoder/spiece.model"
+DTYPES = {"transformer": "float32", "text_encoder": "bfloat16", "vae": "float32"}
+SMALL_TRANSFORMER = ["depth=1", "hidden_size=32", "num_heads=2", "caption_channels=4096"]
+FLOOR = """
+import sys
+from pathlib import Path
+left = int(sys.argv[1])
+with open("floor.bin", "wb") as out:
+    for folder in sys.argv[2:]:
+        for path in sorted(Path(folder).glob("*.safetensors")):
+            with path.open("rb") as f:
+                while part := f.read(1 << 24):
+                    out.write(part[: max(0, left)])
+                    left -= len(part)
+    while left > 0:
+        out.write(b"\\1" * min(left, 1 << 24))
+        left -= 1 << 24
+"""
+
+
+def synthetic(component: str, out: Path, seed: int, dtype: str, changes: list[str]) -> None:
+    command = [sys.executable, str(HERE / "synthetic.py"), component, str(out), "--dtype", dtype, "--seed", str(seed)]
+    subprocess.run([*command, *(x for c in changes for x in ("--set", c))], check=True)
+    if component == "text_encoder":
+        shutil.copy(TOKENIZER, out)
+
+
+def recipe(components: list[str], target: dict[str, Any]) -> dict[str, Any]:
+    """A recipe of one full-size component; beside the text encoder stands a transformer of next to no size."""
+    parts: dict[str, Any] = {c: {"checkpoint": f"checkpoint/{c}"} for c in components}
+    parts.setdefault("transformer", {"checkpoint": "small"})["passes"] = ["token-merge", "partition"]
+    sampler = {"steps": 30, "merged_steps": 15, "leap": 15}
+    return {"name": "full", "model": "open-sora-v1.2", "video": VIDEO, "sampler": sampler, "target": target} | parts
+
+
+def shipped(components: list[str], target: dict[str, Any]) -> dict[str, Any]:
+    """The shipped recipe, with synthetic checkpoints for the published ones."""
+    whole: dict[str, Any] = yaml.safe_load((HERE.parent / "recipes" / f"{SHIPPED[target['name']]}.yaml").read_text())
+    for component in components:
+        whole[component]["checkpoint"] = f"checkpoint/{component}"
+    return whole
+
+
+def kept(*folders: Path) -> int:
+    """Bytes of the distinct files below the folders."""
+    stats = [p.stat() for f in folders if f.exists() for p in f.rglob("*") if p.is_file()]
+    return sum({s.st_ino: s.st_size for s in stats}.values())
+
+
+class Table:
+    """Prints a row for each command."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        print(f"{'':28} {'seconds':>8} {'peak MB':>8} {'written MB':>11} {'kept MB':>8}")
+
+    def row(self, name: str, seconds: float, peak: float, written: float, kept_bytes: float | None = None) -> None:
+        left = f"{kept_bytes / 1e6:8.0f}" if kept_bytes is not None else ""
+        print(f"{name:28} {seconds:8.1f} {peak / 1e6:8.0f} {written / 1e6:11.0f} {left}", flush=True)
+
+    def run(self, name: str, command: list[str], checkpoint: Path | None, left: Callable[[], int] | None) -> Cost:
+        """Run a command with the checkpoint in the file cache, and print what it took."""
+        for path in sorted(checkpoint.rglob("*.safetensors")) if checkpoint else ():
+            with path.open("rb", buffering=0) as f:
+                while f.read(1 << 24):
+                    pass
+        os.sync()  # what others wrote is not to slow this one down
+        cost = run(command, self._folder)
+        self.row(name, cost.seconds, cost.peak, cost.written, left() if left else None)
+        return cost
+
+
+def compare(folder: Path, path: Path, components: list[str], depth: int | None, args: argparse.Namespace) -> None:
+    first, tuned, cache, bundle = (folder / n for n in ("checkpoint", "tuned", "cache", "bundle"))
+    command = [sys.executable, "-m", "toolchain.cli", str(path), "-o", str(bundle), "--json", "--jobs", str(args.jobs)]
+    structure = [*command, "--gate", "structure"]
+    dtypes = ", ".join(f"{c} {kept(first / c) / 1e9:.2f} GB {DTYPES[c]}" for c in components)
+    print(f"{args.target}{', ' + args.precision if args.precision else ''}; {args.jobs} process(es); {dtypes}")
+    table = Table(folder)
+    table.run("imports alone", [sys.executable, "-c", "import torch, pydantic, rich"], None, None)
+    cold = table.run("cold, gate structure", structure, first, lambda: kept(cache, bundle))
+    table.run("nothing changed", structure, None, None)
+    if args.every:
+        shutil.rmtree(cache)
+        every = table.run("cold, gate every", command, first, lambda: kept(cache, bundle))
+        print(worst(json.loads(every.output)["manifest"]))
+        shutil.rmtree(cache)
+        run(structure, folder)
+    before = kept(cache, bundle)
+    path.write_text(path.read_text().replace("checkpoint/", "tuned/"))
+    warm = table.run("fine-tuned, templates warm", structure, tuned, lambda: kept(cache, bundle) - before)
+    size = json.loads(cold.output)["bytes"]
+    folders = [str(tuned / c) for c in components]
+    floor = table.run("floor: read and write", [sys.executable, "-c", FLOOR, str(size), *folders], tuned, lambda: size)
+    print(f"fine-tuned / floor: {warm.seconds / floor.seconds:.1f}")
+    if args.published_pairs and components == ["transformer"]:
+        published(folder, table, depth or 28, args.published_pairs, cold, bundle)
+
+
+def worst(manifest: dict[str, Any]) -> str:
+    """The largest relative error of each component's artifacts."""
+    found = []
+    for name, component in manifest["components"].items():
+        errors = [a["relative_error"] for b in component["blocks"] for a in (b["accuracy"] or {}).values()]
+        found.append(f"{name} {max(errors):.1e}" if errors else f"{name} not executed")
+    return f"largest relative error: {', '.join(found)}"
+
+
+def published(folder: Path, table: Table, depth: int, pairs: int, cold: Cost, bundle: Path) -> None:
+    cost = run([sys.executable, str(HERE / "published.py"), str(folder), str(pairs)], folder)
+    loading, converting, left = map(float, cost.output.splitlines()[-1].split())
+    scale = depth / pairs
+    seconds, written, left_all = loading + converting * scale, cost.written * scale, left * scale
+    table.row(f"published, {pairs} of {depth} pairs", cost.seconds, cost.peak, cost.written, left)
+    table.row(f"published, scaled to {depth}", seconds, cost.peak, written, left_all)
+    print(
+        f"published / cold: {seconds / cold.seconds:.1f} of the time; bytes: cold / published "
+        f"{100 * cold.written / written:.1f} % written, {100 * kept(bundle) / left_all:.1f} % in the result"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=2)
-    parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument("--component", choices=[*DTYPES, "all"], default="transformer")
+    parser.add_argument("--target", default="coreml")
+    parser.add_argument("--precision", help="the target's own if absent")
+    parser.add_argument("--depth", type=int, help="pairs or layers; 28 and 24 if absent")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--published-pairs", type=int, default=1, help="0 leaves the published way out")
+    parser.add_argument("--every", action="store_true", help="also with gate every")
+    parser.add_argument("--folder", type=Path, help="where to work; a temporary folder if absent")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as tmp:
+    components = list(DTYPES) if args.component == "all" else [args.component]
+    keys = {"transformer": "depth", "text_encoder": "num_layers"}
+    with tempfile.TemporaryDirectory(dir=args.folder) as tmp:
         folder = Path(tmp)
-        here = Path(__file__).parent
-        make = [sys.executable, str(here / "synthetic.py"), "transformer", str(folder / "checkpoint")]
-        subprocess.run([*make, "--set", f"depth={args.pairs}"], check=True)
-        weights = sum(f.stat().st_size for f in (folder / "checkpoint").glob("*.safetensors"))
-        floor, floor_peak, _ = run([sys.executable, "-c", "import torch, pydantic, rich"], folder)
-        print(f"{args.pairs} pairs of full width, base + merged; checkpoint {weights / 1e6:.0f} MB float32")
-        print(f"{'target':16} {'seconds':>8} {'peak MB':>8} {'bundle MB':>10} {'largest relative error':>24}")
-        print(f"{'(imports only)':16} {floor:8.1f} {floor_peak / 1e6:8.0f}")
-        for name in args.targets:
-            recipe = folder / f"{name}.yaml"
-            recipe.write_text(yaml.safe_dump(RECIPE | {"target": TARGETS[name]}))
-            command = [sys.executable, "-m", "toolchain.cli", str(recipe), "-o", str(folder / "bundle"), "--json"]
-            seconds, peak, out = run(command, folder)
-            built = json.loads(out)
-            blocks = built["manifest"]["components"]["transformer"]["blocks"]
-            errors = [a["relative_error"] for b in blocks for a in (b["accuracy"] or {}).values()]
-            error = f"{max(errors):.1e}" if errors else "not executed"
-            print(f"{name:16} {seconds:8.1f} {peak / 1e6:8.0f} {built['bytes'] / 1e6:10.1f} {error:>24}")
+        os.environ["SORA_COMPILE_CACHE"] = str(folder / "cache")
+        for component in components:
+            changes = [f"{keys[component]}={args.depth}"] if args.depth and component in keys else []
+            for name, seed in (("checkpoint", 0), ("tuned", 1)):
+                synthetic(component, folder / name / component, seed, DTYPES[component], changes)
+        if "transformer" not in components:
+            synthetic("transformer", folder / "small", 0, "float32", SMALL_TRANSFORMER)
+        target = {"name": args.target} | ({"precision": args.precision} if args.precision else {})
+        path = folder / "recipe.yaml"
+        whole = shipped(components, target) if args.component == "all" else recipe(components, target)
+        path.write_text(yaml.safe_dump(whole))
+        compare(folder, path, components, args.depth, args)
 
 
 if __name__ == "__main__":

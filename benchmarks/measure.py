@@ -1,45 +1,70 @@
-"""Running a command and watching its memory."""
+"""Running a command and watching what it takes."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
+BLOCK_BYTES = 512
+"""Unit in which the kernel counts what a process writes."""
 
-def run(command: list[str], cwd: Path) -> tuple[float, int, str]:
-    """Run a command; returns seconds, peak bytes of the process tree, and its standard output."""
+
+@dataclass(frozen=True)
+class Cost:
+    """What a command took: seconds, and in bytes the peak memory of its process tree and what this wrote to files."""
+
+    seconds: float
+    peak: int
+    written: int
+    output: str
+
+
+def run(command: list[str], cwd: Path) -> Cost:
+    """Run a command to its end.
+
+    Raises:
+        SystemExit: it failed.
+    """
     peak = 0
     started = time.perf_counter()
     process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, text=True)
+    ended = threading.Event()
 
     def watch() -> None:
         nonlocal peak
         tree = psutil.Process(process.pid)
-        while process.poll() is None:
-            total = 0
-            for p in [tree, *_children(tree)]:
-                try:
-                    total += p.memory_info().rss
-                except psutil.NoSuchProcess:
-                    continue
-            peak = max(peak, total)
-            time.sleep(0.02)
+        while not ended.wait(0.02):
+            peak = max(peak, sum(_resident(p) for p in [tree, *_children(tree)]))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    out, _ = process.communicate()
+    assert process.stdout is not None
+    output = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)  # children that it waited for are included
+    process.returncode = os.waitstatus_to_exitcode(status)
+    seconds = time.perf_counter() - started
+    ended.set()
     watcher.join()
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
-    return time.perf_counter() - started, peak, out
+    return Cost(seconds, peak, usage.ru_oublock * BLOCK_BYTES, output)
+
+
+def _resident(process: psutil.Process) -> int:
+    try:
+        return int(process.memory_info().rss)
+    except psutil.NoSuchProcess:
+        return 0
 
 
 def _children(process: psutil.Process) -> list[psutil.Process]:
     try:
-        return process.children(recursive=True)
+        return list(process.children(recursive=True))
     except psutil.NoSuchProcess:
         return []

@@ -99,10 +99,10 @@ def main() -> None:
     for component in args.only:
         for target in args.targets:
             for name in distinct(component, target):
-                _, peak, out = run([sys.executable, __file__, "--one", component, name, target], Path())
-                r = json.loads(out.splitlines()[-1])
+                cost = run([sys.executable, __file__, "--one", component, name, target], Path())
+                r = json.loads(cost.output.splitlines()[-1])
                 error = "not executed" if r["error"] is None else f"{r['error']:.1e}"
-                row = f"| {component}/{name} | {target} | {r['seconds']:.0f} | {peak / 1e6:.0f} "
+                row = f"| {component}/{name} | {target} | {r['seconds']:.0f} | {cost.peak / 1e6:.0f} "
                 print(f"{row}| {r['bytes'] / 1e6:.1f} | {error} |", flush=True)
 
 
