@@ -27,7 +27,7 @@ import json  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
-from support import FACTS, GOLDEN, RECIPE, Cut, write_checkpoint, write_project  # noqa: E402
+from support import FACTS, GOLDEN, RECIPE, Cut, command, write_checkpoint, write_project  # noqa: E402
 
 from toolchain.models.stdit3 import STDiT3, STDiT3Config  # noqa: E402
 
@@ -151,10 +151,6 @@ class Ran:
 
 class RunCli(Protocol):
     def __call__(self, *args: str | Path, cwd: Path, env: Mapping[str, str] | None = None) -> Ran: ...
-
-
-def command(*args: str | Path) -> list[str]:
-    return [sys.executable, "-m", "toolchain.cli", *map(str, args)]
 
 
 def run_command(*args: str | Path, cwd: Path, env: Mapping[str, str] | None = None) -> Ran:

@@ -1,4 +1,4 @@
-"""What tests import by name: the golden model's facts, checkpoints of it, and the model cut into blocks.
+"""What tests import by name: the golden model, checkpoints of it, models cut into blocks, their weights and inputs.
 
 Fixtures are in conftest.py; there is more than one module of that name, so nothing is imported from them.
 """
@@ -6,6 +6,7 @@ Fixtures are in conftest.py; there is more than one module of that name, so noth
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+from benchmarks import synthetic
 from passes.partition import Partition, PartitionConfig
 from passes.token_merge import TokenMerge
-from toolchain.blocks import Block, extract_blocks
+from toolchain.blocks import Block, Port, extract_blocks
 from toolchain.graph import capture
 from toolchain.legalise import Legalise, LegaliseConfig
 from toolchain.models.stdit3 import LoweredSTDiT3, STDiT3, STDiT3Config, position_scale
@@ -35,6 +37,11 @@ RECIPE: dict[str, Any] = {
     "target": "executorch",
 }
 """One video of 5 latent frames, each of 2 × 3 patches."""
+
+
+def command(*args: str | Path) -> list[str]:
+    """The command line of ``sora-compile`` with this Python."""
+    return [sys.executable, "-m", "toolchain.cli", *map(str, args)]
 
 
 def write_checkpoint(folder: Path, config: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> Path:
@@ -100,7 +107,7 @@ class Cut:
         return next(b for b in self.blocks if b.name == name)
 
     def weights(self, block: Block) -> dict[str, torch.Tensor]:
-        return {k: s.of(self._weights[s.tensor]).contiguous() for k, s in block.weights.items()}
+        return own_weights(block, self._weights)
 
     def inputs(self, name: str) -> dict[str, torch.Tensor]:
         """A block's inputs, by port, as the blocks before it give them."""
@@ -113,3 +120,29 @@ class Cut:
         with torch.no_grad():
             results = block.module(function, self.weights(block))(*self.inputs(name).values())
         return {p.name: r for p, r in zip(block.outputs, results, strict=True)}
+
+
+def official_weights(block: Block, expected: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """Weights as a trained model's, by their official names, whose shapes are ``expected``."""
+    generator = torch.Generator().manual_seed(0)
+    names = sorted({s.tensor for s in block.weights.values()})
+    return {n: synthetic.value(n, expected[n], generator) for n in names}
+
+
+def own_weights(block: Block, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights with official names, by the names of ``block``."""
+    return {k: s.of(weights[s.tensor]).contiguous() for k, s in block.weights.items()}
+
+
+def sample(block: Block, function: str) -> dict[str, torch.Tensor]:
+    """Random inputs of a block's function, by port; of a text, some tokens are masked."""
+    generator = torch.Generator().manual_seed(1)
+    return {p.name: _random(p, generator) for p in block.signatures[function].inputs}
+
+
+def _random(port: Port, generator: torch.Generator) -> torch.Tensor:
+    if port.name == "mask":
+        return (torch.arange(port.shape[-1]) < 7).to(port.dtype).expand(port.shape).contiguous()
+    if port.dtype.is_floating_point:
+        return torch.randn(port.shape, generator=generator)
+    return torch.randint(0, 30, port.shape, generator=generator, dtype=port.dtype)

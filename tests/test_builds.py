@@ -6,7 +6,9 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -15,7 +17,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
-from support import write_checkpoint, write_project
+from support import command, write_checkpoint, write_project
 
 import toolchain
 from toolchain.bundle import load_bundle
@@ -162,6 +164,44 @@ def test_two_builds_into_one_cache(start_cli: Any, project: Path, built: Any, tm
         assert process.returncode == 0, err
     assert contents(project / "one") == contents(project / "two") == contents(built[1])
     assert counts(Store(tmp_path / "cache"))["templates"] == 4
+
+
+ON_A_SMALL_DISK = """
+mount -t tmpfs -o size=$1 small "$2" && cp -r project "$2" && cd "$2/project" && shift 2
+"$@"; code=$?
+ls -A . "$SORA_COMPILE_CACHE/scratch" | tr '\\n' ' '
+mount -o remount,size=100m "$OLDPWD/disk" || exit 99
+"$@" > /dev/null && cp -r bundle "$OLDPWD/made" && exit $code
+"""
+"""Runs a command on a disk of a size, and once more when it has grown; ends as the first run ended."""
+
+
+@pytest.mark.parametrize(("target", "bytes_"), [("onnx", 1_500_000), ("onnx", 2_200_000), ("coreml", 1_700_000)])
+def test_a_full_disk(project: Path, tmp_path: Path, target: str, bytes_: int) -> None:
+    """One line says so, nothing is left behind, and with more room the same command goes on."""
+    (tmp_path / "disk").mkdir()
+    alone = ["unshare", "--user", "--map-root-user", "--mount"]
+    if subprocess.run([*alone, "mount", "-t", "tmpfs", "t", "disk"], cwd=tmp_path, capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount a disk of their own")
+    build = command("recipe.yaml", "-o", "bundle", "--set", f"target={target}")
+    ran = subprocess.run(
+        [*alone, "sh", "-c", ON_A_SMALL_DISK, "sh", str(bytes_), "disk", *build],
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "SORA_COMPILE_CACHE": str(tmp_path / "disk/cache"),
+            "PYTHONPATH": str(Path(__file__).parents[1]),
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ran.returncode == 6, ran.stderr
+    said = ran.stderr.splitlines()
+    assert re.fullmatch(r"sora-compile: -o bundle: the disk is full \(.* free in .*\); .*run again .*", said[0])
+    assert "Traceback" not in ran.stderr
+    assert ran.stdout.split() == [".:", "checkpoint", "recipe.yaml", f"{tmp_path}/disk/cache/scratch:"]
+    load_bundle(tmp_path / "made").check_files()
 
 
 def test_a_cache_with_flipped_bits(built: Any, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import torch
 from toolchain.blocks import Block
 from toolchain.checkpoint import Checkpoint
 from toolchain.digests import block_digest
+from toolchain.errors import LoweringError
 from toolchain.lowering import Lowering
 from toolchain.memory import release
 from toolchain.store import Entry, Store, code_version, key_of
@@ -80,30 +81,30 @@ class Builder:
                 template = self._bound(block, folder, seed)
             except UnboundTemplateError as e:
                 reason = str(e)
+                for path in folder.iterdir():
+                    _discard(path)
             else:
-                release()
                 return {"functions": list(template.artifact.functions), "slots": template.slots}
         return {"unbound": reason}
 
     def _bound(self, block: Block, folder: Path, seed: int) -> Template:
         """Lower with random weights and find them; where constants stand beside them, prove that they are such."""
-        target = self.lowering.target
-        weights = unique_weights(block, seed)
-        artifact = target.lower(block, weights, folder / f"{NAME}{target.suffix}")
+        template = self._skeleton(block, folder, NAME, seed)
+        if template.constants:
+            twin = self._skeleton(block, folder, "twin", seed + len(BINDING_SEEDS))
+            _discard(twin.artifact.path)
+            if twin.constants != template.constants:
+                raise UnboundTemplateError("a constant depends on the weights")
+        return template
+
+    def _skeleton(self, block: Block, folder: Path, name: str, seed: int) -> Template:
+        target, weights = self.lowering.target, unique_weights(block, seed)
+        artifact = target.lower(block, weights, folder / f"{name}{target.suffix}")
+        release()
         target.check(artifact.path, block)
-        try:
-            template = target.bind(artifact, weights)
-            if template.constants:
-                others = unique_weights(block, seed + len(BINDING_SEEDS))
-                twin = target.lower(block, others, folder / f"twin{target.suffix}")
-                constants = target.bind(twin, others).constants
-                _discard(twin.path)
-                if constants != template.constants:
-                    raise UnboundTemplateError("a constant depends on the weights")
-        except UnboundTemplateError:
-            for path in folder.iterdir():
-                _discard(path)
-            raise
+        template = target.bind(artifact, weights)
+        del weights
+        release()
         return template
 
     def artifact(self, block: Block) -> Entry:
@@ -124,7 +125,10 @@ class Builder:
             target.check(artifact.path, block)
         else:
             lowered = Artifact(entry.data / out.name, tuple(entry.meta["functions"]))
-            artifact = target.stamp(Template(lowered, entry.meta["slots"]), weights, out)
+            try:
+                artifact = target.stamp(Template(lowered, entry.meta["slots"]), weights, out)
+            except LoweringError as e:
+                raise LoweringError(f"block '{block.name}': {e}") from e
         unbound = None if entry is None else entry.meta.get("unbound")
         return {"functions": list(artifact.functions), "unbound": unbound}
 

@@ -86,9 +86,12 @@ def compile_recipe(
         text = describe.manifest_text(manifest)
         (folder / m.FILE_NAME).write_text(text, encoding="utf-8")
     bundle = Bundle(out, manifest)
-    for file in bundle.files():
-        store.remember(out / file.path, file.sha256)
-    store.obtain("builds", key, lambda _: {"manifest": text})
+    try:
+        for file in bundle.files():
+            store.remember(out / file.path, file.sha256)
+        store.obtain("builds", key, lambda _: {"manifest": text})
+    except (OSError, ResourceError) as e:
+        listener.remark(f"the bundle is whole, but the next build will not know it ({e})")
     store.evict()
     return bundle
 
@@ -141,11 +144,13 @@ def _told_what_is_needed(planned: Plan, store: Store, out: Path) -> Iterator[Non
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
+        from toolchain.report import size
+
         needed = sum(c.parameters * c.bytes_per_weight for c in planned.components.values())
         free = {str(p): shutil.disk_usage(p).free for p in (out.absolute().parent, store.root)}
-        shown = ", ".join(f"{bytes_ / 1e6:.0f} MB free in '{place_}'" for place_, bytes_ in free.items())
+        shown = ", ".join(f"{size(bytes_)} free in '{place_}'" for place_, bytes_ in free.items())
         raise ResourceError(
-            f"-o {out}: the disk is full ({shown}); the bundle has about {needed / 1e6:.0f} MB, and the cache "
+            f"-o {out}: the disk is full ({shown}); the bundle has about {size(needed)}, and the cache "
             "needs room for it and the largest block; what is done is kept, run again when there is room"
         ) from e
 

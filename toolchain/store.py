@@ -26,6 +26,10 @@ from toolchain.errors import ResourceError
 ENTRY_FILE = "entry.json"
 DATA = "data"
 KINDS = ("templates", "artifacts", "gates", "builds")
+SMALL_BYTES = 16_000_000
+"""Entries up to this size are read whole before they are used: templates, gate results."""
+FULL_BYTES = 1_000_000
+"""A disk with less room than this is full."""
 DEFAULT_LIMIT_BYTES = 40_000_000_000
 LOCATION_VARIABLE, LIMIT_VARIABLE = "SORA_COMPILE_CACHE", "SORA_COMPILE_CACHE_LIMIT"
 
@@ -79,7 +83,12 @@ class Entry:
         return sum(f.bytes for f in self.files)
 
     def intact(self, thorough: bool = False) -> bool:
-        """Whether every file is what was stored; only one whose time has changed is read, unless ``thorough``."""
+        """Whether every file is what was stored; in large entries, those whose time is the same are trusted.
+
+        Args:
+            thorough: read them all.
+        """
+        thorough = thorough or self.bytes <= SMALL_BYTES
         for file in self.files:
             try:
                 stat = (self.data / file.path).stat()
@@ -240,7 +249,10 @@ class Store:
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:
-        """A folder of this process, removed afterwards."""
+        """A folder of this process, removed afterwards.
+
+        Converters have many ways to say that the disk is full: what fails when it is, is raised as ENOSPC.
+        """
         parent = self.root / "scratch"
         with self._errors():
             parent.mkdir(parents=True, exist_ok=True)
@@ -249,6 +261,11 @@ class Store:
             scratch.chmod(0o755)
         try:
             yield scratch
+        except Exception as e:
+            full = min(shutil.disk_usage(p).free for p in (scratch, tempfile.gettempdir())) < FULL_BYTES
+            if full and not isinstance(e, OSError):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from e
+            raise
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
@@ -257,8 +274,6 @@ class Store:
         try:
             yield
         except OSError as e:
-            if e.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise
             raise ResourceError(
                 f"cache '{self.root}' cannot be written: {e.strerror}; set {LOCATION_VARIABLE} to another folder"
             ) from e

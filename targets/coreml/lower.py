@@ -6,19 +6,25 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import coremltools as ct
 import numpy as np
 import torch
+from coremltools.converters.mil.mil.passes.defs.quantization import FP16ComputePrecision
 
 from targets.coreml.canonical import canonicalise
 from targets.exporting import export, reason
 from targets.streams import quiet
 from toolchain.blocks import Block, Port
 from toolchain.errors import LoweringError
+from toolchain.gate import FLOAT16_MAX
+from toolchain.memory import release
 from toolchain.target import Artifact, distinct_functions
 
 ANGLE_OPS = ("sin", "cos")
+PIECE = 1 << 20
+INFINITE = 1e38
 PRECISIONS = {"float16": (ct.precision.FLOAT16, np.float16), "float32": (ct.precision.FLOAT32, np.float32)}
 
 
@@ -29,7 +35,10 @@ def lower(block: Block, weights: Mapping[str, torch.Tensor], out: Path, precisio
     """
     functions = distinct_functions(block)
     with quiet(), tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.stem}-") as tmp:
-        packages = {f: _convert(block, f, weights, precision, Path(tmp) / f"{f}.mlpackage") for f in functions}
+        packages = {}
+        for f in functions:
+            packages[f] = _convert(block, f, weights, precision, Path(tmp) / f"{f}.mlpackage")
+            release()
         merged = ct.utils.MultiFunctionDescriptor()
         for function, path in packages.items():
             merged.add_function(str(path), src_function_name="main", target_function_name=function)
@@ -46,21 +55,39 @@ def _convert(block: Block, function: str, weights: Mapping[str, torch.Tensor], p
     program = export(block, function, weights)
     signature = block.signatures[function]
     try:
-        model = ct.convert(
-            program,
-            convert_to="mlprogram",
-            inputs=[
-                ct.TensorType(name=p.name, shape=p.shape, dtype=port_dtype(p, precision)) for p in signature.inputs
-            ],
-            outputs=[ct.TensorType(name=p.name, dtype=port_dtype(p, precision)) for p in signature.outputs],
-            minimum_deployment_target=ct.target.iOS18,
-            compute_precision=compute,
-            skip_model_load=True,
-        )
+        with mock.patch.object(FP16ComputePrecision, "fp16_overflow", staticmethod(_overflows)):
+            model = ct.convert(
+                program,
+                convert_to="mlprogram",
+                inputs=[
+                    ct.TensorType(name=p.name, shape=p.shape, dtype=port_dtype(p, precision)) for p in signature.inputs
+                ],
+                outputs=[ct.TensorType(name=p.name, dtype=port_dtype(p, precision)) for p in signature.outputs],
+                minimum_deployment_target=ct.target.iOS18,
+                compute_precision=compute,
+                skip_model_load=True,
+            )
         model.save(str(path))
     except Exception as e:  # the converter raises whatever it likes
         raise LoweringError(f"block '{block.name}', function '{function}': Core ML cannot lower it: {reason(e)}") from e
     return path
+
+
+def _overflows(op: Any) -> bool:
+    """Whether float16 cannot hold one of an operator's constants: what coremltools asks, in a fortieth of the memory.
+
+    Infinities, and what stands for them, may overflow.
+    """
+    for given in op.inputs.values():
+        for var in given if isinstance(given, list | tuple) else (given,):
+            if var.op is None or var.op.op_type != "const" or not var.is_tensor_or_scalar_of(dtype="fp32"):
+                continue
+            numbers = np.asarray(var.val).reshape(-1)
+            for at in range(0, len(numbers), PIECE):
+                sizes = np.abs(numbers[at : at + PIECE])
+                if np.any((sizes > FLOAT16_MAX) & (sizes < INFINITE)):
+                    return True
+    return False
 
 
 def port_dtype(port: Port, precision: str) -> Any:

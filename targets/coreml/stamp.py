@@ -22,6 +22,7 @@ import torch
 from targets.coreml.schema import MODEL, read_model
 from targets.coreml.values import HEADER, SENTINEL
 from targets.stamping import Stretch, copy_with, cut, raw
+from toolchain.errors import LoweringError
 from toolchain.target import Artifact, Template, UnboundTemplateError
 
 WEIGHTS = Path("Data/com.apple.CoreML/weights/weight.bin")
@@ -186,7 +187,10 @@ def stamp(template: Template, weights: Mapping[str, torch.Tensor], out: Path) ->
         if slot.weight not in last:  # a weight's parts follow one another: each tensor is read once
             last.clear()
             last[slot.weight] = weights[slot.weight].reshape(-1)
-        return raw(last[slot.weight][slot.start : slot.start + slot.count].to(DTYPES[slot.dtype]))
+        stored = last[slot.weight][slot.start : slot.start + slot.count].to(DTYPES[slot.dtype])
+        if not stored.isfinite().all():
+            raise LoweringError(_not_finite(slot, last[slot.weight]))
+        return raw(stored)
 
     stretches: dict[str, list[Stretch]] = {}
     for slot in slots:
@@ -198,3 +202,10 @@ def stamp(template: Template, weights: Mapping[str, torch.Tensor], out: Path) ->
     for file, replaced in stretches.items():
         copy_with(source / file, out / file, replaced)
     return Artifact(out, template.artifact.functions)
+
+
+def _not_finite(slot: Slot, weight: torch.Tensor) -> str:
+    if not weight.isfinite().all():
+        return f"weight '{slot.weight}' of the checkpoint has numbers that are infinite or none; mend the checkpoint"
+    peak = float(weight.abs().max())
+    return f"weight '{slot.weight}' reaches {peak:.3g}, which {slot.dtype} cannot hold; set precision: float32"
