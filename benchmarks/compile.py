@@ -122,6 +122,8 @@ def compare(folder: Path, path: Path, components: list[str], depth: int | None, 
         print(worst(json.loads(every.output)["manifest"]))
         shutil.rmtree(cache)
         run(structure, folder)
+    if args.cold_only:
+        return
     before = kept(cache, bundle)
     path.write_text(path.read_text().replace("checkpoint/", "tuned/"))
     warm = table.run("fine-tuned, templates warm", structure, tuned, lambda: kept(cache, bundle) - before)
@@ -164,6 +166,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--published-pairs", type=int, default=1, help="0 leaves the published way out")
     parser.add_argument("--every", action="store_true", help="also with gate every")
+    parser.add_argument("--cold-only", action="store_true", help="not fine-tuned, no floor: half of the disk")
     parser.add_argument("--folder", type=Path, help="where to work; a temporary folder if absent")
     args = parser.parse_args()
     components = list(DTYPES) if args.component == "all" else [args.component]
@@ -173,7 +176,7 @@ def main() -> None:
         os.environ["SORA_COMPILE_CACHE"] = str(folder / "cache")
         for component in components:
             changes = [f"{keys[component]}={args.depth}"] if args.depth and component in keys else []
-            for name, seed in (("checkpoint", 0), ("tuned", 1)):
+            for name, seed in (("checkpoint", 0),) if args.cold_only else (("checkpoint", 0), ("tuned", 1)):
                 synthetic(component, folder / name / component, seed, DTYPES[component], changes)
         if "transformer" not in components:
             synthetic("transformer", folder / "small", 0, "float32", SMALL_TRANSFORMER)

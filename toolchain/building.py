@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from toolchain.blocks import Block
 from toolchain.checkpoint import Checkpoint
 from toolchain.digests import block_digest
@@ -118,13 +116,13 @@ class Builder:
     def _build(self, block: Block, folder: Path) -> dict[str, Any]:
         target = self.lowering.target
         out = folder / f"{NAME}{target.suffix}"
-        weights: Mapping[str, torch.Tensor] = self.weights(block)
         entry = None if self.direct else self.template(block)
         if entry is None or "unbound" in entry.meta:
-            artifact = target.lower(block, dict(weights), out)
+            artifact = target.lower(block, dict(self.weights(block)), out)
             target.check(artifact.path, block)
         else:
             lowered = Artifact(entry.data / out.name, tuple(entry.meta["functions"]))
+            weights = BlockWeights(block, self.source.checkpoint, self.lowering.definition.aliases, halves=True)
             try:
                 artifact = target.stamp(Template(lowered, entry.meta["slots"]), weights, out)
             except LoweringError as e:

@@ -124,11 +124,14 @@ class Target(abc.ABC):
     def stamp(self, template: Template, weights: Mapping[str, torch.Tensor], out: Path) -> Artifact:
         """Write the template's artifact with ``weights``: byte for byte what ``lower`` gives for them.
 
-        Takes one weight after the other, so that ``weights`` may read each from disk when it is asked for, and
-        compares what it wrote with each.
+        Weights are of any floating dtype. They are taken one after the other, so that ``weights`` may read each
+        from disk when it is asked for, and what was written is compared with each.
 
         (Where ``lower`` simplifies degenerate weights, such as a bias of zeros, the template's structure is
         kept: the numbers are the same, the bytes are not.)
+
+        Raises:
+            LoweringError: a weight is not finite, or not in the target's precision; names it.
         """
 
     @abc.abstractmethod

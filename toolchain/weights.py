@@ -10,21 +10,30 @@ from toolchain.blocks import Block
 from toolchain.checkpoint import Checkpoint
 from toolchain.components import Definition
 
+HALVES = (torch.float16, torch.bfloat16)
+
 
 class BlockWeights(Mapping[str, torch.Tensor]):
     """The weights of ``block`` as float32, by its own names; every access reads one tensor anew.
 
     Nothing is kept, so that whoever takes one tensor after the other never holds more than that one.
     ``dict(weights)`` reads all of them.
+
+    Args:
+        halves: leave float16 and bfloat16 as they are, for those who store them as something else at once.
     """
 
-    def __init__(self, block: Block, checkpoint: Checkpoint, aliases: Mapping[str, str]) -> None:
+    def __init__(
+        self, block: Block, checkpoint: Checkpoint, aliases: Mapping[str, str], *, halves: bool = False
+    ) -> None:
+        self._kept = HALVES if halves else ()
         self._sources, self._checkpoint = block.weights, checkpoint
         self._name = _Names(checkpoint, aliases)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         source = self._sources[name]
-        return source.of(self._checkpoint.tensor(self._name(source.tensor))).float().contiguous()
+        weight = source.of(self._checkpoint.tensor(self._name(source.tensor)))
+        return (weight if weight.dtype in self._kept else weight.float()).contiguous()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._sources)

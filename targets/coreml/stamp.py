@@ -21,8 +21,7 @@ import torch
 
 from targets.coreml.schema import MODEL, read_model
 from targets.coreml.values import HEADER, SENTINEL
-from targets.stamping import Stretch, copy_with, cut, raw
-from toolchain.errors import LoweringError
+from targets.stamping import Stretch, as_stored, copy_with, cut, raw
 from toolchain.target import Artifact, Template, UnboundTemplateError
 
 WEIGHTS = Path("Data/com.apple.CoreML/weights/weight.bin")
@@ -187,10 +186,8 @@ def stamp(template: Template, weights: Mapping[str, torch.Tensor], out: Path) ->
         if slot.weight not in last:  # a weight's parts follow one another: each tensor is read once
             last.clear()
             last[slot.weight] = weights[slot.weight].reshape(-1)
-        stored = last[slot.weight][slot.start : slot.start + slot.count].to(DTYPES[slot.dtype])
-        if not stored.isfinite().all():
-            raise LoweringError(_not_finite(slot, last[slot.weight]))
-        return raw(stored)
+        part = last[slot.weight][slot.start : slot.start + slot.count]
+        return as_stored(slot.weight, part, DTYPES[slot.dtype])
 
     stretches: dict[str, list[Stretch]] = {}
     for slot in slots:
@@ -202,10 +199,3 @@ def stamp(template: Template, weights: Mapping[str, torch.Tensor], out: Path) ->
     for file, replaced in stretches.items():
         copy_with(source / file, out / file, replaced)
     return Artifact(out, template.artifact.functions)
-
-
-def _not_finite(slot: Slot, weight: torch.Tensor) -> str:
-    if not weight.isfinite().all():
-        return f"weight '{slot.weight}' of the checkpoint has numbers that are infinite or none; mend the checkpoint"
-    peak = float(weight.abs().max())
-    return f"weight '{slot.weight}' reaches {peak:.3g}, which {slot.dtype} cannot hold; set precision: float32"

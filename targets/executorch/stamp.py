@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from targets.stamping import Stretch, copy_with, cut, raw
+from targets.stamping import Stretch, as_stored, copy_with, cut, raw
 from toolchain.target import Artifact, Template, UnboundTemplateError
 
 
@@ -44,7 +44,7 @@ def _find(program: mmap.mmap, name: str, weight: torch.Tensor) -> Slot:
     found = []
     permuted = weight.dim() == 4 and weight.shape[2:].numel() > 1
     for channels_last in (False, True) if permuted else (False,):
-        stored = _stored(weight, channels_last)
+        stored = raw(_laid_out(weight, channels_last))
         offsets = list(_occurrences(program, bytes(stored)))
         keys = list(_occurrences(program, _key(stored).encode()))
         found += [Slot(name, channels_last, offset, len(stored), keys) for offset in offsets]
@@ -60,9 +60,9 @@ def _occurrences(program: mmap.mmap, pattern: bytes) -> Iterator[int]:
         at = program.find(pattern, at + 1)
 
 
-def _stored(weight: torch.Tensor, channels_last: bool) -> memoryview:
-    """A weight's bytes as they are stored: convolutions that XNNPACK runs have their channels last."""
-    return raw(weight.permute(0, 2, 3, 1) if channels_last else weight)
+def _laid_out(weight: torch.Tensor, channels_last: bool) -> torch.Tensor:
+    """A weight as it is stored: convolutions that XNNPACK runs have their channels last."""
+    return weight.permute(0, 2, 3, 1) if channels_last else weight
 
 
 def _key(stored: memoryview) -> str:
@@ -75,7 +75,8 @@ def stamp(template: Template, weights: Mapping[str, torch.Tensor], out: Path) ->
     with ThreadPoolExecutor(1) as hashing:
 
         def content(slot: Slot) -> memoryview:
-            stored = _stored(weights[slot.weight], slot.channels_last)
+            laid_out = _laid_out(weights[slot.weight], slot.channels_last)
+            stored = as_stored(slot.weight, laid_out, torch.float32)
             keys[slot.weight] = hashing.submit(_key, stored)  # while it is written
             return stored
 

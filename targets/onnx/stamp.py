@@ -13,7 +13,7 @@ import onnx
 import torch
 
 from targets.onnx import weights as store
-from targets.stamping import Stretch, copy_with, cut, raw
+from targets.stamping import Stretch, as_stored, copy_with, cut, raw
 from toolchain.target import Artifact, Template, UnboundTemplateError
 
 
@@ -40,7 +40,7 @@ def stamp(template: Template, weights: Mapping[str, torch.Tensor], out: Path) ->
     """Copy the models, and the file of weights with each weight's bytes replaced, one after the other."""
 
     def content(slot: Mapping[str, Any]) -> memoryview:
-        return raw(weights[slot["weight"]])
+        return as_stored(slot["weight"], weights[slot["weight"]], torch.float32)
 
     source = template.artifact.path
     out.mkdir()
