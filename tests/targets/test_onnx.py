@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,15 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from support import official_weights, own_weights, sample
 from test_executorch import SingularValues, toy_block
 
 import toolchain
-from benchmarks import synthetic
 from targets.onnx import OnnxTarget
 from targets.onnx import weights as store
-from toolchain.blocks import Block
 from toolchain.errors import LoweringError
 from toolchain.graph import Leaf
-from toolchain.target import UnboundTemplateError, unique_weights
+from toolchain.target import unique_weights
 
 pytestmark = pytest.mark.slow
 
@@ -174,39 +172,20 @@ def whole() -> Any:
     return toolchain.plan(toolchain.load_recipe("tiny", sets))
 
 
-def random_weights(block: Block, expected: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-    """Weights as a trained model's, by the block's names."""
-    generator = torch.Generator().manual_seed(0)
-    names = sorted({s.tensor for s in block.weights.values()})
-    tensors = {n: synthetic.value(n, expected[n], generator) for n in names}
-    return {k: s.of(tensors[s.tensor]).contiguous() for k, s in block.weights.items()}
-
-
-def sample(block: Block, function: str) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    ports = block.signatures[function].inputs
-    return {
-        p.name: torch.randn(p.shape, generator=generator)
-        if p.dtype.is_floating_point
-        else torch.randint(0, 30, p.shape, generator=generator, dtype=p.dtype)
-        for p in ports
-    }
-
-
 @pytest.mark.parametrize("component", ["text_encoder", "vae"])
 def test_every_structure(whole: Any, tmp_path: Path, component: str) -> None:
     lowering = whole.components[component]
     expected = lowering.definition.expected
     kinds = {b.structure(): (b, plain) for b, plain in zip(lowering.blocks, lowering.reference, strict=True)}
     for block, plain in kinds.values():
-        weights = random_weights(block, expected)
-        artifact = TARGET.lower(block, weights, tmp_path / block.name)
+        weights = official_weights(block, expected)
+        artifact = TARGET.lower(block, own_weights(block, weights), tmp_path / block.name)
         TARGET.check(artifact.path, block)
         engine = TARGET.engine(artifact.path, block.inputs, block.outputs)
         for function in artifact.functions:
             inputs = sample(block, function)
             with torch.no_grad():
-                wanted = plain.module(function, random_weights(plain, expected))(*inputs.values())
+                wanted = plain.module(function, own_weights(plain, weights))(*inputs.values())
             results = engine(function, inputs)
             for port, want in zip(plain.outputs, wanted, strict=True):
                 error = (results[port.name] - want).norm() / want.norm()
@@ -225,79 +204,7 @@ def test_token_ids_are_int32(whole: Any, tmp_path: Path) -> None:
     assert ids.type.tensor_type.elem_type == onnx.TensorProto.INT32
 
 
-# --- stamping ----------------------------------------------------------------------------------------
-
-
-def degenerate(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Zeros, ones and equal tensors, which tools like to simplify."""
-    result = {}
-    first: dict[torch.Size, torch.Tensor] = {}
-    for name, weight in weights.items():
-        if name.endswith("bias"):
-            result[name] = torch.zeros_like(weight)
-        elif "norm" in name:
-            result[name] = torch.ones_like(weight)
-        else:
-            result[name] = first.setdefault(weight.shape, weight).clone()
-    return result
-
-
-def as_they_are(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return dict(weights)
-
-
-@pytest.fixture(scope="module")
-def some_blocks() -> dict[str, tuple[Block, Mapping[str, tuple[int, ...]]]]:
-    """One block of each kind, convolutions in time and in space among them, and its tensors' official shapes."""
-    sets = ["target=onnx", "vae.passes=[{partition: {max_bytes: 300kB}}]"]
-    plan = toolchain.plan(toolchain.load_recipe("tiny", sets))
-    found = {
-        f"{component}/{b.name}": (b, lowering.definition.expected)
-        for component, lowering in plan.components.items()
-        for b in lowering.blocks
-    }
-    transformer = ["transformer/pair_0", "transformer/caption", "transformer/embed"]
-    conv = [next(n for n in found if n.startswith(kind)) for kind in ("vae/temporal", "vae/spatial")]
-    return {n: found[n] for n in [*transformer, "text_encoder/layer_0", *conv]}
-
-
-@pytest.fixture(scope="module")
-def templates(some_blocks: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Block, Any, Any]]:
-    folder = tmp_path_factory.mktemp("templates")
-    made = {}
-    for name, (block, expected) in some_blocks.items():
-        weights = unique_weights(block, seed=3)
-        artifact = TARGET.lower(block, weights, folder / block.name)
-        made[name] = (block, TARGET.bind(artifact, weights), random_weights(block, expected))
-    return made
-
-
-@pytest.mark.parametrize("kind", [as_they_are, degenerate])
-def test_stamped_is_direct_byte_for_byte(
-    templates: Any, tmp_path: Path, kind: Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
-) -> None:
-    for name, (block, template, trained) in templates.items():
-        weights = kind(trained)
-        direct = TARGET.lower(block, weights, tmp_path / f"{block.name}-direct")
-        stamped = TARGET.stamp(template, weights, tmp_path / f"{block.name}-stamped")
-        assert stamped.functions == direct.functions == template.artifact.functions
-        assert content(stamped.path) == content(direct.path), name
-        assert content(stamped.path) != content(template.artifact.path), name
-
-
-def test_a_template_is_plain_data(templates: Any) -> None:
-    import json
-
-    for _, template, _ in templates.values():
-        assert json.loads(json.dumps(template.slots)) == template.slots
-
-
-def test_other_weights_are_not_bound(templates: Any) -> None:
-    block, template, _ = templates["transformer/pair_0"]
-    weights = unique_weights(block, seed=3)
-    weights["spatial_blocks.0.mlp.fc1.bias"] = weights["spatial_blocks.0.mlp.fc1.bias"] + 1
-    with pytest.raises(UnboundTemplateError, match=r"weight 'spatial_blocks\.0\.mlp\.fc1\.bias' is not where"):
-        TARGET.bind(template.artifact, weights)
+# --- the same bytes ----------------------------------------------------------------------------------
 
 
 LOWER = """
@@ -459,14 +366,16 @@ class Wide(Leaf):
 
 
 def test_more_than_two_gigabytes(tmp_path: Path) -> None:
+    """Such a block is lowered, bound and stamped with other weights, and computes with these."""
     block = toy_block(Wide(), 2, WIDE)
-    matrix = torch.zeros(WIDE, WIDE)
+    matrix, bias = torch.zeros(WIDE, WIDE), torch.ones(WIDE)
     matrix.diagonal()[:] = torch.arange(WIDE)
-    weights = {"leaf.linear.weight": matrix, "leaf.linear.bias": torch.ones(WIDE)}
-    artifact = TARGET.lower(block, weights, tmp_path / "wide")
-    assert (artifact.path / store.FILE).stat().st_size > 2**31
-    TARGET.check(artifact.path, block)
-    TARGET.bind(artifact, weights)
+    weights = {"leaf.linear.weight": matrix, "leaf.linear.bias": bias}
+    template = TARGET.bind(TARGET.lower(block, weights, tmp_path / "template"), weights)
+    matrix.diagonal()[:] = torch.arange(WIDE).flip(0)
+    stamped = TARGET.stamp(template, weights | {"leaf.linear.bias": bias + 1}, tmp_path / "wide")
+    assert (stamped.path / store.FILE).stat().st_size > 2**31
+    TARGET.check(stamped.path, block)
     x = torch.stack((torch.ones(WIDE), torch.arange(WIDE) % 7.0))
-    (result,) = TARGET.engine(artifact.path, block.inputs, block.outputs)("base", {"x": x}).values()
-    assert torch.equal(result, x * torch.arange(WIDE) + 1)
+    (result,) = TARGET.engine(stamped.path, block.inputs, block.outputs)("base", {"x": x}).values()
+    assert torch.equal(result, x * torch.arange(WIDE).flip(0) + 2)
