@@ -1,4 +1,4 @@
-"""Lower the full-size model's distinct parts for both targets; run them where an engine exists.
+"""Lower the full-size model's distinct parts, and run them.
 
     python benchmarks/parts.py [--only text_encoder vae] [--targets executorch coreml]
 
@@ -45,9 +45,12 @@ def one(component: str, name: str, target: str) -> dict[str, Any]:
     from synthetic import value
 
     from toolchain.components import sample_input
-    from toolchain.gate import compare
+    from toolchain.gate import measure
+    from toolchain.memory import keep_none, release
+    from toolchain.reference import run_eager
     from toolchain.target import EngineUnavailableError
 
+    keep_none()  # as a build does
     recipe, lowering = plan(component, target)
     index = [b.name for b in lowering.blocks].index(name)
     block, eager = lowering.blocks[index], lowering.reference[index]
@@ -62,6 +65,7 @@ def one(component: str, name: str, target: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as tmp:
         began = time.perf_counter()
         artifact = lowering.target.lower(block, weights_of(block), Path(tmp) / f"block{lowering.target.suffix}")
+        release()
         lowering.target.check(artifact.path, block)
         seconds = time.perf_counter() - began
         path = artifact.path
@@ -79,10 +83,8 @@ def one(component: str, name: str, target: str) -> dict[str, Any]:
             else torch.randn(p.shape, generator=generator)
             for p in block.inputs
         }
-        with torch.no_grad():
-            outputs = eager.module("base", weights_of(eager))(*inputs.values())
-        expected = {p.name: v for p, v in zip(block.outputs, outputs, strict=True)}
-        result["error"] = compare(engine("base", inputs), expected, 1.0).relative_error
+        case = run_eager(eager, "base", weights_of(eager), inputs)
+        result["error"] = measure(block, ["base"], engine, [case], 1.0)["base"].relative_error
     return result
 
 
