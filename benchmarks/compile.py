@@ -171,6 +171,8 @@ def main() -> None:
     args = parser.parse_args()
     components = list(DTYPES) if args.component == "all" else [args.component]
     keys = {"transformer": "depth", "text_encoder": "num_layers"}
+    if args.folder is not None:
+        args.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.folder) as tmp:
         folder = Path(tmp)
         os.environ["SORA_COMPILE_CACHE"] = str(folder / "cache")

@@ -51,7 +51,7 @@ class Partition(Pass):
         graph = graph.copy()
         base = graph.functions["base"]
         units = list(dict.fromkeys(n.meta["unit"] for n in compute_nodes(base) if n.meta["rate"] != "build"))
-        bytes_of = {u: _weight_bytes(graph, base, u) for u in units}
+        bytes_of = _weight_bytes(graph, base)
         names: dict[Unit, str] = {}
         for stem, run in groupby(units, key=_stem):
             if stem is None:
@@ -143,15 +143,15 @@ def _stem(unit: Unit) -> str | None:
     return stem if dot else None
 
 
-def _weight_bytes(graph: Graph, gm: fx.GraphModule, unit: Unit) -> float:
-    """Bytes of the weights that a unit's nodes use, at the precision they will be stored in."""
-    paths: set[str] = set()
+def _weight_bytes(graph: Graph, gm: fx.GraphModule) -> dict[Unit, float]:
+    """Bytes of the weights that each unit's nodes use, at the precision they will be stored in."""
+    used: dict[Unit, set[str]] = {}
     for node in compute_nodes(gm):
-        if node.meta["unit"] == unit:
-            paths |= {str(node.target)} if node.op == "call_module" else set()
-            paths |= {str(i.target) for i in node.all_input_nodes if i.op == "get_attr"}
-
-    def within(name: str) -> bool:
-        return any(name == p or name.startswith(f"{p}.") for p in paths)
-
-    return sum(math.prod(s.shape) for name, s in graph.weights.items() if within(name)) * graph.bytes_per_weight
+        paths = [str(i.target) for i in node.all_input_nodes if i.op == "get_attr"]
+        if node.op == "call_module":
+            paths.append(str(node.target))
+        used.setdefault(node.meta["unit"], set()).update(name for path in paths for name in graph.weights_at(path))
+    return {
+        unit: sum(math.prod(graph.weights[n].shape) for n in names) * graph.bytes_per_weight
+        for unit, names in used.items()
+    }

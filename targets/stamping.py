@@ -1,33 +1,47 @@
-"""Cutting stretches out of a file, and writing it again with others in their place, proving that they arrived."""
+"""Cutting stretches out of a file, and writing it again with weights in their place, proving that they arrived."""
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import numpy as np
 import torch
 
 from toolchain.errors import LoweringError, ResourceError
 
-CHUNK_BYTES = 1 << 24
-PIECE = 1 << 16
+PIECE_BYTES = 1 << 22
+CACHED_BYTES = 1 << 18
+"""What a processor's cache holds while it is looked at twice."""
 EXPONENTS = {torch.float16: (np.uint16, 0x7C00), torch.float32: (np.uint32, 0x7F800000)}
 """Numbers whose exponent has all bits set are infinite or none."""
 
 
+class Hash(Protocol):
+    """A digest that grows."""
+
+    def update(self, data: memoryview, /) -> None: ...
+
+
 @dataclass(frozen=True)
 class Stretch:
-    """Bytes to insert: where they begin, how many they are, and what computes them when their turn comes."""
+    """A weight to insert: where it begins, as what it is stored, and what reads it when its turn comes.
+
+    ``digest``, if there is one, is given the stored bytes.
+    """
 
     offset: int
     size: int
-    content: Callable[[], memoryview]
+    weight: str
+    dtype: torch.dtype
+    read: Callable[[], torch.Tensor]
+    digest: Hash | None = None
 
 
 def raw(tensor: torch.Tensor) -> memoryview:
@@ -35,29 +49,43 @@ def raw(tensor: torch.Tensor) -> memoryview:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def as_stored(name: str, weight: torch.Tensor, dtype: torch.dtype) -> memoryview:
-    """The bytes of a weight as an artifact stores it.
+def stored_pieces(name: str, weight: torch.Tensor, dtype: torch.dtype, buffers: _Ring) -> Iterator[memoryview]:
+    """The bytes of a weight as an artifact stores it, piece by piece, each in the next of ``buffers``.
 
     Raises:
         LoweringError: ``dtype`` cannot hold it, or it has numbers that are infinite or none; names it.
     """
-    stored = weight.to(dtype)
-    if not _finite(stored):
-        if _finite(weight.float()):
-            peak = float(weight.abs().max())
-            raise LoweringError(
-                f"weight '{name}' reaches {peak:.3g}, which {_name(dtype)} cannot hold; set precision: float32"
-            )
-        raise LoweringError(f"weight '{name}' has numbers that are infinite or none (NaN); mend the checkpoint")
-    return raw(stored)
+    for part in weight.detach().reshape(-1).split(PIECE_BYTES // dtype.itemsize):
+        stored = part if part.dtype == dtype else buffers.next(part.numel(), dtype).copy_(part)
+        if not _finite(stored):
+            if _finite(part.float()):
+                raise LoweringError(
+                    f"weight '{name}' reaches {float(weight.abs().max()):.3g}, which {_name(dtype)} cannot hold; "
+                    "set precision: float32"
+                )
+            raise LoweringError(f"weight '{name}' has numbers that are infinite or none (NaN); mend the checkpoint")
+        yield raw(stored)
+
+
+class _Ring:
+    """Buffers that are used again: asking the system for new memory takes several times as long as filling it."""
+
+    def __init__(self, count: int) -> None:
+        self._buffers = [torch.empty(PIECE_BYTES, dtype=torch.uint8) for _ in range(count)]
+        self._turn = 0
+
+    def next(self, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """The one that was used the longest time ago, as ``count`` numbers."""
+        self._turn = (self._turn + 1) % len(self._buffers)
+        return self._buffers[self._turn].view(dtype)[:count]
 
 
 def _finite(tensor: torch.Tensor) -> bool:
     """By the exponents' bits, in pieces that stay in the processor's cache: isfinite takes thirty times as long."""
     kind, exponent = EXPONENTS[tensor.dtype]
-    bits = np.frombuffer(raw(tensor), kind)
+    bits, step = np.frombuffer(raw(tensor), kind), CACHED_BYTES // tensor.itemsize
     return not any(
-        np.equal(np.bitwise_and(bits[at : at + PIECE], exponent), exponent).any() for at in range(0, len(bits), PIECE)
+        np.equal(np.bitwise_and(bits[at : at + step], exponent), exponent).any() for at in range(0, len(bits), step)
     )
 
 
@@ -76,43 +104,114 @@ def cut(path: Path, places: Sequence[tuple[int, int]]) -> None:
     part.replace(path)
 
 
-def copy_with(source: Path, out: Path, stretches: Sequence[Stretch]) -> None:
+def copy_with(source: Path, out: Path, stretches: Sequence[Stretch]) -> str:
     """Write ``source``, a file after :func:`cut`, with ``stretches`` where others were cut out of it.
 
-    Two are held in memory at a time. Each is read back and compared with what it should be, byte for byte.
+    While one piece is computed, the one before is written, and the one before that is read back and compared with
+    what it should be, byte for byte; no more than these three are held.
+
+    Returns:
+        The sha256 of what was read back, which is the whole file.
 
     Raises:
+        LoweringError: as :func:`stored_pieces`.
         ResourceError: what is read back is not what was written.
     """
-    with source.open("rb") as template, out.open("wb", buffering=0) as stamped, ThreadPoolExecutor(1) as comparing:
-        pending: Future[None] | None = None
+    buffers = _Ring(3)
+    with (
+        source.open("rb") as template,
+        out.open("wb", buffering=0) as stamped,
+        out.open("rb", buffering=0) as written,
+        _Stage() as reading,
+        _Stage() as writing,
+    ):
+        back = _ReadBack(written)
+
+        def put(stretch: Stretch, piece: memoryview, at: int) -> None:
+            _copy(template, stamped, at - stamped.tell())
+            _write(stamped, piece)
+            reading.begin(back.compare, piece, at, stretch.digest)
+
         for stretch in sorted(stretches, key=lambda s: s.offset):
-            content = stretch.content()
-            if content.nbytes != stretch.size:
-                raise ValueError(f"{content.nbytes} bytes for a place of {stretch.size} in '{source.name}'")
-            _copy(template, stamped, stretch.offset - stamped.tell())
-            if pending is not None:
-                pending.result()
-            _write(stamped, content)
-            pending = comparing.submit(_compare, out, stretch.offset, content)  # while the next one is computed
-            del content
+            at = stretch.offset
+            for piece in stored_pieces(stretch.weight, stretch.read(), stretch.dtype, buffers):
+                writing.begin(put, stretch, piece, at)
+                at += piece.nbytes
+            if at != stretch.offset + stretch.size:
+                given = at - stretch.offset
+                raise ValueError(f"{given} bytes for a place of {stretch.size} in '{source.name}'")
+        writing.end()
         _copy(template, stamped, None)
-        if pending is not None:
-            pending.result()
+        reading.end()
+        return back.end()
 
 
-def _compare(path: Path, offset: int, content: memoryview) -> None:
-    expected = np.frombuffer(content, np.uint8)
-    buffer = np.empty(min(CHUNK_BYTES, len(expected)), np.uint8)
-    with path.open("rb", buffering=0) as f:
-        f.seek(offset)
-        for at in range(0, len(expected), CHUNK_BYTES):
-            part = buffer[: len(expected) - at]
-            if f.readinto(part.data) != len(part) or not np.array_equal(part, expected[at : at + CHUNK_BYTES]):
+class _ReadBack:
+    """Reads a file again, behind the one who writes it."""
+
+    def __init__(self, written: FileIO) -> None:
+        self._written, self._digest = written, hashlib.sha256()
+        self._buffer = np.empty(CACHED_BYTES, np.uint8)
+
+    def compare(self, piece: memoryview, at: int, digest: Hash | None) -> None:
+        """Read on to ``at``, then what should be ``piece``; ``digest`` is given that."""
+        self._read(at - self._written.tell())
+        expected = np.frombuffer(piece, np.uint8)
+        for begin in range(0, len(expected), CACHED_BYTES):
+            part = expected[begin : begin + CACHED_BYTES]
+            if not _same(self._read(len(part)), part):
                 raise ResourceError(
-                    f"'{path.name}': what was read back from byte {offset + at} on is not what was written; "
-                    "check the disk"
+                    f"'{Path(self._written.name).name}': what was read back from byte {at + begin} on is not what was "
+                    "written; check the disk"
                 )
+        if digest is not None:
+            digest.update(piece)
+
+    def end(self) -> str:
+        """Read the rest; the sha256 of all."""
+        while len(self._read(CACHED_BYTES)):
+            pass
+        return self._digest.hexdigest()
+
+    def _read(self, count: int) -> np.ndarray:
+        """Read ``count`` bytes, or as many as there are; returns the last that fit the buffer."""
+        part = self._buffer[:0]
+        while count > 0:
+            part = self._buffer[: self._written.readinto(self._buffer[: min(count, CACHED_BYTES)].data)]
+            if not len(part):
+                break
+            self._digest.update(part.data)
+            count -= len(part)
+        return part
+
+
+class _Stage(ThreadPoolExecutor):
+    """A thread that does one thing at a time; what fails in it is raised by the next call."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+        self._pending: Future[None] | None = None
+
+    def begin(self, work: Callable[..., None], *args: object) -> None:
+        """Wait for what was begun before, and begin this."""
+        self.end()
+        self._pending = self.submit(work, *args)
+
+    def end(self) -> None:
+        """Wait for what was begun."""
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
+
+
+def _same(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether bytes are equal: eight at a time as far as they go."""
+    if len(a) != len(b):
+        return False
+    eights = len(a) // 8 * 8
+    return np.array_equal(a[:eights].view(np.uint64), b[:eights].view(np.uint64)) and np.array_equal(
+        a[eights:], b[eights:]
+    )
 
 
 def _write(out: FileIO, content: memoryview | bytes) -> None:
@@ -125,7 +224,7 @@ def _write(out: FileIO, content: memoryview | bytes) -> None:
 def _copy(source: BinaryIO, out: FileIO, count: int | None) -> None:
     """Copy the next ``count`` bytes, or all that are left."""
     while count is None or count > 0:
-        part = source.read(CHUNK_BYTES if count is None else min(count, CHUNK_BYTES))
+        part = source.read(PIECE_BYTES if count is None else min(count, PIECE_BYTES))
         if not part:
             return
         _write(out, part)

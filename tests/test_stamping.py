@@ -19,6 +19,7 @@ from toolchain.gate import compare, measure, require, scaled
 from toolchain.graph import compute_nodes, leaf_of
 from toolchain.lowering import Plan
 from toolchain.reference import run_eager
+from toolchain.store import digest
 from toolchain.target import Artifact, Target, Template, unique_weights
 
 pytestmark = pytest.mark.slow
@@ -184,6 +185,7 @@ def test_stamped_is_direct_byte_for_byte(case: Case) -> None:
     functions = ("base", "merged") if case.block.name == "pair_0" else ("base",)
     assert stamped.functions == direct.functions == case.template.artifact.functions == functions
     assert digests(files(stamped.path)) == digests(files(direct.path))
+    assert all(digest(path) == sha256 for path, sha256 in stamped.digests.items())
 
 
 def test_templates_hold_no_weights(case: Case) -> None:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from toolchain.errors import ResourceError
-from toolchain.store import Entry, Store, code_version, key_of, place
+from toolchain.store import Entry, Made, Store, code_version, key_of, place
 
 KEY = key_of({"what": 1})
 
@@ -23,13 +23,13 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "store")
 
 
-def fill(folder: Path, content: bytes = b"weights") -> dict[str, Any]:
+def fill(folder: Path, content: bytes = b"weights") -> Made:
     (folder / "deep").mkdir()
     (folder / "deep" / "file.bin").write_bytes(content)
-    return {"functions": ["base"]}
+    return Made({"functions": ["base"]})
 
 
-def never(_: Path) -> dict[str, Any]:
+def never(_: Path) -> Made:
     raise AssertionError("made again")
 
 
@@ -44,7 +44,7 @@ def test_an_entry_is_made_once(store: Store) -> None:
 
 
 def test_what_fails_leaves_nothing(store: Store) -> None:
-    def fails(folder: Path) -> None:
+    def fails(folder: Path) -> Made:
         fill(folder)
         raise KeyboardInterrupt
 
@@ -100,7 +100,7 @@ def test_a_touched_file_that_is_the_same_is_kept(store: Store) -> None:
 def test_threads_make_it_once(store: Store) -> None:
     made: list[int] = []
 
-    def slowly(folder: Path) -> dict[str, Any]:
+    def slowly(folder: Path) -> Made:
         made.append(1)
         time.sleep(0.2)
         return fill(folder)
@@ -116,14 +116,25 @@ def test_threads_make_it_once(store: Store) -> None:
 PROCESS = """
 import sys, time
 from pathlib import Path
-from toolchain.store import Store
+from toolchain.store import Made, Store
 def make(folder):
     with Path(sys.argv[2]).open("a") as f:
         f.write("made\\n")
     time.sleep(0.3)
     (folder / "f").write_text("x" * 1000)
+    return Made()
 Store(Path(sys.argv[1])).obtain("artifacts", "ab" * 32, make)
 """
+
+
+def test_digests_that_the_maker_knows_are_taken(store: Store) -> None:
+    def make(folder: Path) -> Made:
+        for name in ("known", "read"):
+            (folder / name).write_bytes(b"x")
+        return Made(digests={folder / "known": "0" * 64})
+
+    entry = store.obtain("artifacts", KEY, make)
+    assert {f.path: f.sha256 for f in entry.files} == {"known": "0" * 64, "read": hashlib.sha256(b"x").hexdigest()}
 
 
 def test_processes_make_it_once(tmp_path: Path) -> None:

@@ -173,6 +173,9 @@ class _Cut:
         self.returned = dict(zip(output_values(gm), graph.outputs, strict=True))
         self.order = {n: i for i, n in enumerate(gm.graph.nodes)}
         self.scale = scales(gm)
+        self._nodes: dict[str, list[fx.Node]] = {}
+        for node in compute_nodes(gm):
+            self._nodes.setdefault(str(node.meta["block"]), []).append(node)
 
     def place(self, node: fx.Node) -> str:
         """The block a node runs in, ``tables`` or ``inputs``; empty for weights and the output."""
@@ -193,7 +196,8 @@ class _Cut:
         )
 
     def nodes(self, block: str) -> list[fx.Node]:
-        return [n for n in compute_nodes(self.gm) if n.meta["block"] == block]
+        """A block's nodes, in order."""
+        return self._nodes.get(block, [])
 
     def inputs(self, nodes: list[fx.Node]) -> list[fx.Node]:
         inside = set(nodes)
@@ -269,9 +273,8 @@ def _extract(graph: Graph, cuts: Mapping[str, _Cut], name: str) -> Block:
         functions[function] = _submodule(cut.gm, nodes, dict(zip(ins, in_names, strict=True)), list(out_names), local)
         rate = max((rate, *(n.meta["rate"] for n in nodes)), key=RATES.index)
         for path, inner in local.items():
-            for full, source in graph.weights.items():
-                if full == path or full.startswith(f"{path}."):
-                    weights[inner + full.removeprefix(path)] = source
+            for full in graph.weights_at(path):
+                weights[inner + full.removeprefix(path)] = graph.weights[full]
     for function, signature in signatures.items():
         if signature.names() != signatures["base"].names() or sources[function] != sources["base"]:
             raise LoweringError(

@@ -18,7 +18,7 @@ from toolchain.digests import block_digest
 from toolchain.errors import LoweringError
 from toolchain.lowering import Lowering
 from toolchain.memory import release
-from toolchain.store import Entry, Store, code_version, key_of
+from toolchain.store import Entry, Made, Store, code_version, key_of
 from toolchain.target import Artifact, Template, UnboundTemplateError, distinct_functions, unique_weights
 from toolchain.weights import BlockWeights
 
@@ -73,7 +73,7 @@ class Builder:
         """
         return self.store.obtain("templates", self.template_key(block), lambda folder: self._lower(block, folder))
 
-    def _lower(self, block: Block, folder: Path) -> dict[str, Any]:
+    def _lower(self, block: Block, folder: Path) -> Made:
         for seed in BINDING_SEEDS:
             try:
                 template = self._bound(block, folder, seed)
@@ -82,8 +82,8 @@ class Builder:
                 for path in folder.iterdir():
                     _discard(path)
             else:
-                return {"functions": list(template.artifact.functions), "slots": template.slots}
-        return {"unbound": reason}
+                return Made({"functions": list(template.artifact.functions), "slots": template.slots})
+        return Made({"unbound": reason})
 
     def _bound(self, block: Block, folder: Path, seed: int) -> Template:
         """Lower with random weights and find them; where constants stand beside them, prove that they are such."""
@@ -113,7 +113,7 @@ class Builder:
         """
         return self.store.obtain("artifacts", self.artifact_key(block), lambda folder: self._build(block, folder))
 
-    def _build(self, block: Block, folder: Path) -> dict[str, Any]:
+    def _build(self, block: Block, folder: Path) -> Made:
         target = self.lowering.target
         out = folder / f"{NAME}{target.suffix}"
         entry = None if self.direct else self.template(block)
@@ -128,7 +128,7 @@ class Builder:
             except LoweringError as e:
                 raise LoweringError(f"block '{block.name}': {e}") from e
         unbound = None if entry is None else entry.meta.get("unbound")
-        return {"functions": list(artifact.functions), "unbound": unbound}
+        return Made({"functions": list(artifact.functions), "unbound": unbound}, artifact.digests)
 
     def weights(self, block: Block) -> BlockWeights:
         """A block's weights, read when asked for."""

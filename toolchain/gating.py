@@ -21,7 +21,7 @@ from toolchain.listener import Listener
 from toolchain.memory import release
 from toolchain.recipe import Recipe
 from toolchain.reference import Case, References
-from toolchain.store import Entry, key_of
+from toolchain.store import Entry, Made, key_of
 from toolchain.target import Engine, EngineUnavailableError, Target
 
 GOLDENS = "goldens.safetensors"
@@ -147,7 +147,7 @@ class ComponentGate:
         target = self._builder.lowering.target
         return target.engine(artifact.data / f"{NAME}{target.suffix}", block.inputs, block.outputs)
 
-    def _execute(self, block: Block, artifact: Entry, folder: Path) -> dict[str, Any]:
+    def _execute(self, block: Block, artifact: Entry, folder: Path) -> Made:
         functions: Sequence[str] = artifact.meta["functions"]
         engine = self._engine(block, artifact)
         cases = self._references[block.name].cases(block.name)
@@ -160,10 +160,12 @@ class ComponentGate:
             on_goldens = goldens.run(folder / GOLDENS, block.signatures, again, engine, self._limit)
             accuracy = {f: worst([a, on_goldens.get(f, a)]) for f, a in accuracy.items()}
         release()
-        return {
-            "accuracy": {f: a.model_dump() for f, a in accuracy.items()},
-            "activations": {f: _activations(block, cases, f) for f in functions},
-        }
+        return Made(
+            {
+                "accuracy": {f: a.model_dump() for f, a in accuracy.items()},
+                "activations": {f: _activations(block, cases, f) for f in functions},
+            }
+        )
 
     def _explain(self, block: Block, artifact: Entry, function: str) -> str:
         """Show the table of a function's steps; says which of them is to blame."""

@@ -139,6 +139,19 @@ class Graph:
         """The same graph with nodes of its own and shared modules, so that a pass may edit it."""
         return dataclasses.replace(self, functions={k: copy_module(v) for k, v in self.functions.items()})
 
+    def weights_at(self, path: str) -> tuple[str, ...]:
+        """Names of the weights of the module at ``path``, or of the weight that stands there."""
+        return tuple(self._weights_at.get(path, ()))
+
+    @functools.cached_property
+    def _weights_at(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for name in self.weights:
+            parts = name.split(".")
+            for depth in range(1, len(parts) + 1):
+                found.setdefault(".".join(parts[:depth]), []).append(name)
+        return found
+
     def inputs_of(self, function: str) -> tuple[Input, ...]:
         """Inputs with the shapes that a function takes (``base``'s, for one that the graph does not have)."""
         gm = self.functions.get(function, self.functions["base"])

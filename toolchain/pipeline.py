@@ -28,7 +28,7 @@ from toolchain.lowering import Plan, configuration, load_passes, plan
 from toolchain.memory import keep_none
 from toolchain.plugins import find_target
 from toolchain.recipe import Recipe, TextEncoderRecipe
-from toolchain.store import Entry, Store, code_version, digest, key_of, place
+from toolchain.store import Entry, Made, Store, code_version, digest, key_of, place
 
 TOKENIZER_FILE = "spiece.model"
 GOLDENS = "goldens"
@@ -89,7 +89,7 @@ def compile_recipe(
     try:
         for file in bundle.files():
             store.remember(out / file.path, file.sha256)
-        store.obtain("builds", key, lambda _: {"manifest": text})
+        store.obtain("builds", key, lambda _: Made({"manifest": text}))
     except (OSError, ResourceError) as e:
         listener.remark(f"the bundle is whole, but the next build will not know it ({e})")
     store.evict()
@@ -228,7 +228,7 @@ def evaluate_tables(graph: Graph, checkpoint: Checkpoint) -> dict[str, torch.Ten
         args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), value)
         if node.op == "call_module":
             prefix = f"{node.target}."
-            own = {k.removeprefix(prefix): s for k, s in graph.weights.items() if k.startswith(prefix)}
+            own = {k.removeprefix(prefix): graph.weights[k] for k in graph.weights_at(str(node.target))}
             state = {k: s.of(checkpoint.tensor(s.tensor)).float() for k, s in own.items()}
             module = gm.get_submodule(str(node.target))
             values[node] = torch.func.functional_call(module, state, tuple(args), dict(kwargs))

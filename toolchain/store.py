@@ -17,7 +17,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class Entry:
-    """A whole entry. ``meta`` is what its maker returned."""
+    """A whole entry. ``meta`` is what its maker said of it."""
 
     kind: str
     key: str
@@ -101,6 +101,17 @@ class Entry:
         return True
 
 
+@dataclass(frozen=True)
+class Made:
+    """What a maker says of the entry that it made.
+
+    ``digests`` are the sha256 of files that it knows, by path; the store reads the others again.
+    """
+
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    digests: Mapping[Path, str] = field(default_factory=dict)
+
+
 class Store:
     """A folder of entries.
 
@@ -126,8 +137,8 @@ class Store:
             _remove(folder)
         return None
 
-    def obtain(self, kind: str, key: str, make: Callable[[Path], Mapping[str, Any] | None]) -> Entry:
-        """The entry, made now if need be: ``make`` fills the folder that it is given and returns ``meta``.
+    def obtain(self, kind: str, key: str, make: Callable[[Path], Made]) -> Entry:
+        """The entry, made now if need be: ``make`` fills the folder that it is given.
 
         Two processes that want the same entry make it once.
 
@@ -140,16 +151,19 @@ class Store:
         with self._locked(kind, key):
             return self.get(kind, key) or self._make(kind, key, make)
 
-    def _make(self, kind: str, key: str, make: Callable[[Path], Mapping[str, Any] | None]) -> Entry:
+    def _make(self, kind: str, key: str, make: Callable[[Path], Made]) -> Entry:
         with self.scratch() as scratch:
             data = scratch / DATA
             data.mkdir()
-            meta = dict(make(data) or {})
+            made = make(data)
+            meta = dict(made.meta)
             files = []
             for path in sorted(p for p in data.rglob("*") if p.is_file()):
                 stat = path.stat()
                 relative = path.relative_to(data).as_posix()
-                files.append(StoredFile(relative, stat.st_size, digest(path), stat.st_mtime_ns))
+                files.append(
+                    StoredFile(relative, stat.st_size, made.digests.get(path) or digest(path), stat.st_mtime_ns)
+                )
             text = json.dumps({"files": [f.__dict__ for f in files], "meta": meta}, indent=1)
             (scratch / ENTRY_FILE).write_text(text, encoding="utf-8")
             folder = self._folder(kind, key)

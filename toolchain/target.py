@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -58,10 +58,14 @@ class TracingEngine(Engine, Protocol):
 
 @dataclass(frozen=True)
 class Artifact:
-    """What ``lower`` wrote: a file or, for packages, a folder at ``path``, holding ``functions``."""
+    """What ``lower`` or ``stamp`` wrote: a file or, for packages, a folder at ``path``, holding ``functions``.
+
+    ``digests`` are the sha256 of its files as far as they are known already, by path.
+    """
 
     path: Path
     functions: tuple[str, ...]
+    digests: Mapping[Path, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

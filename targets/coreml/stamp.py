@@ -21,7 +21,7 @@ import torch
 
 from targets.coreml.schema import MODEL, read_model
 from targets.coreml.values import HEADER, SENTINEL
-from targets.stamping import Stretch, as_stored, copy_with, cut, raw
+from targets.stamping import Stretch, copy_with, cut, raw
 from toolchain.target import Artifact, Template, UnboundTemplateError
 
 WEIGHTS = Path("Data/com.apple.CoreML/weights/weight.bin")
@@ -182,20 +182,19 @@ def stamp(template: Template, weights: Mapping[str, torch.Tensor], out: Path) ->
     source = template.artifact.path
     last: dict[str, torch.Tensor] = {}
 
-    def content(slot: Slot) -> memoryview:
+    def read(slot: Slot) -> torch.Tensor:
         if slot.weight not in last:  # a weight's parts follow one another: each tensor is read once
             last.clear()
             last[slot.weight] = weights[slot.weight].reshape(-1)
-        part = last[slot.weight][slot.start : slot.start + slot.count]
-        return as_stored(slot.weight, part, DTYPES[slot.dtype])
+        return last[slot.weight][slot.start : slot.start + slot.count]
 
     stretches: dict[str, list[Stretch]] = {}
     for slot in slots:
-        stretch = Stretch(slot.offset, slot.size, functools.partial(content, slot))
+        dtype = DTYPES[slot.dtype]
+        stretch = Stretch(slot.offset, slot.size, slot.weight, dtype, functools.partial(read, slot))
         stretches.setdefault(slot.file, []).append(stretch)
     shutil.copytree(source, out, ignore=lambda _, names: [n for n in names if n == WEIGHTS.name])
     if (source / WEIGHTS).is_file():
         stretches.setdefault(WEIGHTS.as_posix(), [])
-    for file, replaced in stretches.items():
-        copy_with(source / file, out / file, replaced)
-    return Artifact(out, template.artifact.functions)
+    digests = {out / file: copy_with(source / file, out / file, replaced) for file, replaced in stretches.items()}
+    return Artifact(out, template.artifact.functions, digests)

@@ -10,13 +10,12 @@ import functools
 import hashlib
 import mmap
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from targets.stamping import Stretch, as_stored, copy_with, cut, raw
+from targets.stamping import Stretch, copy_with, cut, raw
 from toolchain.target import Artifact, Template, UnboundTemplateError
 
 
@@ -71,20 +70,18 @@ def _key(stored: memoryview) -> str:
 
 def stamp(template: Template, weights: Mapping[str, torch.Tensor], out: Path) -> Artifact:
     slots = [Slot(**s) for s in template.slots]
-    keys: dict[str, Future[str]] = {}
-    with ThreadPoolExecutor(1) as hashing:
+    keys = {slot.weight: hashlib.sha256() for slot in slots}
 
-        def content(slot: Slot) -> memoryview:
-            laid_out = _laid_out(weights[slot.weight], slot.channels_last)
-            stored = as_stored(slot.weight, laid_out, torch.float32)
-            keys[slot.weight] = hashing.submit(_key, stored)  # while it is written
-            return stored
+    def read(slot: Slot) -> torch.Tensor:
+        return _laid_out(weights[slot.weight], slot.channels_last)
 
-        stretches = [Stretch(s.offset, s.size, functools.partial(content, s)) for s in slots]
-        copy_with(template.artifact.path, out, stretches)
+    stretches = [
+        Stretch(s.offset, s.size, s.weight, torch.float32, functools.partial(read, s), keys[s.weight]) for s in slots
+    ]
+    copy_with(template.artifact.path, out, stretches)
     with out.open("r+b") as program:
         for slot in slots:
             for at in slot.keys:
                 program.seek(at)
-                program.write(keys[slot.weight].result().encode())
+                program.write(keys[slot.weight].hexdigest().encode())
     return Artifact(out, template.artifact.functions)

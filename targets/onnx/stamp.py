@@ -7,13 +7,12 @@ import mmap
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import onnx
 import torch
 
 from targets.onnx import weights as store
-from targets.stamping import Stretch, as_stored, copy_with, cut, raw
+from targets.stamping import Stretch, copy_with, cut, raw
 from toolchain.target import Artifact, Template, UnboundTemplateError
 
 
@@ -38,14 +37,13 @@ def bind(artifact: Artifact, weights: Mapping[str, torch.Tensor]) -> Template:
 
 def stamp(template: Template, weights: Mapping[str, torch.Tensor], out: Path) -> Artifact:
     """Copy the models, and the file of weights with each weight's bytes replaced, one after the other."""
-
-    def content(slot: Mapping[str, Any]) -> memoryview:
-        return as_stored(slot["weight"], weights[slot["weight"]], torch.float32)
-
     source = template.artifact.path
     out.mkdir()
     for function in template.artifact.functions:
         shutil.copyfile(source / f"{function}.onnx", out / f"{function}.onnx")
-    stretches = [Stretch(s["offset"], s["size"], functools.partial(content, s)) for s in template.slots]
-    copy_with(source / store.FILE, out / store.FILE, stretches)
-    return Artifact(out, template.artifact.functions)
+    stretches = [
+        Stretch(s["offset"], s["size"], s["weight"], torch.float32, functools.partial(weights.__getitem__, s["weight"]))
+        for s in template.slots
+    ]
+    digest = copy_with(source / store.FILE, out / store.FILE, stretches)
+    return Artifact(out, template.artifact.functions, {out / store.FILE: digest})
