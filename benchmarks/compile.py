@@ -6,7 +6,7 @@ Rows, side by side in one run, each a process of its own, with the checkpoint in
 
 - cold: an empty cache, gate ``structure``; with ``--every`` also gate ``every``.
 - nothing changed: the same command again.
-- fine-tuned: another checkpoint, templates in the cache.
+- fine-tuned: another checkpoint, templates in the cache; several times, in turns with
 - floor: reading the checkpoint and writing the bundle's bytes.
 - published: see ``published.py``; measured on a few pairs and scaled to the depth, the load counted once.
 
@@ -21,6 +21,7 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -124,15 +125,30 @@ def compare(folder: Path, path: Path, components: list[str], depth: int | None, 
         run(structure, folder)
     if args.cold_only:
         return
-    before = kept(cache, bundle)
     path.write_text(path.read_text().replace("checkpoint/", "tuned/"))
-    warm = table.run("fine-tuned, templates warm", structure, tuned, lambda: kept(cache, bundle) - before)
     size = json.loads(cold.output)["bytes"]
-    folders = [str(tuned / c) for c in components]
-    floor = table.run("floor: read and write", [sys.executable, "-c", FLOOR, str(size), *folders], tuned, lambda: size)
-    print(f"fine-tuned / floor: {warm.seconds / floor.seconds:.1f}")
+    fine_tuned(folder, table, structure, size, [tuned / c for c in components], args.rounds)
     if args.published_pairs and components == ["transformer"]:
         published(folder, table, depth or 28, args.published_pairs, cold, bundle)
+
+
+def fine_tuned(folder: Path, table: Table, command: list[str], size: int, tuned: list[Path], rounds: int) -> None:
+    """Another checkpoint with the templates in the cache, and the floor, in turns."""
+    cache, bundle, templates = (folder / n for n in ("cache", "bundle", "templates"))
+    shutil.copytree(cache, templates, copy_function=os.link)
+    before = kept(cache)
+    floor = [sys.executable, "-c", FLOOR, str(size), *map(str, tuned)]
+    pairs = []
+    for _ in range(rounds):
+        for old in (cache, bundle):
+            shutil.rmtree(old)
+        shutil.copytree(templates, cache, copy_function=os.link)
+        warm = table.run("fine-tuned, templates warm", command, tuned[0].parent, lambda: kept(cache, bundle) - before)
+        least = table.run("floor: read and write", floor, tuned[0].parent, lambda: size)
+        pairs.append((warm.seconds, least.seconds))
+    shutil.rmtree(templates)
+    seconds = [statistics.median(column) for column in zip(*pairs, strict=True)]
+    print(f"fine-tuned / floor, medians of {rounds}: {seconds[0] / seconds[1]:.1f}")
 
 
 def worst(manifest: dict[str, Any]) -> str:
@@ -165,6 +181,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, help="pairs or layers; 28 and 24 if absent")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--published-pairs", type=int, default=1, help="0 leaves the published way out")
+    parser.add_argument("--rounds", type=int, default=3, help="of fine-tuned and floor, which vary")
     parser.add_argument("--every", action="store_true", help="also with gate every")
     parser.add_argument("--cold-only", action="store_true", help="not fine-tuned, no floor: half of the disk")
     parser.add_argument("--folder", type=Path, help="where to work; a temporary folder if absent")
