@@ -2,12 +2,12 @@
 
     python benchmarks/compile.py [--component transformer] [--target coreml] [--every] [--published-pairs 1]
 
-Rows, side by side in one run, each a process of its own, with the checkpoint in the file cache:
+Rows, side by side in one run, each a process of its own, with the checkpoint in the file cache unless it says:
 
 - cold: an empty cache, gate ``structure``; with ``--every`` also gate ``every``.
 - nothing changed: the same command again.
 - fine-tuned: another checkpoint, templates in the cache; several times, in turns with
-- floor: reading the checkpoint and writing the bundle's bytes.
+- floor: reading the checkpoint and writing the bundle's bytes. Both with the checkpoint in the file cache, and on disk.
 - published: see ``published.py``; measured on a few pairs and scaled to the depth, the load counted once.
 
 Memory is the peak of the process tree. "written" is what the processes wrote to files, temporary ones included;
@@ -95,11 +95,21 @@ class Table:
         left = f"{kept_bytes / 1e6:8.0f}" if kept_bytes is not None else ""
         print(f"{name:28} {seconds:8.1f} {peak / 1e6:8.0f} {written / 1e6:11.0f} {left}", flush=True)
 
-    def run(self, name: str, command: list[str], checkpoint: Path | None, left: Callable[[], int] | None) -> Cost:
-        """Run a command with the checkpoint in the file cache, and print what it took."""
+    def run(
+        self,
+        name: str,
+        command: list[str],
+        checkpoint: Path | None,
+        left: Callable[[], int] | None,
+        cached: bool = True,
+    ) -> Cost:
+        """Run a command with the checkpoint in the file cache, or out of it, and print what it took."""
         for path in sorted(checkpoint.rglob("*.safetensors")) if checkpoint else ():
             with path.open("rb", buffering=0) as f:
-                while f.read(1 << 24):
+                if not cached:
+                    os.fsync(f.fileno())
+                    os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                while cached and f.read(1 << 24):
                     pass
         os.sync()  # what others wrote is not to slow this one down
         cost = run(command, self._folder)
@@ -138,17 +148,21 @@ def fine_tuned(folder: Path, table: Table, command: list[str], size: int, tuned:
     shutil.copytree(cache, templates, copy_function=os.link)
     before = kept(cache)
     floor = [sys.executable, "-c", FLOOR, str(size), *map(str, tuned)]
-    pairs = []
+    seconds: dict[str, list[tuple[float, float]]] = {"in the file cache": [], "on disk": []}
     for _ in range(rounds):
-        for old in (cache, bundle):
-            shutil.rmtree(old)
-        shutil.copytree(templates, cache, copy_function=os.link)
-        warm = table.run("fine-tuned, templates warm", command, tuned[0].parent, lambda: kept(cache, bundle) - before)
-        least = table.run("floor: read and write", floor, tuned[0].parent, lambda: size)
-        pairs.append((warm.seconds, least.seconds))
+        for where, pairs in seconds.items():
+            for old in (cache, bundle):
+                shutil.rmtree(old)
+            shutil.copytree(templates, cache, copy_function=os.link)
+            cached = where == "in the file cache"
+            source = tuned[0].parent
+            warm = table.run(f"fine-tuned, {where}", command, source, lambda: kept(cache, bundle) - before, cached)
+            least = table.run(f"floor, {where}", floor, source, lambda: size, cached)
+            pairs.append((warm.seconds, least.seconds))
     shutil.rmtree(templates)
-    seconds = [statistics.median(column) for column in zip(*pairs, strict=True)]
-    print(f"fine-tuned / floor, medians of {rounds}: {seconds[0] / seconds[1]:.1f}")
+    for where, pairs in seconds.items():
+        warm_median, floor_median = (statistics.median(column) for column in zip(*pairs, strict=True))
+        print(f"fine-tuned / floor, {where}: {warm_median / floor_median:.1f} (medians of {rounds})")
 
 
 def worst(manifest: dict[str, Any]) -> str:
