@@ -42,8 +42,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    from toolchain.lowering import plan
-    from toolchain.recipe import parse_recipe
+    from toolchain.formats.recipe import parse_recipe
+    from toolchain.planning.plan import plan
 
     with tempfile.TemporaryDirectory() as tmp:
         calls: dict[str, Callable[[], dict[str, torch.Tensor]]] = {}

@@ -29,7 +29,7 @@ from pathlib import Path
 import yaml
 from compile import recipe, synthetic
 
-from toolchain.store import Store, digest
+from toolchain.system.store import Store, digest
 
 SMALL_DISK = 'mount -t tmpfs -o size="$1" small disk && shift && exec "$@"'
 GROW = "mount -o remount,size=4g disk"

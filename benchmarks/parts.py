@@ -44,11 +44,11 @@ def one(component: str, name: str, target: str) -> dict[str, Any]:
     """Lower one block with random weights, and hold it against eager where it can be run."""
     from synthetic import value
 
-    from toolchain.components import sample_input
-    from toolchain.gate import measure
-    from toolchain.memory import keep_none, release
-    from toolchain.reference import run_eager
-    from toolchain.target import EngineUnavailableError
+    from toolchain.accuracy.metrics import measure
+    from toolchain.accuracy.references import run_eager
+    from toolchain.ir.target import EngineUnavailableError
+    from toolchain.models.family import sample_input
+    from toolchain.system.memory import keep_none, release
 
     keep_none()  # as a build does
     recipe, lowering = plan(component, target)

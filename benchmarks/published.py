@@ -24,9 +24,9 @@ from coremltools.converters.mil.frontend.torch import ops
 
 import toolchain
 from targets.streams import quiet
-from toolchain.blocks import Block
-from toolchain.checkpoint import open_checkpoint
-from toolchain.weights import BlockWeights, read_named
+from toolchain.ir.blocks import Block
+from toolchain.weights.block_weights import BlockWeights, read_named
+from toolchain.weights.checkpoint import open_checkpoint
 
 MODELS = 3
 _cast = ops._cast

@@ -32,10 +32,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import toolchain
 from benchmarks.sheet import animation, contact_sheet, curve
 from toolchain.errors import ResourceError
-from toolchain.manifest import Manifest
+from toolchain.formats.manifest import Manifest
+from toolchain.formats.schedule import PRESETS, DynamicLeap, StaticLeap, Step
+from toolchain.player.sampler import initial_noise
 from toolchain.player.video import to_bytes
-from toolchain.sampler import initial_noise
-from toolchain.schedule import PRESETS, DynamicLeap, StaticLeap, Step
 from training.grammar import Scene, split
 from training.judge import ATTRIBUTES, judge
 

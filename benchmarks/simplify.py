@@ -26,7 +26,7 @@ import toolchain
 from targets.onnx import OnnxTarget
 from targets.onnx import lower as stages
 from targets.onnx import weights as store
-from toolchain.components import sample_input
+from toolchain.models.family import sample_input
 
 FEW = ["text_encoder.config.num_layers=1", "transformer.config.depth=1"]
 """One layer stands for all."""

@@ -32,7 +32,7 @@ def shapes(component: str, config: Mapping[str, Any]) -> tuple[dict[str, tuple[i
         parsed, model = _build(component, config)
     names = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     if component == "text_encoder":
-        from toolchain.models.t5 import TIED
+        from toolchain.models.open_sora_v1_2.t5 import TIED
 
         names = {k: v for k, v in names.items() if k not in TIED.values()}
         return names, dataclasses.asdict(parsed) | {"model_type": "t5", "feed_forward_proj": "gated-gelu"}
@@ -41,17 +41,17 @@ def shapes(component: str, config: Mapping[str, Any]) -> tuple[dict[str, tuple[i
 
 def _build(component: str, config: Mapping[str, Any]) -> tuple[Any, nn.Module]:
     if component == "transformer":
-        from toolchain.models.stdit3 import STDiT3, STDiT3Config
+        from toolchain.models.open_sora_v1_2.stdit3 import STDiT3, STDiT3Config
 
         transformer = STDiT3Config.from_json(config)
         return transformer, STDiT3(transformer)
     if component == "text_encoder":
-        from toolchain.models.t5 import T5Config, T5Encoder
+        from toolchain.models.open_sora_v1_2.t5 import T5Config, T5Encoder
 
         known = {f.name for f in dataclasses.fields(T5Config)}
         encoder = T5Config(**{k: v for k, v in config.items() if k in known})
         return encoder, T5Encoder(encoder)
-    from toolchain.models.vae import OpenSoraVAE, OpenSoraVAEConfig
+    from toolchain.models.open_sora_v1_2.vae import OpenSoraVAE, OpenSoraVAEConfig
 
     vae = OpenSoraVAEConfig.from_json(config)
     return vae, OpenSoraVAE(vae)

@@ -14,8 +14,8 @@ from pydantic import Field, model_validator
 from torch import fx
 
 from toolchain.errors import LoweringError
-from toolchain.graph import Graph, compute_nodes
-from toolchain.passbase import Pass, PassConfig, PassResult
+from toolchain.ir.graph import Graph, compute_nodes
+from toolchain.ir.passes import Pass, PassConfig, PassResult
 from toolchain.validation import Bytes
 
 Unit = tuple[str, ...]

@@ -19,8 +19,8 @@ from pydantic import Field
 from torch import fx
 
 from toolchain.errors import LoweringError
-from toolchain.graph import Graph, copy_module, leaf_function, leaf_of, propagate_shapes
-from toolchain.passbase import Pass, PassConfig, PassResult
+from toolchain.ir.graph import Graph, copy_module, leaf_function, leaf_of, propagate_shapes
+from toolchain.ir.passes import Pass, PassConfig, PassResult
 
 FUNCTION = "merged"
 

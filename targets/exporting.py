@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from toolchain.blocks import Block, copied
 from toolchain.errors import LoweringError
-from toolchain.target import STEP
+from toolchain.ir.blocks import Block, copied
+from toolchain.ir.target import STEP
 
 
 def export(block: Block, function: str, weights: Mapping[str, torch.Tensor]) -> torch.export.ExportedProgram:
     """A function of ``block`` as an exported program, with fused attention and linear kept whole.
 
     Every operator is named after the step of the block that it is part of (``LEAF__linear_3``, parted by
-    :data:`toolchain.target.STEP`): converters keep names, so a value in an artifact tells which leaf computed it.
+    :data:`toolchain.ir.target.STEP`): converters keep names, so a value in an artifact tells which leaf computed it.
 
     Raises:
         LoweringError: names the block, the function and the operator.

@@ -29,7 +29,7 @@ import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from support import FACTS, GOLDEN, RECIPE, Cut, command, write_checkpoint, write_project  # noqa: E402
 
-from toolchain.models.stdit3 import STDiT3, STDiT3Config  # noqa: E402
+from toolchain.models.open_sora_v1_2.stdit3 import STDiT3, STDiT3Config  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

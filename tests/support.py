@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from benchmarks import synthetic
 from passes.partition import Partition, PartitionConfig
 from passes.token_merge import TokenMerge
-from toolchain.blocks import Block, Port, extract_blocks
-from toolchain.graph import capture
-from toolchain.legalise import Legalise, LegaliseConfig
-from toolchain.models.stdit3 import LoweredSTDiT3, STDiT3, STDiT3Config, position_scale
+from toolchain.ir.blocks import Block, Port, extract_blocks
+from toolchain.ir.graph import capture
+from toolchain.ir.legalise import Legalise, LegaliseConfig
+from toolchain.models.open_sora_v1_2.stdit3 import LoweredSTDiT3, STDiT3, STDiT3Config, position_scale
 
 GOLDEN = Path(__file__).parent / "golden"
 FACTS: dict[str, Any] = json.loads((GOLDEN / "stdit3_rflow.json").read_text())

@@ -20,13 +20,13 @@ from safetensors.torch import load_file, save_file
 from support import command, write_checkpoint, write_project
 
 import toolchain
-from toolchain.bundle import load_bundle
-from toolchain.compare import compare_bundles
+from toolchain.accuracy.diff import compare_bundles
+from toolchain.accuracy.verify import verify
 from toolchain.errors import AccuracyError, BundleError
-from toolchain.recipe import load_recipe
-from toolchain.store import Store
+from toolchain.formats.bundle import load_bundle
+from toolchain.formats.recipe import load_recipe
+from toolchain.system.store import Store
 from toolchain.testing import assert_bundle
-from toolchain.verification import verify
 
 pytestmark = pytest.mark.slow
 

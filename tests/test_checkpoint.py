@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from toolchain.checkpoint import Checkpoint, local_path, match, open_checkpoint
-from toolchain.digests import checkpoint_digest, tensor_digests
 from toolchain.errors import CheckpointError
+from toolchain.weights.checkpoint import Checkpoint, local_path, match, open_checkpoint
+from toolchain.weights.digests import checkpoint_digest, tensor_digests
 
 WEIGHTS = {
     "a.weight": torch.arange(6.0).reshape(2, 3),

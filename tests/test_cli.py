@@ -307,7 +307,7 @@ def test_interrupted(start_cli: Any, project: Path, moment: str, number: int, co
 WRAPPED = """
 import os, signal, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job is born deaf to it
-from toolchain.console import Console
+from toolchain.ui.console import Console
 with Console(as_json=False, verbose=False):
     try:
         os.kill(os.getpid(), signal.SIGINT)

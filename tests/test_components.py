@@ -15,20 +15,20 @@ import yaml
 
 import toolchain
 from benchmarks import synthetic
-from toolchain import gate
-from toolchain.blocks import Block
-from toolchain.checkpoint import Checkpoint, open_checkpoint
-from toolchain.components import MEANINGS, chunk_functions, define, frames_per_call, sample_input
+from toolchain.accuracy import metrics as gate
+from toolchain.accuracy.references import References, run_eager
+from toolchain.build.compile import pin, resolve
 from toolchain.errors import RecipeError
-from toolchain.graph import Graph
-from toolchain.lowering import Lowering, Plan
-from toolchain.models.t5 import T5Config
-from toolchain.models.vae import OpenSoraVAE, OpenSoraVAEConfig
-from toolchain.pipeline import pin, resolve
-from toolchain.recipe import Recipe, load_recipe, parse_recipe
-from toolchain.reference import References, run_eager
-from toolchain.store import Store
-from toolchain.weights import BlockWeights, read_named
+from toolchain.formats.recipe import Recipe, load_recipe, parse_recipe
+from toolchain.ir.blocks import Block
+from toolchain.ir.graph import Graph
+from toolchain.models.family import MEANINGS, chunk_functions, define, frames_per_call, sample_input
+from toolchain.models.open_sora_v1_2.t5 import T5Config
+from toolchain.models.open_sora_v1_2.vae import OpenSoraVAE, OpenSoraVAEConfig
+from toolchain.planning.plan import Lowering, Plan
+from toolchain.system.store import Store
+from toolchain.weights.block_weights import BlockWeights, read_named
+from toolchain.weights.checkpoint import Checkpoint, open_checkpoint
 
 ROOT = Path(__file__).parents[1]
 CONFIGS: dict[str, dict[str, Any]] = {

@@ -11,16 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from toolchain import describe
-from toolchain.eager import EagerPipeline
-from toolchain.models.stdit3 import STDiT3, STDiT3Config
-from toolchain.models.t5 import T5Config, T5Encoder
-from toolchain.models.vae import OpenSoraVAE, OpenSoraVAEConfig
-from toolchain.recipe import Recipe, load_recipe
-from toolchain.sampler import initial_noise, sample
-from toolchain.schedule import Step
-from toolchain.text import prepare_prompt
-from toolchain.tokenizer import T5Tokenizer
+from toolchain.accuracy.eager import EagerPipeline
+from toolchain.build import entries as describe
+from toolchain.formats.recipe import Recipe, load_recipe
+from toolchain.formats.schedule import Step
+from toolchain.models.open_sora_v1_2.stdit3 import STDiT3, STDiT3Config
+from toolchain.models.open_sora_v1_2.t5 import T5Config, T5Encoder
+from toolchain.models.open_sora_v1_2.vae import OpenSoraVAE, OpenSoraVAEConfig
+from toolchain.player.prompt import prepare_prompt
+from toolchain.player.sampler import initial_noise, sample
+from toolchain.player.tokenizer import T5Tokenizer
 
 TINY = Path(__file__).parents[1] / "recipes/tiny"
 SMALL = ["video.frames=22", "video.height=40", "video.width=48", "video.fps=8"]

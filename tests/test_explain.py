@@ -20,11 +20,11 @@ from targets.coreml.stamp import DTYPES, WEIGHTS, Slot
 from targets.executorch import ExecuTorchTarget
 from targets.onnx import OnnxTarget
 from targets.stamping import raw
+from toolchain.accuracy.metrics import measure, require
+from toolchain.accuracy.references import run_eager
+from toolchain.accuracy.walk import explain
 from toolchain.errors import AccuracyError
-from toolchain.explain import explain
-from toolchain.gate import measure, require
-from toolchain.reference import run_eager
-from toolchain.target import Target, unique_weights
+from toolchain.ir.target import Target, unique_weights
 
 pytestmark = pytest.mark.slow
 

@@ -16,9 +16,9 @@ from torch import nn
 
 from passes.partition import Partition, PartitionConfig
 from passes.token_merge import TokenMerge
-from toolchain.blocks import Block, extract_blocks, table_nodes
 from toolchain.errors import LoweringError
-from toolchain.graph import (
+from toolchain.ir.blocks import Block, extract_blocks, table_nodes
+from toolchain.ir.graph import (
     Graph,
     Input,
     Leaf,
@@ -30,9 +30,9 @@ from toolchain.graph import (
     leaf_of,
     wire,
 )
-from toolchain.graph_text import graph_text
-from toolchain.legalise import Legalise, LegaliseConfig
-from toolchain.models.stdit3 import LoweredSTDiT3, STDiT3, STDiT3Config, position_scale
+from toolchain.ir.graph_text import graph_text
+from toolchain.ir.legalise import Legalise, LegaliseConfig
+from toolchain.models.open_sora_v1_2.stdit3 import LoweredSTDiT3, STDiT3, STDiT3Config, position_scale
 
 GEOMETRY = {"batch": 2, "frames": 3, "height": 4, "width": 6, "height_px": 32, "width_px": 48}
 RULES = ("patch-linear", "bmm", "gelu-formula")
@@ -159,10 +159,10 @@ import resource, sys, time
 import torch
 from passes.partition import Partition
 from passes.token_merge import TokenMerge
-from toolchain.blocks import extract_blocks
-from toolchain.graph import capture
-from toolchain.legalise import Legalise, LegaliseConfig
-from toolchain.models.stdit3 import LoweredSTDiT3, STDiT3, STDiT3Config
+from toolchain.ir.blocks import extract_blocks
+from toolchain.ir.graph import capture
+from toolchain.ir.legalise import Legalise, LegaliseConfig
+from toolchain.models.open_sora_v1_2.stdit3 import LoweredSTDiT3, STDiT3, STDiT3Config
 
 def peak():
     try:

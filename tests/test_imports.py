@@ -26,9 +26,9 @@ def loaded_after(code: str, cwd: Path, modules: tuple[str, ...] = HEAVY) -> str:
     [
         "import toolchain",
         "import toolchain.cli",
-        "import toolchain.recipe, toolchain.manifest, toolchain.bundle, toolchain.schedule, toolchain.errors",
+        "import toolchain.formats.recipe, toolchain.formats.manifest, toolchain.formats.bundle, toolchain.errors",
         "import toolchain\ntoolchain.load_recipe('tiny').timesteps()",
-        "import toolchain.console, toolchain.listener, toolchain.validation",
+        "import toolchain.ui.console, toolchain.listener, toolchain.validation",
     ],
 )
 def test_nothing_heavy_is_imported(code: str, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from toolchain.memory import GROWN_BYTES, free_bytes, keep_none, release
+from toolchain.system.memory import GROWN_BYTES, free_bytes, keep_none, release
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere it is always looked for")
 

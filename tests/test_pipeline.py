@@ -18,12 +18,12 @@ from safetensors import safe_open
 from support import write_checkpoint
 
 import toolchain
-from toolchain.checkpoint import open_checkpoint
-from toolchain.digests import checkpoint_digest, tensor_digests
 from toolchain.errors import BundleError, CheckpointError
-from toolchain.manifest import Manifest
-from toolchain.recipe import load_recipe, parse_recipe
-from toolchain.schedule import PRESETS
+from toolchain.formats.manifest import Manifest
+from toolchain.formats.recipe import load_recipe, parse_recipe
+from toolchain.formats.schedule import PRESETS
+from toolchain.weights.checkpoint import open_checkpoint
+from toolchain.weights.digests import checkpoint_digest, tensor_digests
 
 slow = pytest.mark.slow
 GOLDEN = Path(__file__).parent / "golden"

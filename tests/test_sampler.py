@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from toolchain.errors import RecipeError
-from toolchain.sampler import gaussian, initial_noise, sample, step_noise
-from toolchain.schedule import PRESETS, StaticLeap, Step, timesteps
+from toolchain.formats.schedule import PRESETS, StaticLeap, Step, timesteps
+from toolchain.player.sampler import gaussian, initial_noise, sample, step_noise
 
 GOLDEN = Path(__file__).parent / "golden"
 RUNS = ["plain", "maskones", "maskcond"]
@@ -68,7 +68,7 @@ def test_recorded_trajectories(name: str, kind: str) -> None:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_trajectories_of_the_model(name: str) -> None:
-    from toolchain.models.stdit3 import STDiT3, STDiT3Config
+    from toolchain.models.open_sora_v1_2.stdit3 import STDiT3, STDiT3Config
 
     facts = json.loads((GOLDEN / "stdit3_rflow.json").read_text())
     model = STDiT3(STDiT3Config.from_json(facts["config"])).eval()

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors.numpy import load_file
 
 from toolchain.errors import RecipeError
-from toolchain.schedule import PRESETS, DynamicLeap, Leap, LeapState, StaticLeap, plan_steps, timesteps
+from toolchain.formats.schedule import PRESETS, DynamicLeap, Leap, LeapState, StaticLeap, plan_steps, timesteps
 
 GOLDEN = Path(__file__).parent / "golden"
 OFFICIAL: dict[str, list[float]] = json.loads((GOLDEN / "rflow_timesteps.json").read_text())
@@ -236,6 +236,6 @@ def test_a_state_serves_one_sample() -> None:
 
 
 def test_import_is_light() -> None:
-    code = "import sys, toolchain.schedule; print([m for m in ('torch', 'numpy') if m in sys.modules])"
+    code = "import sys, toolchain.formats.schedule; print([m for m in ('torch', 'numpy') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"

@@ -14,13 +14,13 @@ import torch
 from support import official_weights, own_weights, sample
 
 import toolchain
-from toolchain.blocks import Block
-from toolchain.gate import compare, measure, require, scaled
-from toolchain.graph import compute_nodes, leaf_of
-from toolchain.lowering import Plan
-from toolchain.reference import run_eager
-from toolchain.store import digest
-from toolchain.target import Artifact, Target, Template, unique_weights
+from toolchain.accuracy.metrics import compare, measure, require, scaled
+from toolchain.accuracy.references import run_eager
+from toolchain.ir.blocks import Block
+from toolchain.ir.graph import compute_nodes, leaf_of
+from toolchain.ir.target import Artifact, Target, Template, unique_weights
+from toolchain.planning.plan import Plan
+from toolchain.system.store import digest
 
 pytestmark = pytest.mark.slow
 

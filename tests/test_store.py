@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from toolchain.errors import ResourceError
-from toolchain.store import Entry, Made, Store, code_version, key_of, place
+from toolchain.system.store import Entry, Made, Store, code_version, key_of, place
 
 KEY = key_of({"what": 1})
 
@@ -116,7 +116,7 @@ def test_threads_make_it_once(store: Store) -> None:
 PROCESS = """
 import sys, time
 from pathlib import Path
-from toolchain.store import Made, Store
+from toolchain.system.store import Made, Store
 def make(folder):
     with Path(sys.argv[2]).open("a") as f:
         f.write("made\\n")

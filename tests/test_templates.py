@@ -14,14 +14,14 @@ from safetensors.torch import save_file
 from targets.coreml import CoreMLConfig, CoreMLTarget
 from targets.executorch import ExecuTorchTarget
 from targets.onnx import OnnxTarget
-from toolchain.blocks import Block
-from toolchain.building import Builder, Source
-from toolchain.checkpoint import open_checkpoint
-from toolchain.components import Definition
-from toolchain.digests import tensor_digests
-from toolchain.lowering import Lowering
-from toolchain.store import Store
-from toolchain.target import Artifact, Target, UnboundTemplateError, unique_weights
+from toolchain.build.artifacts import Builder, Source
+from toolchain.ir.blocks import Block
+from toolchain.ir.target import Artifact, Target, UnboundTemplateError, unique_weights
+from toolchain.models.family import Definition
+from toolchain.planning.plan import Lowering
+from toolchain.system.store import Store
+from toolchain.weights.checkpoint import open_checkpoint
+from toolchain.weights.digests import tensor_digests
 
 pytestmark = pytest.mark.slow
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from toolchain.errors import CheckpointError
-from toolchain.text import AFTER_MARKUP, AFTER_REPAIR, BEFORE_MARKUP, clean_text, prepare_prompt, strip_markup
-from toolchain.tokenizer import T5Tokenizer
+from toolchain.player.prompt import AFTER_MARKUP, AFTER_REPAIR, BEFORE_MARKUP, clean_text, prepare_prompt, strip_markup
+from toolchain.player.tokenizer import T5Tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
 META = json.loads((GOLDEN / "t5.json").read_text())
@@ -159,6 +159,6 @@ def test_a_bad_model_file_is_named(tmp_path: Path, content: bytes | None) -> Non
 
 def test_imports_are_light() -> None:
     heavy = "{'torch', 'transformers', 'ftfy', 'numpy'}"
-    code = f"import toolchain.text, toolchain.tokenizer, sys; print({heavy} & set(sys.modules))"
+    code = f"import toolchain.player.prompt, toolchain.player.tokenizer, sys; print({heavy} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "set()"

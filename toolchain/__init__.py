@@ -13,28 +13,28 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from toolchain.bundle import Bundle, load_bundle
+    from toolchain.accuracy.verify import verify
+    from toolchain.build.compile import compile_recipe
     from toolchain.errors import SoraCompileError
+    from toolchain.formats.bundle import Bundle, load_bundle
+    from toolchain.formats.recipe import Recipe, load_recipe
     from toolchain.listener import Listener
-    from toolchain.lowering import Plan, plan
-    from toolchain.pipeline import compile_recipe
+    from toolchain.planning.plan import Plan, plan
     from toolchain.player import Player, play
-    from toolchain.recipe import Recipe, load_recipe
-    from toolchain.verification import verify
 
 _HOMES = {
-    "Bundle": "bundle",
+    "Bundle": "formats.bundle",
     "Listener": "listener",
-    "Plan": "lowering",
+    "Plan": "planning.plan",
     "Player": "player",
-    "Recipe": "recipe",
+    "Recipe": "formats.recipe",
     "SoraCompileError": "errors",
-    "compile_recipe": "pipeline",
-    "load_bundle": "bundle",
-    "load_recipe": "recipe",
-    "plan": "lowering",
+    "compile_recipe": "build.compile",
+    "load_bundle": "formats.bundle",
+    "load_recipe": "formats.recipe",
+    "plan": "planning.plan",
     "play": "player",
-    "verify": "verification",
+    "verify": "accuracy.verify",
 }
 
 __all__ = [

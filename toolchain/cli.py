@@ -79,12 +79,12 @@ def compile_(
     no_gate: NoGateOption = False,
 ) -> None:
     """Build a recipe into a bundle. (The default command.)"""
-    from toolchain.console import Console
+    from toolchain.ui.console import Console
 
     with Console(as_json, verbose) as console:
         import toolchain
         from toolchain.errors import RecipeError
-        from toolchain.recipe import find_recipe
+        from toolchain.formats.recipe import find_recipe
 
         if gate is not None and no_gate:
             raise RecipeError("--gate and --no-gate: choose one")
@@ -96,7 +96,7 @@ def compile_(
             bundle = toolchain.compile_recipe(
                 loaded, output, base=path.parent, listener=listener, direct=direct, jobs=jobs
             )
-        from toolchain.report import bundle_json, bundle_summary
+        from toolchain.ui.tables import bundle_json, bundle_summary
 
         console.answer(bundle_json(bundle), bundle_summary(bundle))
 
@@ -110,18 +110,18 @@ def plan(
     print_after: PrintOption = None,
 ) -> None:
     """Show what would be built: blocks, parameters, bytes, order. Lowers nothing."""
-    from toolchain.console import Console
+    from toolchain.ui.console import Console
 
     with Console(as_json, verbose) as console:
         import toolchain
-        from toolchain.recipe import find_recipe
+        from toolchain.formats.recipe import find_recipe
 
         with console.progress(print_after) as listener:
             path = find_recipe(recipe)
             loaded = toolchain.load_recipe(path, overrides)
             listener.check_print_after(loaded)
             planned = toolchain.plan(loaded, base=path.parent, listener=listener)
-        from toolchain.report import plan_json, plan_table
+        from toolchain.ui.tables import plan_json, plan_table
 
         console.answer(plan_json(planned), plan_table(planned))
 
@@ -133,11 +133,11 @@ def inspect(
     verbose: VerboseOption = False,
 ) -> None:
     """Show what a bundle holds, after checking its files."""
-    from toolchain.console import Console
+    from toolchain.ui.console import Console
 
     with Console(as_json, verbose) as console:
         import toolchain
-        from toolchain.report import bundle_json, bundle_table
+        from toolchain.ui.tables import bundle_json, bundle_table
 
         loaded = toolchain.load_bundle(bundle)
         loaded.check_files()
@@ -158,14 +158,14 @@ def verify(
     verbose: VerboseOption = False,
 ) -> None:
     """Check a bundle's files, and run its artifacts against its goldens. Needs no checkpoint."""
-    from toolchain.console import Console
+    from toolchain.ui.console import Console
 
     with Console(as_json, verbose) as console:
         import toolchain
-        from toolchain.report import explanation_json, verification_json, verification_table
+        from toolchain.ui.tables import explanation_json, verification_json, verification_table
 
         if explain is not None:
-            from toolchain.diagnose import explain_block
+            from toolchain.accuracy.explain import explain_block
 
             found = explain_block(bundle, explain)
             console.answer(explanation_json(found), "\n\n".join(e.text() for e in found))
@@ -184,11 +184,11 @@ def diff(
     verbose: VerboseOption = False,
 ) -> None:
     """Compare two bundles: manifest, sizes, accuracy, and what their artifacts give."""
-    from toolchain.console import Console
+    from toolchain.ui.console import Console
 
     with Console(as_json, verbose) as console:
-        from toolchain.compare import compare_bundles
-        from toolchain.report import comparison_json, comparison_table
+        from toolchain.accuracy.diff import compare_bundles
+        from toolchain.ui.tables import comparison_json, comparison_table
 
         found = compare_bundles(a, b)
         console.answer(comparison_json(found), comparison_table(found))
@@ -201,12 +201,12 @@ def cache(
     verbose: VerboseOption = False,
 ) -> None:
     """Show, verify or clear the store of templates, artifacts and gate results."""
-    from toolchain.console import Console
+    from toolchain.ui.console import Console
 
     with Console(as_json, verbose) as console:
         from toolchain.errors import RecipeError
-        from toolchain.report import cache_json, cache_table
-        from toolchain.store import Store
+        from toolchain.system.store import Store
+        from toolchain.ui.tables import cache_json, cache_table
 
         if action not in ("show", "verify", "clear"):
             raise RecipeError(f"cache {action}: expected show, verify or clear")
@@ -226,7 +226,7 @@ def play(
     verbose: VerboseOption = False,
 ) -> None:
     """Make a video of a prompt with nothing but a bundle."""
-    from toolchain.console import Console
+    from toolchain.ui.console import Console
 
     with Console(as_json, verbose) as console:
         import toolchain
@@ -243,12 +243,12 @@ def schema(
     what: Annotated[str, typer.Argument(metavar="recipe|manifest", help="Which file's schema.")],
 ) -> None:
     """Print the JSON Schema of recipes or manifests."""
-    from toolchain.console import Console
+    from toolchain.ui.console import Console
 
     with Console(as_json=True, verbose=False) as console:
         from toolchain.errors import RecipeError
-        from toolchain.manifest import Manifest
-        from toolchain.recipe import Recipe
+        from toolchain.formats.manifest import Manifest
+        from toolchain.formats.recipe import Recipe
 
         models: dict[str, Any] = {"recipe": Recipe, "manifest": Manifest}
         if what not in models:

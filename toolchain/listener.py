@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from toolchain.graph import Graph
-    from toolchain.manifest import Accuracy
+    from toolchain.formats.manifest import Accuracy
+    from toolchain.ir.graph import Graph
 
 
 class Listener:

@@ -10,9 +10,9 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from toolchain.errors import RecipeError
-from toolchain.manifest import Manifest
-from toolchain.passbase import Pass
-from toolchain.target import Target
+from toolchain.formats.manifest import Manifest
+from toolchain.ir.passes import Pass
+from toolchain.ir.target import Target
 from toolchain.validation import explain
 
 PASSES = "sora_compile.passes"

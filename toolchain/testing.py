@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from toolchain.accuracy.verify import Verification, verify
 from toolchain.errors import SoraCompileError
-from toolchain.verification import Verification, verify
 
 
 def assert_bundle(bundle: str | Path, *, goldens_of: str | Path | None = None) -> Verification:

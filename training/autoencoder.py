@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from toolchain.models.vae import OpenSoraVAE, as_frames, as_video
+from toolchain.models.open_sora_v1_2.vae import OpenSoraVAE, as_frames, as_video
 from training.grammar import FRAMES, Look, Scene, centres, draw, render, split
 from training.loop import Plan, generators, train
 from training.sizes import VAE

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from toolchain.models.attention import AttentionLeaf
-from toolchain.models.stdit3 import STDiT3
+from toolchain.models.open_sora_v1_2.attention import AttentionLeaf
+from toolchain.models.open_sora_v1_2.stdit3 import STDiT3
 from training.autoencoder import cached, load_vae
 from training.grammar import FRAMES, KINDS, LONG_FRAMES, SIZE, Scene, render, split
 from training.language import Tokenized, load_text_encoder

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from toolchain.models.t5 import T5Encoder
-from toolchain.models.vae import OpenSoraVAE
-from toolchain.sampler import initial_noise, sample
-from toolchain.schedule import timesteps
+from toolchain.formats.schedule import timesteps
+from toolchain.models.open_sora_v1_2.t5 import T5Encoder
+from toolchain.models.open_sora_v1_2.vae import OpenSoraVAE
+from toolchain.player.sampler import initial_noise, sample
 from training.autoencoder import load_vae, reconstruction
 from training.diffusion import Flow, load_flow
 from training.grammar import FRAMES, LONG_FRAMES, SIZE, Look, Scene, render, split

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from toolchain.models.t5 import T5Encoder
-from toolchain.text import prepare_prompt
-from toolchain.tokenizer import T5Tokenizer
+from toolchain.models.open_sora_v1_2.t5 import T5Encoder
+from toolchain.player.prompt import prepare_prompt
+from toolchain.player.tokenizer import T5Tokenizer
 from training.grammar import LABELS, Scene, scenes, split
 from training.loop import Plan, train
 from training.sizes import TEXT_TOKENS, text_encoder

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import nn
 
-from toolchain.models.stdit3 import STDiT3, STDiT3Config
-from toolchain.models.t5 import T5Config
-from toolchain.models.vae_config import OpenSoraVAEConfig, SpatialVAEConfig, TemporalVAEConfig
+from toolchain.models.open_sora_v1_2.stdit3 import STDiT3, STDiT3Config
+from toolchain.models.open_sora_v1_2.t5 import T5Config
+from toolchain.models.open_sora_v1_2.vae_config import OpenSoraVAEConfig, SpatialVAEConfig, TemporalVAEConfig
 
 TEXT_TOKENS = 24
 FPS = 24.0

@@ -10,8 +10,8 @@ from typing import Literal
 import torch
 
 from targets.streams import quiet
-from toolchain.blocks import Block, Port
-from toolchain.target import (
+from toolchain.ir.blocks import Block, Port
+from toolchain.ir.target import (
     Artifact,
     Engine,
     Target,

@@ -11,9 +11,9 @@ from coremltools.converters.mil.frontend.milproto.load import load as load_progr
 
 from targets.coreml.lower import port_dtype
 from targets.streams import quiet
-from toolchain.blocks import Block
 from toolchain.errors import LoweringError
-from toolchain.target import distinct_functions
+from toolchain.ir.blocks import Block
+from toolchain.ir.target import distinct_functions
 
 Interface = tuple[list[tuple[str, tuple[int, ...], str]], list[tuple[str, tuple[int, ...], str]]]
 

@@ -13,8 +13,8 @@ import torch
 from targets.coreml.package import Package
 from targets.exporting import reason
 from targets.streams import quiet
-from toolchain.blocks import Port
 from toolchain.errors import LoweringError
+from toolchain.ir.blocks import Port
 
 
 class CoreMLDevice:

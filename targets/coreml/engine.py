@@ -18,9 +18,9 @@ from targets.coreml.package import Package, agrees, describe
 from targets.coreml.program import Ref, Tensor
 from targets.coreml.values import MalformedError
 from targets.exporting import reason
-from toolchain.blocks import Port
 from toolchain.errors import LoweringError
-from toolchain.target import OpValue
+from toolchain.ir.blocks import Port
+from toolchain.ir.target import OpValue
 
 PIECE = 1 << 15
 """Elements that torch handles in one thread: on a busy machine, threads that wait for one another cost most."""

@@ -16,11 +16,11 @@ from coremltools.converters.mil.mil.passes.defs.quantization import FP16ComputeP
 from targets.coreml.canonical import canonicalise
 from targets.exporting import export, reason
 from targets.streams import quiet
-from toolchain.blocks import Block, Port
+from toolchain.accuracy.metrics import FLOAT16_MAX
 from toolchain.errors import LoweringError
-from toolchain.gate import FLOAT16_MAX
-from toolchain.memory import release
-from toolchain.target import Artifact, distinct_functions
+from toolchain.ir.blocks import Block, Port
+from toolchain.ir.target import Artifact, distinct_functions
+from toolchain.system.memory import release
 
 ANGLE_OPS = ("sin", "cos")
 PIECE = 1 << 20

@@ -9,8 +9,8 @@ import torch
 
 from targets.coreml.program import Function, Tensor, read_program
 from targets.coreml.values import MalformedError
-from toolchain.blocks import Port
 from toolchain.errors import LoweringError
+from toolchain.ir.blocks import Port
 
 
 class Package:

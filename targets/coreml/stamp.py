@@ -22,7 +22,7 @@ import torch
 from targets.coreml.schema import MODEL, read_model
 from targets.coreml.values import HEADER, SENTINEL
 from targets.stamping import Stretch, copy_with, cut, raw
-from toolchain.target import Artifact, Template, UnboundTemplateError
+from toolchain.ir.target import Artifact, Template, UnboundTemplateError
 
 WEIGHTS = Path("Data/com.apple.CoreML/weights/weight.bin")
 ALIGNMENT = 64

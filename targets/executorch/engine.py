@@ -10,9 +10,9 @@ import torch
 from executorch.runtime import Runtime, Verification
 
 from targets.streams import quiet
-from toolchain.blocks import Block, Port
 from toolchain.errors import LoweringError
-from toolchain.target import distinct_functions
+from toolchain.ir.blocks import Block, Port
+from toolchain.ir.target import distinct_functions
 
 
 class ExecuTorchEngine:

@@ -14,9 +14,9 @@ from executorch.exir.passes import MemoryPlanningPass
 
 from targets.exporting import export, reason
 from targets.streams import quiet
-from toolchain.blocks import Block
 from toolchain.errors import LoweringError
-from toolchain.target import Artifact, distinct_functions
+from toolchain.ir.blocks import Block
+from toolchain.ir.target import Artifact, distinct_functions
 
 CONFIGS = "executorch.backends.xnnpack.partition.config"
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from targets.stamping import Stretch, copy_with, cut, raw
-from toolchain.target import Artifact, Template, UnboundTemplateError
+from toolchain.ir.target import Artifact, Template, UnboundTemplateError
 
 
 @dataclass(frozen=True)

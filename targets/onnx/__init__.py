@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 
 from targets.streams import quiet
-from toolchain.blocks import Block, Port
-from toolchain.target import Artifact, Engine, Target, TargetConfig, Template, package_versions
+from toolchain.ir.blocks import Block, Port
+from toolchain.ir.target import Artifact, Engine, Target, TargetConfig, Template, package_versions
 
 
 class OnnxConfig(TargetConfig):

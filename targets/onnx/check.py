@@ -8,9 +8,9 @@ import onnx
 
 from targets.exporting import reason
 from targets.onnx import weights as store
-from toolchain.blocks import Block, Port
 from toolchain.errors import LoweringError
-from toolchain.target import distinct_functions
+from toolchain.ir.blocks import Block, Port
+from toolchain.ir.target import distinct_functions
 
 
 def check(folder: Path, block: Block) -> None:

@@ -11,9 +11,9 @@ import onnx
 import onnxruntime as ort
 import torch
 
-from toolchain.blocks import Port
 from toolchain.errors import LoweringError
-from toolchain.target import OpValue
+from toolchain.ir.blocks import Port
+from toolchain.ir.target import OpValue
 
 FATAL = 4
 """Log severity; whatever goes wrong is raised as well."""

@@ -22,9 +22,9 @@ from targets.onnx import weights as store
 from targets.onnx.naming import name_values
 from targets.onnx.translate import OPSET, TRANSLATIONS
 from targets.streams import quiet
-from toolchain.blocks import Block
 from toolchain.errors import LoweringError
-from toolchain.target import Artifact, distinct_functions
+from toolchain.ir.blocks import Block
+from toolchain.ir.target import Artifact, distinct_functions
 
 
 def lower(block: Block, weights: Mapping[str, torch.Tensor], out: Path) -> Artifact:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import ast
 from typing import Any
 
-from toolchain.blocks import Block
-from toolchain.target import STEP
+from toolchain.ir.blocks import Block
+from toolchain.ir.target import STEP
 
 SCOPES = "pkg.torch.onnx.name_scopes"
 """Where the exporter notes the modules that a node comes from, the outermost first, then the exported node."""

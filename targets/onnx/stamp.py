@@ -13,7 +13,7 @@ import torch
 
 from targets.onnx import weights as store
 from targets.stamping import Stretch, copy_with, cut, raw
-from toolchain.target import Artifact, Template, UnboundTemplateError
+from toolchain.ir.target import Artifact, Template, UnboundTemplateError
 
 
 def bind(artifact: Artifact, weights: Mapping[str, torch.Tensor]) -> Template:

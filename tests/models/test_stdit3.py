@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from toolchain.models.stdit3 import LoweredSTDiT3, STDiT3, STDiT3Config
+from toolchain.models.open_sora_v1_2.stdit3 import LoweredSTDiT3, STDiT3, STDiT3Config
 
 CASES = ["a", "b", "c", "c_allones", "e", "f_nomask"]
 

@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from passes.partition import Partition
-from toolchain.blocks import extract_blocks
-from toolchain.graph import Graph, Leaf, capture
-from toolchain.legalise import Legalise, LegaliseConfig
-from toolchain.models.gelu import gelu_sigmoid
-from toolchain.models.t5 import TIED, LoweredT5, T5Config, T5Encoder
-from toolchain.models.t5_leaves import RESIDUAL_SCALE, BiasedAttention, GatedMlp, PositionBias
+from toolchain.ir.blocks import extract_blocks
+from toolchain.ir.graph import Graph, Leaf, capture
+from toolchain.ir.legalise import Legalise, LegaliseConfig
+from toolchain.models.open_sora_v1_2.gelu import gelu_sigmoid
+from toolchain.models.open_sora_v1_2.t5 import TIED, LoweredT5, T5Config, T5Encoder
+from toolchain.models.open_sora_v1_2.t5_leaves import RESIDUAL_SCALE, BiasedAttention, GatedMlp, PositionBias
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 META = json.loads((GOLDEN / "t5.json").read_text())

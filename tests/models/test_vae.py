@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from toolchain.graph import Graph, LoweredForm, capture, compute_nodes, leaf_of
-from toolchain.legalise import Legalise, LegaliseConfig
-from toolchain.models.attention import AttentionLeaf
-from toolchain.models.vae import OpenSoraVAE, OpenSoraVAEConfig
-from toolchain.models.vae_conv import CausalConv3d, channels_to_frames
-from toolchain.models.vae_lowered import (
+from toolchain.ir.graph import Graph, LoweredForm, capture, compute_nodes, leaf_of
+from toolchain.ir.legalise import Legalise, LegaliseConfig
+from toolchain.models.open_sora_v1_2.attention import AttentionLeaf
+from toolchain.models.open_sora_v1_2.vae import OpenSoraVAE, OpenSoraVAEConfig
+from toolchain.models.open_sora_v1_2.vae_conv import CausalConv3d, channels_to_frames
+from toolchain.models.open_sora_v1_2.vae_lowered import (
     LoweredSpatialDecoder,
     LoweredSpatialEncoder,
     LoweredTemporalDecoder,

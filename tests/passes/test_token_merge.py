@@ -16,9 +16,9 @@ from torch import fx
 
 from passes.token_merge import TokenMerge, TokenMergeConfig, merge_frames, unmerge_frames
 from toolchain.errors import LoweringError
-from toolchain.graph import Graph, capture, leaf_of
-from toolchain.graph_text import graph_text
-from toolchain.models.stdit3 import LoweredSTDiT3, STDiT3, STDiT3Config
+from toolchain.ir.graph import Graph, capture, leaf_of
+from toolchain.ir.graph_text import graph_text
+from toolchain.models.open_sora_v1_2.stdit3 import LoweredSTDiT3, STDiT3, STDiT3Config
 
 SIZES: dict[str, int] = {"batch": 2, "frames": 3, "height": 4, "width": 6, "height_px": 32, "width_px": 48}
 

@@ -15,11 +15,11 @@ import torch
 
 import toolchain
 from benchmarks import synthetic
-from toolchain import describe
-from toolchain.bundle import Bundle
-from toolchain.eager import EagerPipeline
+from toolchain.accuracy.eager import EagerPipeline
+from toolchain.build import entries as describe
+from toolchain.formats.bundle import Bundle
+from toolchain.formats.recipe import Recipe, SamplerRecipe, parse_recipe
 from toolchain.player import Player
-from toolchain.recipe import Recipe, SamplerRecipe, parse_recipe
 
 ROOT = Path(__file__).parents[2]
 CONFIGS: dict[str, dict[str, Any]] = {

@@ -18,13 +18,13 @@ import pytest
 import torch
 from PIL import Image
 
-from toolchain import describe
-from toolchain.bundle import Bundle
-from toolchain.eager import EagerPipeline
+from toolchain.accuracy.eager import EagerPipeline
+from toolchain.build import entries as describe
+from toolchain.formats.bundle import Bundle
+from toolchain.formats.recipe import Recipe, parse_recipe
 from toolchain.player import Player
 from toolchain.player.trace import Trace
 from toolchain.player.video import to_bytes
-from toolchain.recipe import Recipe, parse_recipe
 
 pytestmark = pytest.mark.slow
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import av
 import pytest
 
-from toolchain.bundle import Bundle
+from toolchain.formats.bundle import Bundle
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("coremltools", "executorch", "onnx", "onnxruntime", "transformers", "diffusers", "toolchain.models")
@@ -31,7 +31,7 @@ bundle, out = sys.argv[1:]
 toolchain.play(bundle, "a red fox", out, seed=3)
 loaded = sorted(n for n in sys.modules if n.split(".")[:2] == ["toolchain", "models"])
 assert not loaded, loaded
-others = sorted({"coremltools", "onnx", "onnxruntime", "transformers", "toolchain.pipeline"} & sys.modules.keys())
+others = sorted({"coremltools", "onnx", "onnxruntime", "transformers", "toolchain.build.compile"} & sys.modules.keys())
 assert not others, others
 """
 
@@ -56,7 +56,7 @@ def test_plays_without_models_checkpoint_and_recipe(bundle: Bundle, tmp_path: Pa
 
 def test_the_refusal_of_models_works(tmp_path: Path) -> None:
     """Else the test above would prove nothing."""
-    for module in ("toolchain.models", "toolchain.models.vae"):
+    for module in ("toolchain.models", "toolchain.models.open_sora_v1_2.vae"):
         done = python(f"{WITHOUT_MODELS}\nimport {module}", cwd=tmp_path)
         assert done.returncode == 1
         assert "is not installed here" in done.stderr

@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 
 import toolchain
-from toolchain import describe
-from toolchain.bundle import Bundle, describe_file
+from toolchain.build import entries as describe
 from toolchain.cli import app
 from toolchain.errors import BundleError
+from toolchain.formats.bundle import Bundle, describe_file
+from toolchain.formats.recipe import parse_recipe
+from toolchain.ir.target import EngineUnavailableError
 from toolchain.player import Player
-from toolchain.recipe import parse_recipe
-from toolchain.target import EngineUnavailableError
 
 
 def hollow_bundle(data: dict[str, Any], source: Path, folder: Path) -> Path:

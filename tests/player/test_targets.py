@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from toolchain.bundle import Bundle
-from toolchain.eager import EagerPipeline
+from toolchain.accuracy.eager import EagerPipeline
+from toolchain.formats.bundle import Bundle
+from toolchain.formats.recipe import Recipe, TargetSpec
 from toolchain.player import Player
-from toolchain.recipe import Recipe, TargetSpec
 
 pytestmark = pytest.mark.slow
 

@@ -19,7 +19,7 @@ from coremltools.converters.mil import Builder as mb  # noqa: N813  its own name
 from coremltools.converters.mil.backend.mil.load import MILProtoExporter
 
 from targets.coreml.engine import CoreMLEngine
-from toolchain.blocks import Port
+from toolchain.ir.blocks import Port
 
 Arguments = Mapping[str, Any]
 Opset = Any

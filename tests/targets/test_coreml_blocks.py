@@ -15,10 +15,10 @@ from benchmarks import synthetic
 from targets.coreml import CoreMLConfig, CoreMLTarget
 from targets.coreml.engine import CoreMLEngine
 from targets.coreml.lower import _convert
-from toolchain.blocks import Block, Port
-from toolchain.components import sample_input
-from toolchain.lowering import plan
-from toolchain.recipe import Recipe, parse_recipe
+from toolchain.formats.recipe import Recipe, parse_recipe
+from toolchain.ir.blocks import Block, Port
+from toolchain.models.family import sample_input
+from toolchain.planning.plan import plan
 
 pytestmark = pytest.mark.slow
 

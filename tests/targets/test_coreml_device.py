@@ -16,8 +16,8 @@ from one_op import IOS18, floats, save
 from targets.coreml import CoreMLTarget
 from targets.coreml.device import CoreMLDevice
 from targets.coreml.engine import CoreMLEngine
-from toolchain.blocks import Port
 from toolchain.errors import LoweringError
+from toolchain.ir.blocks import Port
 
 X = torch.from_numpy(floats(3, 8))
 

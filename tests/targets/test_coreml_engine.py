@@ -25,8 +25,8 @@ from one_op import IOS18, floats, halves, save
 from targets.coreml.engine import CoreMLEngine
 from targets.coreml.ops import OPERATORS
 from targets.coreml.program import read_program
-from toolchain.blocks import Port
 from toolchain.errors import LoweringError
+from toolchain.ir.blocks import Port
 
 ROOT = Path(__file__).parents[2]
 WEIGHTS = Path("Data/com.apple.CoreML/weights/weight.bin")
@@ -112,7 +112,7 @@ import sys
 from pathlib import Path
 import torch
 from targets.coreml import CoreMLTarget
-from toolchain.blocks import Port
+from toolchain.ir.blocks import Port
 engine = CoreMLTarget().engine(Path({str(package)!r}), [], [Port("y", ())], device=False)
 assert engine("base", {{"x": torch.zeros(3, 8)}})["y"].shape == (3, 8)
 assert "coremltools" not in sys.modules

@@ -15,10 +15,10 @@ from torch import nn
 
 from passes.partition import Partition
 from targets.executorch import ExecuTorchTarget
-from toolchain.blocks import Block, extract_blocks
 from toolchain.errors import LoweringError
-from toolchain.graph import Input, Leaf, LoweredForm, capture, wire
-from toolchain.models.stdit3 import STDiT3, STDiT3Config
+from toolchain.ir.blocks import Block, extract_blocks
+from toolchain.ir.graph import Input, Leaf, LoweredForm, capture, wire
+from toolchain.models.open_sora_v1_2.stdit3 import STDiT3, STDiT3Config
 
 pytestmark = pytest.mark.slow
 

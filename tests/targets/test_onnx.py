@@ -21,8 +21,8 @@ import toolchain
 from targets.onnx import OnnxTarget
 from targets.onnx import weights as store
 from toolchain.errors import LoweringError
-from toolchain.graph import Leaf
-from toolchain.target import unique_weights
+from toolchain.ir.graph import Leaf
+from toolchain.ir.target import unique_weights
 
 pytestmark = pytest.mark.slow
 
@@ -213,7 +213,7 @@ sys.path[:0] = {path!r}
 from pathlib import Path
 import toolchain
 from targets.onnx import OnnxTarget
-from toolchain.target import unique_weights
+from toolchain.ir.target import unique_weights
 plan = toolchain.plan(toolchain.load_recipe("tiny", ["target=onnx"]))
 for component, name in (("transformer", "pair_0"), ("transformer", "embed"), ("vae", "temporal_0_8")):
     block = next(b for b in plan.components[component].blocks if b.name == name)

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import torch
 
-from toolchain.bundle import Bundle, load_bundle
 from toolchain.errors import BundleError
+from toolchain.formats.bundle import Bundle, load_bundle
+from toolchain.formats.schedule import Step
+from toolchain.player.prompt import prepare_prompt
 from toolchain.player.runner import ComponentRunner
+from toolchain.player.sampler import initial_noise, sample
+from toolchain.player.tokenizer import T5Tokenizer
 from toolchain.player.trace import Trace
 from toolchain.player.video import check_outputs, to_bytes, write_frames, write_video
 from toolchain.plugins import target_of
-from toolchain.sampler import initial_noise, sample
-from toolchain.schedule import Step
-from toolchain.text import prepare_prompt
-from toolchain.tokenizer import T5Tokenizer
 
 Progress = Callable[[str, int, int], None]
 """Told of a stage (``encode``, ``denoise``, ``decode``), how much of it is done, and how much there is."""

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 import torch
 from safetensors.torch import load_file
 
-from toolchain.blocks import Port
-from toolchain.bundle import Bundle
-from toolchain.manifest import BlockEntry, TensorSpec
+from toolchain.formats.bundle import Bundle
+from toolchain.formats.manifest import BlockEntry, TensorSpec
+from toolchain.ir.blocks import Port
+from toolchain.ir.target import Engine, Target
 from toolchain.player.trace import Trace
-from toolchain.target import Engine, Target
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32, "int32": torch.int32}
 

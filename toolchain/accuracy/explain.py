@@ -1,0 +1,57 @@
+"""``verify --explain``: a block of a bundle, walked step by step against its checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from toolchain.accuracy import goldens
+from toolchain.accuracy.metrics import unscaled
+from toolchain.accuracy.references import run_eager
+from toolchain.accuracy.verify import signatures
+from toolchain.accuracy.walk import Explanation, explain
+from toolchain.errors import BundleError, RecipeError
+from toolchain.formats.bundle import RECIPE_FILE, Bundle, load_bundle
+from toolchain.formats.recipe import load_recipe
+from toolchain.planning.plan import plan
+from toolchain.plugins import target_of
+from toolchain.weights.block_weights import BlockWeights
+from toolchain.weights.checkpoint import open_checkpoint
+
+
+def explain_block(bundle: Bundle | str | Path, name: str, *, base: str | Path = ".") -> tuple[Explanation, ...]:
+    """Walk every function of the block ``COMPONENT/BLOCK`` on its golden inputs.
+
+    The bundle's recipe says where the checkpoint is; relative paths are looked for in ``base``.
+
+    Raises:
+        RecipeError: there is no such block; lists those there are.
+        BundleError: the block has no goldens, or this version makes another block of the recipe.
+        CheckpointError: the checkpoint is not there.
+    """
+    bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
+    blocks = {f"{c}/{b.name}": (c, b) for c, part in bundle.manifest.components.items() for b in part.blocks}
+    if name not in blocks:
+        raise RecipeError(f"--explain {name}: no such block; there are {', '.join(blocks)}")
+    component, entry = blocks[name]
+    if entry.goldens is None or entry.accuracy is None:
+        raise BundleError(f"'{bundle.path}' has no goldens for {name}, since it was not executed when it was built")
+    recipe = load_recipe(bundle.path / RECIPE_FILE)
+    lowering = plan(recipe, base=base).components[component]
+    pairs = zip(lowering.blocks, lowering.reference, strict=True)
+    block, plain = next(((b, p) for b, p in pairs if b.name == entry.name), (None, None))
+    if block is None or plain is None or block.structure() != entry.structure:
+        raise BundleError(f"'{bundle.path}': this version makes another {name} of its recipe; build the bundle again")
+    checkpoint = open_checkpoint(recipe.components()[component].checkpoint, Path(base))
+    weights, own = (BlockWeights(b, checkpoint, lowering.definition.aliases) for b in (plain, block))
+    target, ports = target_of(bundle.manifest, component), signatures(entry)
+    engine = target.engine(bundle.path / entry.artifact, ports["base"].inputs, ports["base"].outputs)
+    tensors = load_file(bundle.path / entry.goldens.path)
+    found = []
+    for function in entry.functions:
+        stored = goldens.stored_for(tensors, function)
+        drawn = goldens.draw(function, stored, {p.name: p.shape for p in block.signatures[function].inputs})
+        case = run_eager(plain, function, weights, unscaled(drawn, block.inputs))
+        found.append(explain(block, own, case, engine, target, entry.accuracy[function].limit))
+    return tuple(found)

@@ -1,0 +1,126 @@
+"""Eager float32 runs of a component's blocks: realistic inputs for every block, and what it should give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from toolchain.ir.blocks import Block
+
+Weights = Mapping[str, torch.Tensor]
+Values = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One eager run of one function of a block, in the model's own scale.
+
+    ``ranges`` has the least and the largest number that each step of the block's graph gave.
+    """
+
+    function: str
+    inputs: Values
+    outputs: Values
+    ranges: Mapping[str, tuple[float, float]]
+
+
+class _Watched(fx.Interpreter):
+    """Runs a block's graph and notes every step's range."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module, garbage_collect_values=True)
+        self.ranges: dict[str, tuple[float, float]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n.op in ("call_module", "call_function") and isinstance(result, torch.Tensor) and result.is_floating_point():
+            low, high = result.aminmax()
+            self.ranges[n.name] = float(low), float(high)
+        return result
+
+
+def run_eager(block: Block, function: str, weights: Weights, inputs: Mapping[str, torch.Tensor]) -> Case:
+    """A function of ``block`` in PyTorch; ``inputs`` by port."""
+    own = function if function in block.functions else "base"
+    watched = _Watched(block.module(own, weights))
+    with torch.no_grad():
+        results = watched.run(*(inputs[p.name] for p in block.inputs))
+    outputs = dict(zip((p.name for p in block.outputs), results, strict=True))
+    return Case(function, dict(inputs), outputs, watched.ranges)
+
+
+class References:
+    """A graph's blocks run eagerly one after the other, each on what those before it gave.
+
+    Every function is run on several seeded inputs. Holds activations only, and only until their last use; runs
+    nothing before it is asked for, and each block once.
+
+    Args:
+        blocks: the graph's blocks, not legalised, in order; with ``representatives`` those alone are run.
+        functions: of the graph.
+        inputs: the component's inputs for a function and the number of a run.
+        runs: how many inputs a function is run on.
+        tables: values known at build time.
+        weights: reads a block's weights.
+        representatives: block → the block that stands for it in the chain. Blocks of one structure take and give
+            values of the same kind, so one may feed what another would.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        functions: Sequence[str],
+        inputs: Callable[[str, int], Values],
+        runs: int,
+        tables: Mapping[str, torch.Tensor],
+        weights: Callable[[Block], Weights],
+        representatives: Mapping[str, str] | None = None,
+    ) -> None:
+        stand_in = representatives or {b.name: b.name for b in blocks}
+        self._chain = [b for b in blocks if stand_in[b.name] == b.name]
+        self._stand_in = stand_in
+        self._weights = weights
+        self._done = 0
+        self._cases: dict[str, tuple[Case, ...]] = {}
+        self._values: dict[tuple[str, int], Values] = {}
+        self._start: Callable[[], dict[tuple[str, int], Values]] = lambda: {
+            (f, k): {f"inputs.{n}": v for n, v in inputs(f, k).items()} | {f"tables.{n}": v for n, v in tables.items()}
+            for f in functions
+            for k in range(runs)
+        }
+        self._last_use = {self._source(s): i for i, b in enumerate(self._chain) for s in b.sources.values()}
+
+    def cases(self, name: str) -> tuple[Case, ...]:
+        """All runs of a block of the chain: every function on every input. To be asked for in order, once.
+
+        Raises:
+            KeyError: the block stands for nobody, or its turn is over.
+        """
+        order = {b.name: i for i, b in enumerate(self._chain)}
+        if not self._values:
+            self._values = self._start()
+        while self._done <= order[name]:
+            self._cases = {self._chain[self._done].name: self._run(self._chain[self._done])}
+            self._done += 1
+        return self._cases[name]
+
+    def _run(self, block: Block) -> tuple[Case, ...]:
+        weights = dict(self._weights(block))
+        cases = []
+        for (function, _), values in self._values.items():
+            inputs = {p.name: values[self._source(block.sources[p.name])] for p in block.inputs}
+            case = run_eager(block, function, weights, inputs)
+            values |= {f"{block.name}.{k}": v for k, v in case.outputs.items()}
+            for source in [s for s in values if self._last_use.get(s, len(self._chain)) <= self._done]:
+                del values[source]
+            cases.append(case)
+        return tuple(cases)
+
+    def _source(self, source: str) -> str:
+        """Where a value comes from in the chain: a block that is not in it is stood in for."""
+        block, _, port = source.partition(".")
+        return f"{self._stand_in.get(block, block)}.{port}"

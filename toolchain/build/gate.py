@@ -1,0 +1,216 @@
+"""A block's passage through the gate, remembered by the store: what passed once is not executed again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from toolchain.accuracy import goldens
+from toolchain.formats import manifest as m
+from toolchain.ir.blocks import Block, scales
+from toolchain.build.artifacts import NAME, Builder
+from toolchain.models.family import sample_input
+from toolchain.errors import AccuracyError, LoweringError, RecipeError
+from toolchain.accuracy.metrics import FLOAT16_MAX, measure, require, worst
+from toolchain.ir.graph import Graph
+from toolchain.listener import Listener
+from toolchain.system.memory import release
+from toolchain.formats.recipe import Recipe
+from toolchain.accuracy.references import Case, References
+from toolchain.system.store import Entry, Made, key_of
+from toolchain.ir.target import Engine, EngineUnavailableError, Target
+
+GOLDENS = "goldens.safetensors"
+CROWDED = 0.5
+"""Share of float16's range from which on a user is told."""
+
+
+@dataclass(frozen=True)
+class Passed:
+    """What the gate found out about a block; ``goldens`` is the file to put into the bundle."""
+
+    accuracy: dict[str, m.Accuracy]
+    activations: dict[str, m.Activations]
+    goldens: Path
+
+
+class ComponentGate:
+    """Holds a component's artifacts against eager float32, in the order of its blocks.
+
+    Args:
+        tables: the component's values known at build time.
+    """
+
+    def __init__(
+        self, builder: Builder, recipe: Recipe, tables: Mapping[str, torch.Tensor], listener: Listener
+    ) -> None:
+        self._builder, self._recipe, self._tables, self._listener = builder, recipe, tables, listener
+        lowering = builder.lowering
+        self._limit = gate_limit(recipe, lowering.target)
+        self._plain = {b.name: b for b in lowering.reference}
+        self._stand_in = self._representatives()
+        self._references: dict[str, References] = {}
+        self._chain: dict[str, list[Any]] = {}
+        for graph in lowering.graphs:
+            names = graph.blocks()
+            references = self._start(graph)
+            chain: list[Any] = []
+            for name in names:
+                if self._stand_in[name] == name:
+                    plain = self._plain[name]
+                    chain = [*chain, [name, plain.structure(), builder.weights_digest(plain)]]
+                self._references[name] = references
+                self._chain[name] = chain
+
+    def _representatives(self) -> dict[str, str]:
+        """Block → the block that is executed for it; with gate ``every`` each for itself."""
+        if self._recipe.gate.mode == "every" or self._builder.direct:
+            return {name: name for name in self._plain}
+        first: dict[tuple[str, str], str] = {}
+        blocks = zip(self._builder.lowering.blocks, self._builder.lowering.reference, strict=True)
+        return {b.name: first.setdefault((b.structure(), plain.structure()), b.name) for b, plain in blocks}
+
+    def _start(self, graph: Graph) -> References:
+        recipe, names = self._recipe, set(graph.blocks())
+
+        def inputs(function: str, run: int) -> dict[str, torch.Tensor]:
+            generator = torch.Generator().manual_seed(recipe.gate.seed * 1000 + run)
+            return {spec.name: sample_input(spec, recipe, generator) for spec in graph.inputs_of(function)}
+
+        blocks = tuple(b for b in self._builder.lowering.reference if b.name in names)
+        functions = tuple(graph.functions)
+        stand_in = {name: self._stand_in[name] for name in names}
+        return References(blocks, functions, inputs, self._runs, self._tables, self._builder.weights, stand_in)
+
+    @property
+    def _runs(self) -> int:
+        """On how many inputs a function is executed; with gate ``structure`` once."""
+        return self._recipe.gate.inputs if self._recipe.gate.mode == "every" else 1
+
+    def needs(self, block: Block, artifact: Entry) -> bool:
+        """Whether the block is executed, or another one of its structure for it.
+
+        Raises:
+            LoweringError: another one was to be, but this one was lowered by itself, so its program may differ.
+        """
+        needed = self._stand_in[block.name] == block.name
+        if not needed and artifact.meta.get("unbound"):
+            raise LoweringError(
+                f"block '{block.name}' cannot be stamped ({artifact.meta['unbound']}), so gate 'structure' cannot "
+                "vouch for it; use gate 'every'"
+            )
+        return needed
+
+    def hold(self, block: Block, artifact: Entry) -> Passed | None:
+        """Execute a block's artifact, or take it from the store that it was.
+
+        With gate ``structure`` a program that was executed once is not executed again for another checkpoint. What
+        was measured then is not this checkpoint's, so it is none of the bundle's, whose bytes shall not depend on
+        what is in the store.
+
+        Returns:
+            What goes into the bundle; None with gate ``structure``, and where this machine has no engine.
+
+        Raises:
+            AccuracyError: names the block, the function, the figures and the step where it goes wrong.
+        """
+        gate, every = self._recipe.gate, self._recipe.gate.mode == "every"
+        program: dict[str, Any] = {
+            "artifact": artifact.key,
+            "chain": self._chain[block.name],
+            "tables": sorted(self._tables),
+        }
+        if not (every or self._builder.direct):
+            plain = self._plain[block.name].structure()
+            program = {"template": self._builder.template_key(block), "plain": plain}
+        key = key_of(program | {"inputs": [gate.seed, self._runs]})
+        try:
+            found = self._builder.store.obtain("gates", key, lambda folder: self._execute(block, artifact, folder))
+        except EngineUnavailableError as e:
+            self._listener.remark(f"{self._builder.lowering.target.name}: not executed: {e}")
+            return None
+        accuracy = {f: m.Accuracy(**a | {"limit": self._limit}) for f, a in found.meta["accuracy"].items()}
+        for function, figures in accuracy.items():
+            try:
+                require(f"block '{block.name}', function '{function}'", figures)
+            except AccuracyError as e:
+                raise AccuracyError(f"{e}; {self._explain(block, artifact, function)}") from e
+        activations = {f: m.Activations(**a) for f, a in found.meta["activations"].items()}
+        self._warn(block, activations)
+        return Passed(accuracy, activations, found.data / GOLDENS) if every else None
+
+    def _engine(self, block: Block, artifact: Entry) -> Engine:
+        target = self._builder.lowering.target
+        return target.engine(artifact.data / f"{NAME}{target.suffix}", block.inputs, block.outputs)
+
+    def _execute(self, block: Block, artifact: Entry, folder: Path) -> Made:
+        functions: Sequence[str] = artifact.meta["functions"]
+        engine = self._engine(block, artifact)
+        cases = self._references[block.name].cases(block.name)
+        accuracy = measure(block, functions, engine, cases, self._limit)
+        if self._recipe.gate.mode == "every":
+            plain = self._plain[block.name]
+            chosen = goldens.golden_cases(block, plain, functions, cases, self._builder.weights(plain))
+            goldens.write(folder / GOLDENS, block, chosen)
+            again = [f for f, (_, case) in chosen.items() if not any(case is c for c in cases)]
+            on_goldens = goldens.run(folder / GOLDENS, block.signatures, again, engine, self._limit)
+            accuracy = {f: worst([a, on_goldens.get(f, a)]) for f, a in accuracy.items()}
+        release()
+        return Made(
+            {
+                "accuracy": {f: a.model_dump() for f, a in accuracy.items()},
+                "activations": {f: _activations(block, cases, f) for f in functions},
+            }
+        )
+
+    def _explain(self, block: Block, artifact: Entry, function: str) -> str:
+        """Show the table of a function's steps; says which of them is to blame."""
+        from toolchain.accuracy.walk import explain
+
+        case = next(c for c in self._references[block.name].cases(block.name) if c.function == function)
+        target, engine = self._builder.lowering.target, self._engine(block, artifact)
+        found = explain(block, self._builder.weights(block), case, engine, target, self._limit)
+        self._listener.remark(found.text())
+        return found.verdict
+
+    def _warn(self, block: Block, activations: Mapping[str, m.Activations]) -> None:
+        if self._builder.lowering.target.precision != "float16":
+            return
+        for function, found in activations.items():
+            peak = max(abs(found.low), abs(found.high))
+            if peak > CROWDED * FLOAT16_MAX:
+                self._listener.remark(
+                    f"{block.component}/{block.name}: function '{function}' reaches {peak:.3g} at {found.step}; "
+                    f"float16 ends at {FLOAT16_MAX:.0f}"
+                )
+
+
+def _activations(block: Block, cases: Sequence[Case], function: str) -> dict[str, Any]:
+    """The range of a function's activations over its runs, scaled as the artifact scales them."""
+    scale = {n.name: s for n, s in scales(block.functions.get(function, block.functions["base"])).items()}
+    ranges = [
+        (low * scale.get(step, 1.0), high * scale.get(step, 1.0), step)
+        for case in cases
+        if case.function == function
+        for step, (low, high) in case.ranges.items()
+    ]
+    step = max(ranges, key=lambda r: max(abs(r[0]), abs(r[1])))[2] if ranges else ""
+    low, high = min((r[0] for r in ranges), default=0.0), max((r[1] for r in ranges), default=0.0)
+    return {"low": float(f"{low:.4g}"), "high": float(f"{high:.4g}"), "step": step}
+
+
+def gate_limit(recipe: Recipe, target: Target) -> float:
+    """The gate's limit for the target's precision.
+
+    Raises:
+        RecipeError: the recipe gives none.
+    """
+    limits = recipe.gate.max_relative_error
+    if target.precision not in limits:
+        hint = f"add '{target.precision}: 0.001' or the like"
+        raise RecipeError(f"gate.max_relative_error: no limit for {target.precision}; {hint}")
+    return limits[target.precision]

@@ -1,0 +1,62 @@
+"""The protocol of a pass: Graph → Graph, with a frozen config that round-trips to text."""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+from typing import ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+from toolchain.errors import LoweringError
+from toolchain.ir.graph import Graph
+
+
+class PassConfig(BaseModel):
+    """Base of a pass's options: frozen and strict, so that its JSON is both cache key and record."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+@dataclass(frozen=True)
+class PassResult:
+    graph: Graph
+    modified: bool
+
+
+class Pass(abc.ABC):
+    """A pure rewrite of a :class:`Graph`.
+
+    The three steps are those of ``torch.fx.passes.infra.PassBase``, over a graph with several functions,
+    and ``ensures`` sees the result, not the argument. Raise :class:`~toolchain.errors.LoweringError`
+    with the node's name when a graph does not fit.
+    """
+
+    name: ClassVar[str]
+    Config: ClassVar[type[PassConfig]] = PassConfig
+
+    def __init__(self, config: PassConfig | None = None) -> None:
+        self.config = config if config is not None else self.Config()
+
+    def __call__(self, graph: Graph) -> PassResult:
+        try:
+            self.requires(graph)
+            result = self.call(graph)
+            self.ensures(result.graph)
+        except LoweringError as e:
+            raise LoweringError(f"pass '{self.name}' on {graph.component}: {e}") from e
+        return result
+
+    def requires(self, graph: Graph) -> None:
+        """Raise if ``graph`` lacks what the pass needs."""
+
+    @abc.abstractmethod
+    def call(self, graph: Graph) -> PassResult:
+        """Return the rewritten graph; never edit ``graph`` itself."""
+
+    def ensures(self, graph: Graph) -> None:
+        """Raise if the pass did not do what it promises."""
+
+    def __str__(self) -> str:
+        options = self.config.model_dump_json(exclude_defaults=True)
+        return self.name if options == "{}" else f"{self.name}{options}"

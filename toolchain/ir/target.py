@@ -1,0 +1,180 @@
+"""The protocol of a target: what turns a block into an artifact, and runs it."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from toolchain.errors import ResourceError
+from toolchain.ir.blocks import Block, Port
+
+STEP = "__"
+"""Between the name of a step of a block's graph and an operator's, in the names of an artifact's values."""
+
+
+class TargetConfig(BaseModel):
+    """Base of a target's options. ``precision`` is what weights are stored and computed in."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    precision: Any = "float32"
+
+
+class EngineUnavailableError(ResourceError):
+    """This machine cannot execute artifacts of the target; says why and where it can be done."""
+
+
+class Engine(Protocol):
+    """An artifact, loaded: call a function with tensors by port name, get tensors by port name."""
+
+    def __call__(self, function: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]: ...
+
+
+@dataclass(frozen=True)
+class OpValue:
+    """One output of an operator, as an engine's ``trace`` met it.
+
+    ``dtype`` is what the artifact declares; ``inputs`` are the names of the values that the operator was given,
+    constants included.
+    """
+
+    name: str
+    op: str
+    dtype: str
+    value: torch.Tensor
+    inputs: tuple[str, ...]
+
+
+class TracingEngine(Engine, Protocol):
+    """An engine that can show what every operator gives."""
+
+    def trace(self, function: str, inputs: Mapping[str, torch.Tensor]) -> Iterator[OpValue]: ...
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What ``lower`` or ``stamp`` wrote: a file or, for packages, a folder at ``path``, holding ``functions``.
+
+    ``digests`` are the sha256 of its files as far as they are known already, by path.
+    """
+
+    path: Path
+    functions: tuple[str, ...]
+    digests: Mapping[Path, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Template:
+    """A lowered structure without weights: an artifact out of which they were cut, and where each of them lay.
+
+    ``slots`` is the target's own, in plain data as JSON has it; ``stamp`` reads it. ``constants`` describes what
+    looks like a weight and is none: it must be the same whatever the weights, or the template is refused.
+    """
+
+    artifact: Artifact
+    slots: Any
+    constants: Any = None
+
+
+class UnboundTemplateError(Exception):
+    """A template's weights cannot all be found, each in one place; the structure is lowered block by block."""
+
+
+class Target(abc.ABC):
+    """Lowers blocks to one kind of artifact.
+
+    A target imports its converter only inside its methods, so that ``sora-compile plan`` and the player
+    never pay for it.
+    """
+
+    name: ClassVar[str]
+    suffix: ClassVar[str]
+    Config: ClassVar[type[TargetConfig]]
+
+    def __init__(self, config: TargetConfig | None = None) -> None:
+        self.config = config if config is not None else self.Config()
+
+    @property
+    def precision(self) -> str:
+        return str(self.config.precision)
+
+    @property
+    @abc.abstractmethod
+    def rules(self) -> tuple[str, ...]:
+        """Legalisation rules that the target needs (see ``toolchain.ir.legalise``)."""
+
+    @abc.abstractmethod
+    def lower(self, block: Block, weights: Mapping[str, torch.Tensor], out: Path) -> Artifact:
+        """Lower all functions of ``block`` with ``weights`` (float32, by the block's names) into ``out``.
+
+        Raises:
+            LoweringError: names the block, the function and, where known, the operator.
+        """
+
+    @abc.abstractmethod
+    def bind(self, artifact: Artifact, weights: Mapping[str, torch.Tensor]) -> Template:
+        """Find every weight in an artifact that was lowered with the unique ``weights``, and cut it out.
+
+        Raises:
+            UnboundTemplateError: a weight is not found, or what is found is ambiguous.
+        """
+
+    @abc.abstractmethod
+    def stamp(self, template: Template, weights: Mapping[str, torch.Tensor], out: Path) -> Artifact:
+        """Write the template's artifact with ``weights``: byte for byte what ``lower`` gives for them.
+
+        Weights are of any floating dtype. They are taken one after the other, so that ``weights`` may read each
+        from disk when it is asked for, and what was written is compared with each.
+
+        (Where ``lower`` simplifies degenerate weights, such as a bias of zeros, the template's structure is
+        kept: the numbers are the same, the bytes are not.)
+
+        Raises:
+            LoweringError: a weight is not finite, or not in the target's precision; names it.
+        """
+
+    @abc.abstractmethod
+    def check(self, path: Path, block: Block) -> None:
+        """Load an artifact back and hold its functions and ports against the block's.
+
+        Raises:
+            LoweringError: names what differs.
+        """
+
+    @abc.abstractmethod
+    def engine(self, path: Path, inputs: Sequence[Port], outputs: Sequence[Port]) -> Engine:
+        """Load an artifact for execution on this machine.
+
+        Raises:
+            EngineUnavailableError: this machine cannot.
+        """
+
+    @abc.abstractmethod
+    def versions(self) -> dict[str, str]:
+        """Versions of the tools that decide an artifact's bytes."""
+
+
+def unique_weights(block: Block, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random weights in which every tensor differs from every other, to build a template with."""
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(source.shape, generator=generator) for name, source in block.weights.items()}
+
+
+def package_versions(*names: str) -> dict[str, str]:
+    """Installed versions of distributions, for :meth:`Target.versions`."""
+    from importlib.metadata import version
+
+    return {name: version(name) for name in names}
+
+
+def distinct_functions(block: Block) -> tuple[str, ...]:
+    """The block's functions without those that compute the same as ``base`` (no token merged in them)."""
+    from toolchain.ir.graph_text import function_text
+
+    base = function_text(block.functions["base"], "")
+    return tuple(n for n, gm in block.functions.items() if n == "base" or function_text(gm, "") != base)

@@ -1,0 +1,240 @@
+"""Rectified-flow sampling: noise → latents, one denoiser call a step (Open-Sora v1.2, On-device Sora).
+
+The loop works on numpy arrays and on torch tensors alike and imports torch for neither: engines of
+artifacts answer in numpy, the eager reference model in torch, and both must run the very same loop.
+It knows no model, only a :class:`Denoiser`.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from toolchain.errors import RecipeError
+from toolchain.formats.schedule import (
+    NUM_TRAIN_TIMESTEPS,
+    DynamicLeap,
+    LeapState,
+    StaticLeap,
+    Step,
+    float32,
+    plan_steps,
+)
+
+Array: TypeAlias = Any
+"""A float32 numpy array or torch tensor."""
+
+
+class Denoiser(Protocol):
+    """The model with its prompt bound: predicts for the conditional and the unconditional half at once."""
+
+    def __call__(self, z_pair: Array, t: float, x_mask: Array | None, merged: bool, /) -> Array:
+        """One call.
+
+        Args:
+            z_pair: latents ``[2n, C, T, H, W]``: n videos with their prompt, then the same without.
+            t: the timestep, 1000 … 0, the same for all of the batch.
+            x_mask: bool ``[2n, T]``, False for frames that are given and clean; None without conditions.
+            merged: run the function with token merging.
+
+        Returns:
+            ``[2n, C or 2C, T, H, W]``; the first C channels are the velocity.
+        """
+
+
+def sample(
+    denoiser: Denoiser,
+    z: Array,
+    timesteps: Sequence[float],
+    *,
+    guidance: float,
+    leap: StaticLeap | DynamicLeap | None = None,
+    merged_steps: int = 0,
+    mask: Array | None = None,
+    noise: Callable[[int], Array] | None = None,
+    on_step: Callable[[Step, Array], None] | None = None,
+    num_train_timesteps: int = NUM_TRAIN_TIMESTEPS,
+) -> Array:
+    """Integrate z from noise to video: z ← z + v·dt with v = u + guidance·(c - u) at every step.
+
+    Args:
+        denoiser: called once a step.
+        z: noise ``[n, C, T, H, W]``; given frames hold their clean latents. float32; not changed.
+        timesteps: of the whole schedule, as from :func:`toolchain.formats.schedule.timesteps`.
+        guidance: classifier-free guidance scale s.
+        leap: when to end early (LPL).
+        merged_steps: the first so many steps run with token merging (TDTM).
+        mask: ``[n, T]``: 1 for frames to make, 0 for given ones, m between for given frames that are
+            noised and denoised along once t <= 1000·m.
+        noise: step index → Gaussian noise in the shape of z, wanted with ``mask``. Asked for at every
+            step, needed or not, so that recorded noise stays in step as with the official sampler.
+        on_step: called after every step with the step that was made and the new z.
+        num_train_timesteps: the timestep that is pure noise.
+
+    Returns:
+        The latents ``[n, C, T, H, W]``, of the kind of ``z``.
+
+    Raises:
+        RecipeError: the leap does not fit the steps or the batch; ``merged_steps`` is out of range; a
+            mask has the wrong shape or comes without noise.
+        ValueError: the denoiser's prediction has the wrong shape.
+    """
+    n, z = z.shape[0], _like(z, z)
+    plan = plan_steps(timesteps, num_train_timesteps=num_train_timesteps)
+    if isinstance(leap, DynamicLeap) and n > 1:
+        raise RecipeError(f"a dynamic leap ends each video at its own step; sample one at a time, not {n}")
+    if not 0 <= merged_steps <= len(plan):
+        raise RecipeError(f"merged_steps is {merged_steps}; choose 0 to {len(plan)}, the number of steps")
+    state = LeapState(leap, len(plan))
+    conditions = None if mask is None else _Conditions(mask, noise, z, num_train_timesteps)
+    for step in plan:
+        x0, x_mask, shown = z, None, None
+        if conditions is not None:
+            z, shown = conditions.before(step, z)
+            x_mask = _join(shown, shown)
+        prediction = denoiser(_join(z, z), step.t, x_mask, step.index < merged_steps)
+        velocity = _guided(_like(z, prediction), z, float(guidance))
+        if state.observe(step.index, velocity[0]):
+            step = step.leaping(num_train_timesteps)
+        z = z + velocity * step.dt
+        if shown is not None:
+            z = _where(_per_frame(shown), z, x0)
+        if on_step is not None:
+            on_step(step, z)
+        if step.leap:
+            break
+    return z
+
+
+def _guided(prediction: Array, z: Array, guidance: float) -> Array:
+    """v = u + s·(c - u) from the conditional half c and the unconditional half u."""
+    n, channels = z.shape[:2]
+    wanted = [(2 * n, c, *z.shape[2:]) for c in (channels, 2 * channels)]
+    if tuple(prediction.shape) not in wanted:
+        raise ValueError(f"the denoiser returned {tuple(prediction.shape)}; wanted {wanted[0]} or {wanted[1]}")
+    conditional, unconditional = prediction[:n, :channels], prediction[n:, :channels]
+    return unconditional + guidance * (conditional - unconditional)
+
+
+class _Conditions:
+    """Frames given as condition: which take part at a step, and the noise they start from.
+
+    A frame takes part while mask·1000 >= t. When it begins to, it gets noise:
+    (1 - t/1000)·x0 + (t/1000)·noise. Frames that do not take part stay as they are, so a frame that a
+    leap passes by stays clean, as given.
+    """
+
+    def __init__(self, mask: Array, noise: Callable[[int], Array] | None, z: Array, scale: int) -> None:
+        if tuple(mask.shape) != (z.shape[0], z.shape[2]):
+            raise RecipeError(f"mask is {tuple(mask.shape)}; it must be {(z.shape[0], z.shape[2])}: videos, frames")
+        if noise is None:
+            raise RecipeError("a mask needs noise for the given frames; pass noise, as step_noise(seed, shape)")
+        self.until = _like(z, mask) * scale
+        self.begun = _like(z, mask) == 1
+        self.noise = noise
+        self.scale = scale
+
+    def before(self, step: Step, z: Array) -> tuple[Array, Array]:
+        """z as the denoiser shall see it, and bool ``[n, T]``: the frames that take part."""
+        noise = _like(z, self.noise(step.index))
+        share = float32(step.t / self.scale)
+        noised = z * float32(1.0 - share) + noise * share
+        taking_part = self.until >= step.t
+        z = _where(_per_frame(taking_part & ~self.begun), noised, z)
+        self.begun = taking_part
+        return z, taking_part
+
+
+def _per_frame(flags: Array) -> Array:
+    """``[n, T]`` → ``[n, 1, T, 1, 1]``."""
+    return flags[:, None, :, None, None]
+
+
+def _namespace(z: Array) -> Any:
+    """The module that made ``z``; torch is loaded already if there is a tensor of it."""
+    return np if isinstance(z, np.ndarray) else sys.modules["torch"]
+
+
+def _join(a: Array, b: Array) -> Array:
+    return _namespace(a).concatenate([a, b])
+
+
+def _where(condition: Array, a: Array, b: Array) -> Array:
+    return _namespace(a).where(condition, a, b)
+
+
+def _like(z: Array, values: Array) -> Array:
+    """``values`` as float32, of the kind and on the device of ``z``."""
+    if isinstance(z, np.ndarray):
+        if not isinstance(values, np.ndarray):
+            values = values.detach().float().cpu().numpy()
+        return values.astype(np.float32, copy=False)
+    torch = _namespace(z)
+    return torch.as_tensor(values, dtype=torch.float32, device=z.device)
+
+
+def initial_noise(seed: int, shape: Sequence[int]) -> npt.NDArray[np.float32]:
+    """The noise that a video starts from; see :func:`gaussian`. Errors as there."""
+    return gaussian(seed, shape, stream=0)
+
+
+def step_noise(seed: int, shape: Sequence[int]) -> Callable[[int], npt.NDArray[np.float32]]:
+    """Noise for :func:`sample` with a mask: step i draws stream i + 1 of :func:`gaussian`."""
+    return lambda index: gaussian(seed, shape, stream=index + 1)
+
+
+def gaussian(seed: int, shape: Sequence[int], *, stream: int = 0) -> npt.NDArray[np.float32]:
+    """Standard normal float32 numbers that any device can make again, in any order and in parts.
+
+    Element e of the array, counted row-major over all dimensions, comes from block b = e div 4, e mod 4:
+
+    1. Philox 4x32-10 with counter (b mod 2^32, b div 2^32, stream, 0) and key (seed mod 2^32, seed div 2^32)
+       gives four unsigned 32-bit words w0 … w3.
+    2. In float64: each pair (w0, w1) and (w2, w3), here (p, q), becomes u = (p + 1) / 2^32 in (0, 1] and
+       a = 2·pi·(q / 2^32), then r = sqrt(-2·ln u), and the two numbers r·cos a, r·sin a (Box-Muller).
+    3. Elements 0, 1 are of the first pair, 2, 3 of the second; each is rounded to float32 once.
+
+    The integers are exact everywhere. The float64 functions of two platforms may differ in the last of 53
+    bits, which changes the float32 result about once in 10^8 numbers, and then by one unit in the last place.
+
+    Args:
+        seed: 0 … 2^64 - 1.
+        shape: of the result; a new shape with as many elements holds the same numbers.
+        stream: 0 … 2^32 - 1; independent noise for each.
+
+    Raises:
+        RecipeError: ``seed`` or ``stream`` is out of range.
+    """
+    for name, value, bits in (("seed", seed, 64), ("stream", stream, 32)):
+        if not 0 <= value < 1 << bits:
+            raise RecipeError(f"{name} is {value}; it must be 0 to 2^{bits} - 1")
+    count = math.prod(shape)
+    block = np.arange(-(-count // 4), dtype=np.uint64)
+    constant = np.full_like(block, stream), np.zeros_like(block)
+    words = _philox4x32((block & _LOW, block >> _HALF, *constant), (seed & 0xFFFFFFFF, seed >> 32))
+    p, q = np.stack(words[0::2], axis=1), np.stack(words[1::2], axis=1)
+    radius = np.sqrt(-2.0 * np.log((p.astype(np.float64) + 1.0) / 2.0**32))
+    angle = 2.0 * math.pi * (q.astype(np.float64) / 2.0**32)
+    pairs = np.stack((radius * np.cos(angle), radius * np.sin(angle)), axis=2)
+    return pairs.reshape(-1)[:count].astype(np.float32).reshape(tuple(shape))
+
+
+_LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
+_Words: TypeAlias = tuple[npt.NDArray[np.uint64], ...]
+
+
+def _philox4x32(counter: _Words, key: tuple[int, int]) -> _Words:
+    """Philox 4x32-10 (Salmon et al., SC 2011) on many counters; 32-bit words held in uint64."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        product0, product1 = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
+        c0, c1 = (product1 >> _HALF) ^ c1 ^ np.uint64(k0), product1 & _LOW
+        c2, c3 = (product0 >> _HALF) ^ c3 ^ np.uint64(k1), product0 & _LOW
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return c0, c1, c2, c3

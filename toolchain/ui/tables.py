@@ -1,0 +1,273 @@
+"""Plans and bundles as tables for people and as plain data for machines."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from toolchain.build.entries import sampler
+from toolchain.formats.bundle import Bundle
+from toolchain.formats.manifest import BlockEntry, Manifest
+from toolchain.ir.target import distinct_functions
+from toolchain.planning.plan import Lowering, Plan
+
+if TYPE_CHECKING:
+    from toolchain.accuracy.diff import Comparison
+    from toolchain.accuracy.verify import Verification
+    from toolchain.accuracy.walk import Explanation
+    from toolchain.system.store import Store
+
+
+def size(count: float) -> str:
+    """Bytes for people: ``85.1 MB``."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def runs(rate: str) -> str:
+    """How often a block runs, for people."""
+    unit = {"chunk": "chunk of latents", "frames": "group of frames"}.get(rate, rate.replace("_", " "))
+    return f"each {unit}"
+
+
+def plan_json(planned: Plan) -> dict[str, Any]:
+    """A plan as plain data."""
+    steps = sampler(planned.recipe).steps
+    return {
+        "name": planned.recipe.name,
+        "target": planned.target.name,
+        "denoiser_calls": len(steps),
+        "merged_calls": sum(s.function == "merged" for s in steps),
+        "components": {name: _component_json(c) for name, c in planned.components.items()},
+    }
+
+
+def _component_json(lowering: Lowering) -> dict[str, Any]:
+    return {
+        "precision": lowering.target.precision,
+        "dims": dict(lowering.graphs[0].dims),
+        "passes": [str(p) for p in lowering.passes],
+        "parameters": lowering.parameters,
+        "weight_bytes": int(lowering.parameters * lowering.bytes_per_weight),
+        "distinct_structures": len({b.structure() for b in lowering.blocks}),
+        "blocks": [
+            {
+                "name": b.name,
+                "rate": b.rate,
+                "resident": b.name in lowering.resident,
+                "functions": list(distinct_functions(b)),
+                "parameters": b.parameters,
+                "weight_bytes": int(b.parameters * lowering.bytes_per_weight),
+                "structure": b.structure(),
+                "inputs": {p.name: {"shape": list(p.shape), "source": b.sources[p.name]} for p in b.inputs},
+                "outputs": {p.name: {"shape": list(p.shape)} for p in b.outputs},
+            }
+            for b in lowering.blocks
+        ],
+    }
+
+
+def plan_table(planned: Plan) -> RenderableType:
+    """A plan for people."""
+    data = plan_json(planned)
+    groups: list[RenderableType] = []
+    for name, component in data["components"].items():
+        table = Table(title=f"{name}, in the order in which it runs", title_justify="left")
+        for column in ("block", "runs", "functions", "parameters", "bytes", "structure", "in memory"):
+            table.add_column(column, justify="right" if column in ("parameters", "bytes") else "left")
+        for b in component["blocks"]:
+            each = (
+                f"{b['parameters']:,}",
+                size(b["weight_bytes"]),
+                b["structure"][:8],
+                "kept" if b["resident"] else "loaded each time",
+            )
+            table.add_row(b["name"], runs(b["rate"]), ", ".join(b["functions"]), *each)
+        groups.append(table)
+        groups.append(
+            Text(
+                f"{component['parameters']:,} parameters, {size(component['weight_bytes'])} "
+                f"of {component['precision']} in {len(component['blocks'])} blocks "
+                f"of {component['distinct_structures']} structures"
+            )
+        )
+    video, dims = planned.recipe.video, data["components"]["transformer"]["dims"]
+    groups.append(
+        Text(
+            f"{video.frames} frames of {video.width}×{video.height} at {video.fps}/s: "
+            f"latents {dims['T']}×{dims['H']}×{dims['W']}, {dims['N']} tokens; "
+            f"{data['denoiser_calls']} denoiser calls, {data['merged_calls']} of them merged; "
+            f"{planned.target.name}"
+        )
+    )
+    return Group(*groups)
+
+
+def bundle_json(bundle: Bundle) -> dict[str, Any]:
+    """A bundle as plain data: its manifest, where it is and how large it is."""
+    return {
+        "bundle": str(bundle.path),
+        "bytes": sum(f.bytes for f in bundle.files()),
+        "manifest": bundle.manifest.model_dump(mode="json"),
+    }
+
+
+def bundle_summary(bundle: Bundle) -> RenderableType:
+    """What a build ends with: the bundle's path on a line of its own, and a line about it."""
+    m = bundle.manifest
+    blocks = sum(len(c.blocks) for c in m.components.values())
+    total = sum(f.bytes for f in bundle.files())
+    return Text(f"{bundle.path}\n{m.target.name}: {blocks} blocks, {size(total)}; {_proof(m)}")
+
+
+def _proof(m: Manifest) -> str:
+    """What was executed, in a few words."""
+    every = [a for c in m.components.values() for b in c.blocks for a in (b.accuracy or {}).values()]
+    worst = max((a.relative_error for a in every), default=0.0)
+    what = {
+        "every": f"all executed, largest relative error {worst:.2g}",
+        "structure": "one of each structure executed, the others' weights checked",
+        "none": "NOT executed, as asked for",
+        "interface": "interfaces checked, not executed here",
+    }[m.gate.mode]
+    return what + (f", video {m.golden.psnr_db:.1f} dB" if m.golden is not None else "")
+
+
+def bundle_table(bundle: Bundle) -> RenderableType:
+    """A bundle for people."""
+    m = bundle.manifest
+    groups: list[RenderableType] = []
+    for name, component in m.components.items():
+        table = Table(title=f"{name}, {component.precision}, in the order in which it runs", title_justify="left")
+        for column in ("block", "runs", "functions", "parameters", "bytes", "relative error", "inputs from"):
+            table.add_column(column, justify="right" if column in ("parameters", "bytes") else "left")
+        for b in component.blocks:
+            sources = dict.fromkeys(i.source.split(".")[0] for i in b.inputs)
+            figures = (f"{b.parameters:,}", size(sum(f.bytes for f in b.files)))
+            table.add_row(b.name, runs(b.rate), ", ".join(b.functions), *figures, _errors(b), ", ".join(sources))
+        groups.append(table)
+    g, s = m.geometry, m.sampler
+    leap = f", leap: {s.leap.kind}" if s.leap is not None else ""
+    merged = sum(step.function == "merged" for step in s.steps)
+    lines = [
+        f"{m.name} ({m.model}), {m.target.name}, {size(sum(f.bytes for f in bundle.files()))}",
+        f"{g.frames} frames of {g.width}×{g.height} at {g.fps}/s, "
+        f"latents {g.latent_frames}×{g.latent_height}×{g.latent_width}",
+        f"{len(s.steps)} denoiser calls, {merged} of them merged, guidance {s.guidance}{leap}",
+        f"gate: {m.gate.mode}; built with {', '.join(f'{k} {v}' for k, v in m.tools.items())}",
+    ]
+    return Group(*groups, Text("\n".join(lines)))
+
+
+def _errors(block: BlockEntry) -> str:
+    if block.accuracy is None:
+        return "not executed"
+    return ", ".join(f"{a.relative_error:.2g}" for a in block.accuracy.values())
+
+
+def verification_json(found: Verification) -> dict[str, Any]:
+    """What ``verify`` found, as plain data."""
+    return {
+        "bundle": str(found.bundle),
+        "passed": not found.failed,
+        "checks": [asdict(c) | {"passed": c.passed} for c in found.checks],
+        "unchecked": list(found.unchecked),
+    }
+
+
+def verification_table(found: Verification) -> RenderableType:
+    """What ``verify`` found, for people."""
+    table = Table(title=f"{found.bundle} against its goldens", title_justify="left")
+    for column in ("block", "function", "now", "when built", "limit", ""):
+        table.add_column(column, justify="right" if column in ("now", "when built", "limit") else "left")
+    for c in found.checks:
+        unit = " dB" if not c.function else ""
+        figures = (f"{v:.3g}{unit}" for v in (c.now, c.built, c.limit))
+        table.add_row(f"{c.component}/{c.block}", c.function, *figures, "ok" if c.passed else "FAILED")
+    lines = [f"{len(found.checks)} checks, {len(found.failed)} failed; all files are what was built"]
+    if found.unchecked:
+        lines.append(f"{len(found.unchecked)} blocks have no goldens: another of their structure was executed")
+    return Group(table, Text("\n".join(lines)))
+
+
+def explanation_json(found: Sequence[Explanation]) -> list[dict[str, Any]]:
+    """What ``verify --explain`` found, as plain data."""
+    return [json_safe(asdict(e)) for e in found]
+
+
+def json_safe(value: Any) -> Any:
+    """``value`` with infinities and not-a-numbers as text, which JSON has none of."""
+    if isinstance(value, Mapping):
+        return {k: json_safe(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_safe(v) for v in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def comparison_json(found: Comparison) -> dict[str, Any]:
+    """Two bundles compared, as plain data."""
+    data: dict[str, Any] = json_safe(asdict(found))
+    return data | {"a": str(found.a), "b": str(found.b), "same": found.same}
+
+
+def comparison_table(found: Comparison) -> RenderableType:
+    """Two bundles compared, for people."""
+    if found.same:
+        return Text(f"{found.a} and {found.b} are the same")
+    groups: list[RenderableType] = []
+    if found.differences:
+        table = Table("manifest", str(found.a), str(found.b))
+        for d in found.differences:
+            table.add_row(d.key, str(d.a), str(d.b))
+        groups.append(table)
+    changed = [b for b in found.blocks if not b.same]
+    if changed:
+        table = Table("block", "bytes", "relative error", "outputs, B against A")
+        for b in changed:
+            errors = " → ".join("-" if e is None else f"{e:.2g}" for e in (b.a_error, b.b_error))
+            outputs = b.reason if b.outputs is None else ", ".join(f"{f} {e:.2g}" for f, e in b.outputs.items())
+            table.add_row(b.block, f"{size(b.a_bytes)} → {size(b.b_bytes)}", errors, outputs)
+        groups.append(table)
+    same = len(found.blocks) - len(changed)
+    groups.append(Text(f"{len(changed)} blocks differ, {same} are the same byte for byte"))
+    return Group(*groups)
+
+
+def cache_json(store: Store, action: str) -> dict[str, Any]:
+    """Show, verify or clear the store; what there is, or was."""
+    kinds: dict[str, dict[str, int]] = {}
+    damaged = []
+    for entry in store.entries():
+        found = kinds.setdefault(entry.kind, {"entries": 0, "bytes": 0})
+        found["entries"] += 1
+        found["bytes"] += entry.bytes
+        if action == "verify" and not entry.intact(thorough=True):
+            damaged.append(f"{entry.kind}/{entry.key}")
+            store.remove(entry)
+    data: dict[str, Any] = {"location": str(store.root), "limit_bytes": store.limit_bytes, "kinds": kinds}
+    if action == "verify":
+        data["damaged"] = damaged
+    if action == "clear":
+        data["removed_bytes"] = store.clear()
+    return data
+
+
+def cache_table(data: dict[str, Any]) -> RenderableType:
+    """The store for people."""
+    total = sum(k["bytes"] for k in data["kinds"].values())
+    lines = [f"{data['location']}: {size(total)} of at most {size(data['limit_bytes'])}"]
+    lines += [f"  {kind}: {k['entries']}, {size(k['bytes'])}" for kind, k in data["kinds"].items()]
+    if "damaged" in data:
+        lines.append(f"{len(data['damaged'])} damaged entries removed" if data["damaged"] else "all entries are whole")
+    if "removed_bytes" in data:
+        lines.append(f"cleared: {size(data['removed_bytes'])}")
+    return Text("\n".join(lines))
