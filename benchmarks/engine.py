@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    from toolchain.formats.recipe import parse_recipe
+    from toolchain.formats.recipe_file import parse_recipe
     from toolchain.planning.plan import plan
 
     with tempfile.TemporaryDirectory() as tmp:

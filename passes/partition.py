@@ -7,7 +7,6 @@ block of its own.
 
 from __future__ import annotations
 
-import math
 from itertools import groupby, islice
 
 from pydantic import Field, model_validator
@@ -71,10 +70,10 @@ class Partition(Pass):
                     if order.get(i.meta.get("block", ""), -1) > order.get(node.meta["block"], len(order)):
                         raise LoweringError(f"'{function}': '{node.name}' needs '{i.name}' from a later block")
 
-    def _pack(self, stem: str, units: list[Unit], bytes_of: dict[Unit, float]) -> dict[Unit, str]:
+    def _pack(self, stem: str, units: list[Unit], bytes_of: dict[Unit, int]) -> dict[Unit, str]:
         layers = [list(parts) for _, parts in groupby(units, key=lambda u: u[0])]
         if self.config.max_bytes is not None:
-            bins = _by_bytes(layers, float(self.config.max_bytes), bytes_of)
+            bins = _by_bytes(layers, self.config.max_bytes, bytes_of)
         else:
             per_block = self.config.layers_per_block or 1
             counts = [per_block] * (-(-len(layers) // per_block))
@@ -90,12 +89,12 @@ class Partition(Pass):
         return _names(stem, layers, bins)
 
 
-def _by_bytes(layers: list[list[Unit]], most: float, bytes_of: dict[Unit, float]) -> list[list[Unit]]:
+def _by_bytes(layers: list[list[Unit]], most: int, bytes_of: dict[Unit, int]) -> list[list[Unit]]:
     """Pack in order, greedily; a layer that is too large is cut into its parts."""
     bins: list[list[Unit]] = []
-    room = 0.0
+    room = 0
 
-    def put(units: list[Unit], size: float) -> None:
+    def put(units: list[Unit], size: int) -> None:
         nonlocal room
         if size > room:
             bins.append([])
@@ -108,13 +107,13 @@ def _by_bytes(layers: list[list[Unit]], most: float, bytes_of: dict[Unit, float]
         if size <= most:
             put(parts, size)
             continue
-        room = 0.0  # parts of one layer share a block with no other layer
+        room = 0  # parts of one layer share a block with no other layer
         for part in parts:
             if bytes_of[part] > most:
-                where, needed = ".".join(part), int(bytes_of[part])
-                raise LoweringError(f"max_bytes: '{where}' alone has {needed} bytes of weights, more than {int(most)}")
+                where, needed = ".".join(part), bytes_of[part]
+                raise LoweringError(f"max_bytes: '{where}' alone has {needed} bytes of weights, more than {most}")
             put([part], bytes_of[part])
-        room = 0.0
+        room = 0
     return bins
 
 
@@ -143,15 +142,12 @@ def _stem(unit: Unit) -> str | None:
     return stem if dot else None
 
 
-def _weight_bytes(graph: Graph, gm: fx.GraphModule) -> dict[Unit, float]:
-    """Bytes of the weights that each unit's nodes use, at the precision they will be stored in."""
+def _weight_bytes(graph: Graph, gm: fx.GraphModule) -> dict[Unit, int]:
+    """Bytes of the weights that each unit's nodes use, as they will be kept."""
     used: dict[Unit, set[str]] = {}
     for node in compute_nodes(gm):
         paths = [str(i.target) for i in node.all_input_nodes if i.op == "get_attr"]
         if node.op == "call_module":
             paths.append(str(node.target))
         used.setdefault(node.meta["unit"], set()).update(name for path in paths for name in graph.weights_at(path))
-    return {
-        unit: sum(math.prod(graph.weights[n].shape) for n in names) * graph.bytes_per_weight
-        for unit, names in used.items()
-    }
+    return {unit: sum(graph.weights[n].bytes for n in names) for unit, names in used.items()}

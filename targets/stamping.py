@@ -14,7 +14,7 @@ from typing import BinaryIO, Protocol
 import numpy as np
 import torch
 
-from toolchain.errors import LoweringError, ResourceError
+from toolchain.errors import LoweringError, PrecisionError, ResourceError
 
 PIECE_BYTES = 1 << 22
 CACHED_BYTES = 1 << 18
@@ -22,7 +22,7 @@ CACHED_BYTES = 1 << 18
 SERIAL_ELEMENTS = 1 << 15
 """Torch casts no more than these in one thread. With more it wakes others, which wait for work by spinning."""
 EXPONENTS = {torch.float16: (np.uint16, 0x7C00), torch.float32: (np.uint32, 0x7F800000)}
-"""Numbers whose exponent has all bits set are infinite or none."""
+"""Numbers whose exponent has all bits set are NaN or infinite."""
 
 
 class Hash(Protocol):
@@ -55,17 +55,15 @@ def stored_pieces(name: str, weight: torch.Tensor, dtype: torch.dtype, buffers: 
     """The bytes of a weight as an artifact stores it, piece by piece, each in the next of ``buffers``.
 
     Raises:
-        LoweringError: ``dtype`` cannot hold it, or it has numbers that are infinite or none; names it.
+        LoweringError: ``dtype`` cannot hold it, or it has numbers that are NaN or infinite; names it.
     """
     for part in weight.detach().reshape(-1).split(PIECE_BYTES // dtype.itemsize):
         stored = part if part.dtype == dtype else buffers.cast(part, dtype)
         if not _finite(stored):
             if _finite(part.float()):
-                raise LoweringError(
-                    f"weight '{name}' reaches {float(weight.abs().max()):.3g}, which {_name(dtype)} cannot hold; "
-                    "set precision: float32"
-                )
-            raise LoweringError(f"weight '{name}' has numbers that are infinite or none (NaN); mend the checkpoint")
+                largest = float(weight.abs().max())
+                raise PrecisionError(f"weight '{name}' reaches {largest:.3g}, which {_name(dtype)} cannot hold")
+            raise LoweringError(f"weight '{name}' has numbers that are NaN or infinite; mend the checkpoint")
         yield raw(stored)
 
 

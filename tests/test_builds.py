@@ -24,7 +24,7 @@ from toolchain.accuracy.diff import compare_bundles
 from toolchain.accuracy.verify import verify
 from toolchain.errors import AccuracyError, BundleError
 from toolchain.formats.bundle import load_bundle
-from toolchain.formats.recipe import load_recipe
+from toolchain.formats.recipe_file import load_recipe
 from toolchain.system.store import Store
 from toolchain.testing import assert_bundle
 

@@ -19,7 +19,8 @@ from toolchain.accuracy import metrics as gate
 from toolchain.accuracy.references import References, run_eager
 from toolchain.build.compile import pin, resolve
 from toolchain.errors import RecipeError
-from toolchain.formats.recipe import Recipe, load_recipe, parse_recipe
+from toolchain.formats.recipe import Recipe
+from toolchain.formats.recipe_file import load_recipe, parse_recipe
 from toolchain.ir.blocks import Block
 from toolchain.ir.graph import Graph
 from toolchain.models.family import MEANINGS, chunk_functions, define, frames_per_call, sample_input

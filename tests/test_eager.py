@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from toolchain.accuracy.eager import EagerPipeline
 from toolchain.build import entries as describe
-from toolchain.formats.recipe import Recipe, load_recipe
+from toolchain.formats.recipe import Recipe
+from toolchain.formats.recipe_file import load_recipe
 from toolchain.formats.schedule import Step
 from toolchain.models.open_sora_v1_2.stdit3 import STDiT3, STDiT3Config
 from toolchain.models.open_sora_v1_2.t5 import T5Config, T5Encoder

@@ -20,7 +20,7 @@ from support import write_checkpoint
 import toolchain
 from toolchain.errors import BundleError, CheckpointError
 from toolchain.formats.manifest import Manifest
-from toolchain.formats.recipe import load_recipe, parse_recipe
+from toolchain.formats.recipe_file import load_recipe, parse_recipe
 from toolchain.formats.schedule import PRESETS
 from toolchain.weights.checkpoint import open_checkpoint
 from toolchain.weights.digests import checkpoint_digest, tensor_digests

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 import toolchain
 from toolchain.errors import LoweringError, RecipeError, SoraCompileError
 from toolchain.formats.manifest import Manifest
-from toolchain.formats.recipe import Recipe, find_recipe, load_recipe, parse_recipe, shipped
+from toolchain.formats.recipe import Recipe
+from toolchain.formats.recipe_file import find_recipe, load_recipe, parse_recipe, shipped
 
 TINY = {"hidden_size": 8, "num_heads": 2, "depth": 2, "caption_channels": 4, "model_max_length": 3}
 SHIPPED = ["open-sora-v1.2-android", "open-sora-v1.2-iphone-15-pro", "tiny"]

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from toolchain.build.compile import compile_recipe
     from toolchain.errors import SoraCompileError
     from toolchain.formats.bundle import Bundle, load_bundle
-    from toolchain.formats.recipe import Recipe, load_recipe
+    from toolchain.formats.recipe import Recipe
+    from toolchain.formats.recipe_file import load_recipe
     from toolchain.listener import Listener
     from toolchain.planning.plan import Plan, plan
     from toolchain.player import Player, play
@@ -31,7 +32,7 @@ _HOMES = {
     "SoraCompileError": "errors",
     "compile_recipe": "build.compile",
     "load_bundle": "formats.bundle",
-    "load_recipe": "formats.recipe",
+    "load_recipe": "formats.recipe_file",
     "plan": "planning.plan",
     "play": "player",
     "verify": "accuracy.verify",

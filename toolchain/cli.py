@@ -84,7 +84,7 @@ def compile_(
     with Console(as_json, verbose) as console:
         import toolchain
         from toolchain.errors import RecipeError
-        from toolchain.formats.recipe import find_recipe
+        from toolchain.formats.recipe_file import find_recipe
 
         if gate is not None and no_gate:
             raise RecipeError("--gate and --no-gate: choose one")
@@ -114,7 +114,7 @@ def plan(
 
     with Console(as_json, verbose) as console:
         import toolchain
-        from toolchain.formats.recipe import find_recipe
+        from toolchain.formats.recipe_file import find_recipe
 
         with console.progress(print_after) as listener:
             path = find_recipe(recipe)

@@ -36,6 +36,10 @@ class LoweringError(SoraCompileError):
     exit_code = 4
 
 
+class PrecisionError(LoweringError):
+    """A number of a weight is too large for the precision that it is to be stored in."""
+
+
 class AccuracyError(SoraCompileError):
     """An artifact was executed and its numbers are off; names the block and the function."""
 

@@ -1,22 +1,19 @@
-"""Finds passes and targets by name, through entry points, importing only the one asked for."""
+"""Finds model families, passes and targets by name, through entry points, importing only the one asked for."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from toolchain.errors import RecipeError
-from toolchain.formats.manifest import Manifest
-from toolchain.ir.passes import Pass
-from toolchain.ir.target import Target
 from toolchain.validation import explain
 
 PASSES = "sora_compile.passes"
 TARGETS = "sora_compile.targets"
+MODELS = "sora_compile.models"
 
 
 def names(group: str) -> list[str]:
@@ -24,39 +21,13 @@ def names(group: str) -> list[str]:
     return sorted({e.name for e in entry_points(group=group)})
 
 
-def find_pass(name: str, options: dict[str, Any], key: str) -> Pass:
-    """The pass called ``name`` with its options; ``key`` is where the recipe names it.
+def find(group: str, name: str, what: str, key: str) -> Any:
+    """The class that is registered as ``name``; ``key`` is where the recipe names it.
 
     Raises:
-        RecipeError: there is no such pass, or its options are wrong.
+        RecipeError: there is none; names the nearest ``what``.
     """
-    cls = _load(PASSES, name, "pass", key)
-    return cls(_config(cls.Config, options, f"{key}.{name}"))  # type: ignore[no-any-return]
-
-
-def find_target(name: str, options: dict[str, Any], key: str = "target") -> Target:
-    """The target called ``name`` with its options.
-
-    Raises:
-        RecipeError: there is no such target, or its options are wrong.
-    """
-    cls = _load(TARGETS, name, "target", key)
-    return cls(_config(cls.Config, options, key))  # type: ignore[no-any-return]
-
-
-def target_of(manifest: Manifest, component: str) -> Target:
-    """The target of a component of a bundle, with its options.
-
-    Raises:
-        RecipeError: as :func:`find_target`.
-    """
-    options = manifest.target.options | {"precision": manifest.components[component].precision}
-    return find_target(manifest.target.name, options)
-
-
-def _load(group: str, name: str, what: str, key: str) -> Any:
-    found: Iterable[EntryPoint] = entry_points(group=group, name=name)
-    for entry in found:
+    for entry in entry_points(group=group, name=name):
         return entry.load()
     known = names(group)
     close = difflib.get_close_matches(name, known, n=1)
@@ -64,8 +35,14 @@ def _load(group: str, name: str, what: str, key: str) -> Any:
     raise RecipeError(f"{key}: no {what} is called '{name}'; {hint}")
 
 
-def _config(cls: type[BaseModel], options: dict[str, Any], key: str) -> Any:
+def configured(cls: Any, options: dict[str, Any], key: str) -> Any:
+    """An object of a class that has a ``Config``, with validated options.
+
+    Raises:
+        RecipeError: an option is unknown or wrong; names it below ``key``.
+    """
+    config: type[BaseModel] = cls.Config
     try:
-        return cls.model_validate(options)
+        return cls(config.model_validate(options))
     except ValidationError as e:
-        raise RecipeError(explain(e, cls, key)) from e
+        raise RecipeError(explain(e, config, key)) from e

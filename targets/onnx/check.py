@@ -23,7 +23,7 @@ def check(folder: Path, block: Block) -> None:
     expected = set(distinct_functions(block))
     if found != expected:
         raise LoweringError(f"block '{block.name}': folder has functions {sorted(found)}, expected {sorted(expected)}")
-    slots = store.layout({name: source.shape for name, source in block.weights.items()})
+    slots = store.layout({name: weight.shape for name, weight in block.weights.items()})
     _check_size(folder, store.total_bytes(slots))
     for function in sorted(expected):
         model = read(folder / f"{function}.onnx")

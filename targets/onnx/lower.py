@@ -34,7 +34,7 @@ def lower(block: Block, weights: Mapping[str, torch.Tensor], out: Path) -> Artif
         LoweringError: names the block, the function and, where known, the operator.
     """
     functions = distinct_functions(block)
-    slots = store.layout({name: source.shape for name, source in block.weights.items()})
+    slots = store.layout({name: weight.shape for name, weight in block.weights.items()})
     models = {}
     for function in functions:
         exported = symbolic(block, function)
@@ -56,7 +56,7 @@ def symbolic(block: Block, function: str) -> onnx.ModelProto:
     Raises:
         LoweringError: an operator has no translation; names it.
     """
-    unset = {name: torch.empty(source.shape) for name, source in block.weights.items()}  # never read
+    unset = {name: torch.empty(weight.shape) for name, weight in block.weights.items()}  # never read
     with quiet():
         program = export(block, function, unset)
         try:

@@ -18,7 +18,8 @@ from benchmarks import synthetic
 from toolchain.accuracy.eager import EagerPipeline
 from toolchain.build import entries as describe
 from toolchain.formats.bundle import Bundle
-from toolchain.formats.recipe import Recipe, SamplerRecipe, parse_recipe
+from toolchain.formats.recipe import Recipe, SamplerRecipe
+from toolchain.formats.recipe_file import parse_recipe
 from toolchain.player import Player
 
 ROOT = Path(__file__).parents[2]

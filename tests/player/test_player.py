@@ -21,7 +21,8 @@ from PIL import Image
 from toolchain.accuracy.eager import EagerPipeline
 from toolchain.build import entries as describe
 from toolchain.formats.bundle import Bundle
-from toolchain.formats.recipe import Recipe, parse_recipe
+from toolchain.formats.recipe import Recipe
+from toolchain.formats.recipe_file import parse_recipe
 from toolchain.player import Player
 from toolchain.player.trace import Trace
 from toolchain.player.video import to_bytes

@@ -20,7 +20,7 @@ from toolchain.build import entries as describe
 from toolchain.cli import app
 from toolchain.errors import BundleError
 from toolchain.formats.bundle import Bundle, describe_file
-from toolchain.formats.recipe import parse_recipe
+from toolchain.formats.recipe_file import parse_recipe
 from toolchain.ir.target import EngineUnavailableError
 from toolchain.player import Player
 

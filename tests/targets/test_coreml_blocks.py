@@ -15,7 +15,8 @@ from benchmarks import synthetic
 from targets.coreml import CoreMLConfig, CoreMLTarget
 from targets.coreml.engine import CoreMLEngine
 from targets.coreml.lower import _convert
-from toolchain.formats.recipe import Recipe, parse_recipe
+from toolchain.formats.recipe import Recipe
+from toolchain.formats.recipe_file import parse_recipe
 from toolchain.ir.blocks import Block, Port
 from toolchain.models.family import sample_input
 from toolchain.planning.plan import plan

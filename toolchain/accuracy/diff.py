@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.accuracy import goldens
-from toolchain.accuracy.verify import signatures
 from toolchain.errors import BundleError, SoraCompileError
 from toolchain.formats import manifest as m
 from toolchain.formats.bundle import Bundle, load_bundle
-from toolchain.plugins import target_of
+from toolchain.player.opening import open_engine, signatures
 
 LEFT_OUT = ("accuracy", "activations", "goldens", "files", "sha256", "bytes", "structure")
 """Compared by themselves, or no difference of their own."""
@@ -127,9 +126,6 @@ def _outputs(first: Bundle, second: Bundle, component: str, a: m.BlockEntry, b: 
         for x, y in zip(ports.values(), signatures(b).values(), strict=True)
     ):
         raise BundleError("their functions or shapes differ")
-    engines = [
-        target_of(bundle.manifest, component).engine(bundle.path / x.artifact, s["base"].inputs, s["base"].outputs)
-        for bundle, x, s in ((first, a, ports), (second, b, signatures(b)))
-    ]
+    engines = [open_engine(first, component, a), open_engine(second, component, b)]
     path = first.path / a.goldens.path
-    return {f: goldens.apart(path, ports[f], f, engines[0], engines[1]) for f in a.functions}
+    return {f: goldens.relative_error_between(path, ports[f], f, *engines) for f in a.functions}

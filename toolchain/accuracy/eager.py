@@ -5,23 +5,23 @@ Whole components in memory; for small models, and for those who have the memory.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from toolchain.build.compile import find_tokenizer
+from toolchain.errors import RecipeError
 from toolchain.formats.recipe import Recipe
+from toolchain.formats.schedule import Step, plan_steps
 from toolchain.ir.blocks import materialise
-from toolchain.ir.graph import capture
-from toolchain.models.family import define
-from toolchain.models.open_sora_v1_2.t5 import T5Config, T5Encoder
-from toolchain.models.open_sora_v1_2.vae import OpenSoraVAE, OpenSoraVAEConfig
-from toolchain.planning.plan import load_passes, plan
+from toolchain.ir.graph import output_values
+from toolchain.planning.plan import capture_forms
+from toolchain.planning.resolve import ResolvedBuild, find_tokenizer, resolve
+from toolchain.player.feeding import Fed, feed_inputs
 from toolchain.player.prompt import prepare_prompt
 from toolchain.player.sampler import initial_noise, sample
 from toolchain.player.tokenizer import T5Tokenizer
 from toolchain.weights.block_weights import read_named
-from toolchain.weights.checkpoint import open_checkpoint
 
 
 class EagerPipeline:
@@ -32,66 +32,81 @@ class EagerPipeline:
         base: folder that relative checkpoint paths are looked for in first.
 
     Raises:
-        SoraCompileError: the recipe cannot be built.
+        SoraCompileError: the recipe cannot be built, or lacks a component.
     """
 
     def __init__(self, recipe: Recipe, base: str | Path = ".") -> None:
-        assert recipe.text_encoder is not None and recipe.vae is not None
-        self.recipe = recipe
-        components = plan(recipe, base=base).components
-        checkpoints = {n: open_checkpoint(part.checkpoint, Path(base)) for n, part in recipe.components().items()}
-        weights = {n: read_named(checkpoints[n], components[n].definition) for n in components}
-        self.tokenizer = T5Tokenizer(find_tokenizer(recipe.text_encoder, checkpoints["text_encoder"], Path(base)))
-        self.text_encoder = T5Encoder(T5Config.from_json(components["text_encoder"].definition.config))
-        self.text_encoder.load_state_dict(weights["text_encoder"])
-        self.vae = OpenSoraVAE(OpenSoraVAEConfig.from_json(components["vae"].definition.config))
-        self.vae.load_state_dict(weights["vae"])
-        definition = define("transformer", recipe, components["transformer"].definition.config)
-        graph = capture(definition.forms[0].base)
-        for rewrite in load_passes(recipe, "transformer")[:-1]:
+        self._start(resolve(recipe, Path(base), checkpoints=True))
+
+    @classmethod
+    def of(cls, build: ResolvedBuild) -> EagerPipeline:
+        """The pipeline of a build whose parts are found already."""
+        pipeline = cls.__new__(cls)
+        pipeline._start(build)
+        return pipeline
+
+    def _start(self, build: ResolvedBuild) -> None:
+        tokenizer = find_tokenizer(build)
+        if tokenizer is None or "vae" not in build.components:
+            raise RecipeError(f"'{build.recipe.name}': a video needs a text_encoder and a vae; add them to the recipe")
+        self.recipe = build.recipe
+        family, configs = build.family, build.configs
+        definitions = family.define(self.recipe, configs)
+        weights = {
+            name: read_named(build.components[name].checkpoint, d.expected, d.aliases)
+            for name, d in definitions.items()
+        }
+        self.tokenizer = T5Tokenizer(tokenizer)
+        self.geometry = family.geometry(self.recipe, configs)
+        self._prompt = family.prompt(self.recipe, configs)
+        self._models = family.eager(self.recipe, configs, weights)
+        own = self.recipe.sampler
+        self.steps = plan_steps(family.timesteps(self.recipe), own.leap, merged_steps=own.merged_steps)
+        graph = capture_forms(definitions["transformer"].forms[0])
+        for rewrite in build.components["transformer"].passes.rewrites:
             graph = rewrite(graph).graph
-        self.tokens = graph.dims["L"]
-        self.channels = int(definition.config["in_channels"])
-        self.null_text = weights["transformer"]["y_embedder.y_embedding"][None]
-        self.functions = {f: materialise(gm, weights["transformer"]) for f, gm in graph.functions.items()}
+        read = weights["transformer"].__getitem__
+        parameters = {name: weight.source.value(read) for name, weight in graph.weights.items()}
+        self._functions = {name: materialise(gm, parameters) for name, gm in graph.functions.items()}
+        self._inputs = {name: graph.inputs_of(name) for name in graph.functions}
+        self._prediction = next(i for i, name in enumerate(graph.outputs) if graph.gives.get(name) == "prediction")
+        # a table that is a tensor of the checkpoint as it is, such as the null prompt
+        self._tables = {
+            name: parameters[str(node.target)]
+            for name, node in zip(graph.outputs, output_values(graph.functions["base"]), strict=True)
+            if node.op == "get_attr"
+        }
 
     @torch.no_grad()
     def encode(self, prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A prompt's embedding ``[1, L, d]`` and mask ``[1, L]``."""
-        assert self.recipe.text_encoder is not None
-        text = prepare_prompt(prompt, score=self.recipe.text_encoder.aesthetic_score)
-        tokens = self.tokenizer(text, self.tokens)
+        text = prepare_prompt(prompt, [(s.label, s.text) for s in self._prompt.suffixes], self._prompt.cleaning)
+        tokens = self.tokenizer(text, self._prompt.max_tokens)
         ids, mask = torch.tensor([tokens.ids]), torch.tensor([tokens.mask], dtype=torch.float32)
-        y: torch.Tensor = self.text_encoder(ids, mask)
-        return y, mask
+        return self._models.encode(ids, mask), mask
 
     @torch.no_grad()
     def denoise(self, y: torch.Tensor, mask: torch.Tensor, seed: int) -> torch.Tensor:
         """Latents ``[1, C, T, H, W]``."""
-        video, own = self.recipe.video, self.recipe.sampler
-        shape = (1, self.channels, video.latent_frames, *video.latent_size)
-        given = (torch.ones(2, video.latent_frames),) if self.recipe.transformer.frame_conditions else ()
-        both, masks = torch.cat((y, self.null_text)), torch.cat((mask, mask))
+        g = self.geometry
+        shape = (1, g.latent_channels, g.latent_frames, g.latent_height, g.latent_width)
+        given = {"text_embedding": y, "token_mask": mask, "frame_mask": torch.ones(1, g.latent_frames)}
 
-        def denoiser(z_pair: torch.Tensor, t: float, _: torch.Tensor | None, merged: bool) -> torch.Tensor:
-            fps = torch.full((2,), self.recipe.model_fps)
-            function = self.functions["merged" if merged else "base"]
-            out: torch.Tensor = function(z_pair, torch.full((2,), t), both, masks, fps, *given)[0]
-            return out
+        def denoiser(z_pair: torch.Tensor, step: Step, _: torch.Tensor | None) -> torch.Tensor:
+            return self._predict(step.function, given | {"latents": z_pair, "timestep": torch.tensor(step.t)})
 
-        latents: torch.Tensor = sample(
-            denoiser,
-            torch.from_numpy(initial_noise(seed, shape)),
-            self.recipe.timesteps(),
-            guidance=own.guidance,
-            leap=own.leap,
-            merged_steps=own.merged_steps,
-        )
+        own = self.recipe.sampler
+        noise = torch.from_numpy(initial_noise(seed, shape))
+        latents: torch.Tensor = sample(denoiser, noise, self.steps, guidance=own.guidance, leap=own.leap)
         return latents
 
-    @torch.no_grad()
     def video(self, prompt: str, seed: int = 0) -> torch.Tensor:
         """Pixels ``[F, 3, H, W]``, -1 … 1, of a video of ``prompt``."""
         y, mask = self.encode(prompt)
-        latents = self.denoise(y, mask, seed)
-        return self.vae.decode(latents, self.recipe.video.frames)[0].transpose(0, 1)
+        return self._models.decode(self.denoise(y, mask, seed))
+
+    def _predict(self, function: str, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        inputs = [Fed(i.name, i.shape, i.feed) for i in self._inputs[function]]
+        fed = feed_inputs(inputs, given, self._tables)
+        result: torch.Tensor = self._functions[function](*(fed[i.name] for i in inputs))[self._prediction]
+        return result

@@ -9,13 +9,12 @@ from safetensors.torch import load_file
 from toolchain.accuracy import goldens
 from toolchain.accuracy.metrics import unscaled
 from toolchain.accuracy.references import run_eager
-from toolchain.accuracy.verify import signatures
 from toolchain.accuracy.walk import Explanation, explain
 from toolchain.errors import BundleError, RecipeError
 from toolchain.formats.bundle import RECIPE_FILE, Bundle, load_bundle
-from toolchain.formats.recipe import load_recipe
+from toolchain.formats.recipe_file import load_recipe
 from toolchain.planning.plan import plan
-from toolchain.plugins import target_of
+from toolchain.player.opening import open_engine
 from toolchain.weights.block_weights import BlockWeights
 from toolchain.weights.checkpoint import open_checkpoint
 
@@ -38,20 +37,20 @@ def explain_block(bundle: Bundle | str | Path, name: str, *, base: str | Path = 
     if entry.goldens is None or entry.accuracy is None:
         raise BundleError(f"'{bundle.path}' has no goldens for {name}, since it was not executed when it was built")
     recipe = load_recipe(bundle.path / RECIPE_FILE)
-    lowering = plan(recipe, base=base).components[component]
-    pairs = zip(lowering.blocks, lowering.reference, strict=True)
-    block, plain = next(((b, p) for b, p in pairs if b.name == entry.name), (None, None))
-    if block is None or plain is None or block.structure() != entry.structure:
+    planned = plan(recipe, base=base).components[component]
+    pair = next((p for p in planned.pairs if p.name == entry.name), None)
+    if pair is None or pair.lowered.structure() != entry.structure:
         raise BundleError(f"'{bundle.path}': this version makes another {name} of its recipe; build the bundle again")
+    block, plain = pair.lowered, pair.plain
     checkpoint = open_checkpoint(recipe.components()[component].checkpoint, Path(base))
-    weights, own = (BlockWeights(b, checkpoint, lowering.definition.aliases) for b in (plain, block))
-    target, ports = target_of(bundle.manifest, component), signatures(entry)
-    engine = target.engine(bundle.path / entry.artifact, ports["base"].inputs, ports["base"].outputs)
+    aliases = planned.definition.aliases
+    weights, own = (BlockWeights(b, checkpoint, aliases) for b in (plain, block))
+    engine = open_engine(bundle, component, entry, planned.target)
     tensors = load_file(bundle.path / entry.goldens.path)
     found = []
     for function in entry.functions:
         stored = goldens.stored_for(tensors, function)
         drawn = goldens.draw(function, stored, {p.name: p.shape for p in block.signatures[function].inputs})
         case = run_eager(plain, function, weights, unscaled(drawn, block.inputs))
-        found.append(explain(block, own, case, engine, target, entry.accuracy[function].limit))
+        found.append(explain(block, own, case, engine, planned.target, entry.accuracy[function].limit))
     return tuple(found)

@@ -12,8 +12,8 @@ from toolchain.accuracy.eager import EagerPipeline
 from toolchain.errors import AccuracyError, RecipeError
 from toolchain.formats import manifest as m
 from toolchain.formats.bundle import Bundle, describe_file
-from toolchain.formats.recipe import Recipe
 from toolchain.listener import Listener
+from toolchain.planning.plan import Plan
 from toolchain.player import Player
 from toolchain.player.video import to_bytes
 
@@ -28,19 +28,20 @@ def psnr(video: torch.Tensor, reference: torch.Tensor) -> float:
     return min(SAME_DB, 10.0 * math.log10(255.0**2 / error)) if error else SAME_DB
 
 
-def make(manifest: m.Manifest, recipe: Recipe, base: Path, folder: Path, listener: Listener) -> m.GoldenVideo:
+def make(manifest: m.Manifest, planned: Plan, folder: Path, listener: Listener) -> m.GoldenVideo:
     """Make the eager video that ``gate.golden`` asks for, play the bundle in ``folder`` against it, and store it.
 
     Raises:
         AccuracyError: the bundle's video is too far from it.
         RecipeError: the recipe lacks a component that a video needs.
     """
-    asked = recipe.gate.golden
-    assert asked is not None
+    recipe, asked = planned.recipe, planned.recipe.gate.golden
+    if asked is None:
+        raise ValueError("the recipe asks for no golden video")
     if recipe.text_encoder is None or recipe.vae is None:
         raise RecipeError("gate.golden: a video needs a text_encoder and a vae; add them, or remove gate.golden")
     listener.remark(f"golden video: '{asked.prompt}', eager and from the bundle")
-    expected = to_bytes(EagerPipeline(recipe, base).video(asked.prompt, asked.seed))
+    expected = to_bytes(EagerPipeline.of(planned.resolved).video(asked.prompt, asked.seed))
     path = folder / FILE
     path.parent.mkdir(exist_ok=True)
     save_file({"pixels": expected}, path)

@@ -58,7 +58,7 @@ def reduce(block: Block, function: str, inputs: Mapping[str, torch.Tensor]) -> t
             stored[f"in.{name}"] = value
         else:
             stored[f"mean.{name}"], stored[f"std.{name}"] = statistics(value)
-    own = block.signatures.get(function, block.signatures["base"])
+    own = block.signatures[block.own_function(function)]
     drawn = draw(function, stored, {p.name: p.shape for p in own.inputs})
     return stored, unscaled(drawn, block.inputs)
 
@@ -159,7 +159,7 @@ def stored_for(tensors: Mapping[str, torch.Tensor], function: str) -> Values:
     return _under(tensors, "base.") | _under(tensors, f"{function}.")
 
 
-def apart(path: Path, signature: Signature, function: str, a: Engine, b: Engine) -> float:
+def relative_error_between(path: Path, signature: Signature, function: str, a: Engine, b: Engine) -> float:
     """Relative error of what ``b`` gives against what ``a`` gives on a function's golden inputs."""
     tensors = load_file(path)
     stored = stored_for(tensors, function)

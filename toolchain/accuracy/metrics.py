@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 EXACT_DB = 200.0
 """Signal-to-noise ratio that stands for "no difference", and the largest that is reported."""
-FLOAT16_MAX = 65504.0
 
 
 def compare(results: Mapping[str, torch.Tensor], references: Mapping[str, torch.Tensor], limit: float) -> Accuracy:

@@ -45,8 +45,7 @@ class _Watched(fx.Interpreter):
 
 def run_eager(block: Block, function: str, weights: Weights, inputs: Mapping[str, torch.Tensor]) -> Case:
     """A function of ``block`` in PyTorch; ``inputs`` by port."""
-    own = function if function in block.functions else "base"
-    watched = _Watched(block.module(own, weights))
+    watched = _Watched(block.module(block.own_function(function), weights))
     with torch.no_grad():
         results = watched.run(*(inputs[p.name] for p in block.inputs))
     outputs = dict(zip((p.name for p in block.outputs), results, strict=True))

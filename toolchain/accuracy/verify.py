@@ -10,11 +10,9 @@ from toolchain.accuracy import goldens
 from toolchain.errors import AccuracyError, BundleError
 from toolchain.formats import manifest as m
 from toolchain.formats.bundle import Bundle, load_bundle
-from toolchain.ir.blocks import Port, Signature
 from toolchain.ir.target import Target
 from toolchain.listener import Listener
-from toolchain.player.runner import DTYPES
-from toolchain.plugins import target_of
+from toolchain.player.opening import open_engine, signatures, target_of
 
 
 @dataclass(frozen=True)
@@ -131,18 +129,7 @@ def _block(
     bundle: Bundle, component: str, block: m.BlockEntry, target: Target, golden: m.BlockEntry, path: Path
 ) -> Iterator[Check]:
     assert golden.accuracy is not None
-    own = signatures(block)
-    engine = target.engine(bundle.path / block.artifact, own["base"].inputs, own["base"].outputs)
-    for function, found in goldens.run(path, own, block.functions, engine, 0.0).items():
+    engine = open_engine(bundle, component, block, target)
+    for function, found in goldens.run(path, signatures(block), block.functions, engine, 0.0).items():
         built = golden.accuracy[function]
         yield Check(component, block.name, function, found.relative_error, built.relative_error, built.limit)
-
-
-def signatures(block: m.BlockEntry) -> dict[str, Signature]:
-    """A block's ports as its artifact has them, by function."""
-
-    def ports(specs: list[m.TensorSpec], function: str) -> tuple[Port, ...]:
-        other = block.other_shapes.get(function, {})
-        return tuple(Port(s.name, tuple(other.get(s.name, s.shape)), DTYPES[s.dtype]) for s in specs)
-
-    return {f: Signature(ports(list(block.inputs), f), ports(block.outputs, f)) for f in block.functions}

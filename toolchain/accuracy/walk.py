@@ -18,18 +18,19 @@ from typing import Any, Literal, cast
 import torch
 from torch import fx
 
-from toolchain.accuracy.metrics import FLOAT16_MAX, compare, scaled
+from toolchain.accuracy.metrics import compare, scaled
 from toolchain.accuracy.references import Case, Weights
 from toolchain.errors import LoweringError
 from toolchain.ir.blocks import Block, Port, Signature
+from toolchain.ir.dtypes import DTYPES, FLOAT16_MAX, dtype_of
 from toolchain.ir.graph import output_node
 from toolchain.ir.target import STEP, Engine, OpValue, Target, TracingEngine, distinct_functions
 
 Cause = Literal["overflow", "precision", "wrong"]
 ROUNDING = 16.0
 """How many times the error of rounding a step's inputs and weights may be, and still be put down to rounding."""
-NOISE = {"float16": 2.0**-11, "float32": 2.0**-20}
-"""Relative errors that are never worth a word."""
+ACCUMULATED = 2.0**-20
+"""A relative error that sums of float32 have; smaller ones are never worth a word."""
 CAUSES: Mapping[Cause, str] = {
     "overflow": "a number is larger than {limit:.0f}, the largest of float16; scale the stream, or use float32 here",
     "precision": "rounding to {precision} explains it; use float32 for this component",
@@ -93,7 +94,7 @@ def explain(block: Block, weights: Weights, case: Case, engine: Engine, target: 
             output, which shows what lowering does and not what was done to the artifact since.
         limit: the gate's relative error.
     """
-    function = case.function if case.function in block.functions else "base"
+    function = block.own_function(case.function)
     inputs = scaled(case.inputs, block.inputs)
     held = dict(weights)
     if hasattr(engine, "trace"):
@@ -101,7 +102,7 @@ def explain(block: Block, weights: Weights, case: Case, engine: Engine, target: 
     else:
         traced = list(_lowered_again(block, function, held, inputs, target))
     walk = _Walk(block, function, held, inputs, traced)
-    culprit = _culprit(walk.rows, limit, NOISE.get(target.precision, NOISE["float32"]))
+    culprit = _culprit(walk.rows, limit, _noise(target.precision))
     if culprit is None:
         verdict = "no step of the graph has an error of its own; what comes in is off, or the legal form is"
         return Explanation(block.name, function, tuple(walk.rows), walk.operators, None, None, verdict)
@@ -109,6 +110,11 @@ def explain(block: Block, weights: Weights, case: Case, engine: Engine, target: 
     text = CAUSES[cause].format(limit=FLOAT16_MAX, precision=target.precision)
     verdict = f"it goes wrong at step '{culprit}' ({cause}): {text}"
     return Explanation(block.name, function, tuple(walk.rows), walk.operators, culprit, cause, verdict)
+
+
+def _noise(precision: str) -> float:
+    """The relative error that rounding to ``precision`` gives, and sums in float32 anyway."""
+    return max(DTYPES[precision].rounding, ACCUMULATED)
 
 
 def _culprit(rows: Sequence[Row], limit: float, noise: float) -> str | None:
@@ -197,7 +203,7 @@ class _Walk(fx.Interpreter):
         checked = [*values, result] if isinstance(result, torch.Tensor) else values
         if any(v.is_floating_point() and not bool(torch.isfinite(v).all()) for v in checked):
             return "overflow"
-        dtype = torch.float16 if precision == "float16" else torch.float32
+        dtype = DTYPES[precision].torch
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.artifact.__getitem__)
         expected = getattr(self, node.op)(node.target, args, kwargs)
 
@@ -216,7 +222,7 @@ class _Walk(fx.Interpreter):
         if module is not None:
             for k, p in module.named_parameters():
                 p.data = kept[k]
-        rounding = max(_error(rounded(again), expected), NOISE.get(precision, NOISE["float32"]))
+        rounding = max(_error(rounded(again), expected), _noise(precision))
         return "precision" if _error(result, expected) <= ROUNDING * rounding else "wrong"
 
 
@@ -303,4 +309,4 @@ def _lowered_again(
         except LoweringError:
             return
     for name, value in results.items():
-        yield OpValue(name, "step", str(value.dtype).removeprefix("torch."), value, ())
+        yield OpValue(name, "step", dtype_of(value.dtype).name, value, ())

@@ -7,48 +7,42 @@ written into a copy of it. So a changed checkpoint lowers nothing.
 from __future__ import annotations
 
 import functools
+import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from toolchain.ir.blocks import Block
-from toolchain.weights.checkpoint import Checkpoint
 from toolchain.weights.digests import block_digest
-from toolchain.errors import LoweringError
-from toolchain.planning.plan import Lowering
+from toolchain.errors import LoweringError, PrecisionError
+from toolchain.planning.plan import ComponentPlan
 from toolchain.system.memory import release
 from toolchain.system.store import Entry, Made, Store, code_version, key_of
 from toolchain.ir.target import Artifact, Template, UnboundTemplateError, distinct_functions, unique_weights
 from toolchain.weights.block_weights import BlockWeights
 
-NAME = "artifact"
+ARTIFACT_STEM = "artifact"
+"""How an artifact is called in its entry of the store, without the target's suffix."""
 BINDING_SEEDS = (0, 1, 2)
 """Random weights that happen to be found elsewhere in an artifact are drawn again."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a component's weights come from."""
-
-    checkpoint: Checkpoint
-    digests: Mapping[str, str]
-    """Of every tensor, by the checkpoint's own names."""
 
 
 class Builder:
     """Builds a component's artifacts.
 
     Args:
+        plan: of a build that was resolved with its checkpoints.
+        digests: of every tensor, by the checkpoint's own names.
         direct: lower every block by itself, which is the reference for stamping.
     """
 
-    def __init__(self, lowering: Lowering, source: Source, store: Store, direct: bool) -> None:
-        self.lowering, self.source, self.store, self.direct = lowering, source, store, direct
+    def __init__(self, plan: ComponentPlan, digests: Mapping[str, str], store: Store, direct: bool) -> None:
+        self.plan, self.store, self.direct = plan, store, direct
+        self._digests, self._aliases = digests, plan.definition.aliases
 
     @functools.cached_property
     def _tools(self) -> dict[str, Any]:
-        target = self.lowering.target
+        target = self.plan.target
         return {
             "target": target.name,
             "config": target.config.model_dump(mode="json"),
@@ -87,7 +81,7 @@ class Builder:
 
     def _bound(self, block: Block, folder: Path, seed: int) -> Template:
         """Lower with random weights and find them; where constants stand beside them, prove that they are such."""
-        template = self._skeleton(block, folder, NAME, seed)
+        template = self._skeleton(block, folder, ARTIFACT_STEM, seed)
         if template.constants:
             twin = self._skeleton(block, folder, "twin", seed + len(BINDING_SEEDS))
             _discard(twin.artifact.path)
@@ -96,7 +90,7 @@ class Builder:
         return template
 
     def _skeleton(self, block: Block, folder: Path, name: str, seed: int) -> Template:
-        target, weights = self.lowering.target, unique_weights(block, seed)
+        target, weights = self.plan.target, unique_weights(block, seed)
         artifact = target.lower(block, weights, folder / f"{name}{target.suffix}")
         release()
         target.check(artifact.path, block)
@@ -114,29 +108,30 @@ class Builder:
         return self.store.obtain("artifacts", self.artifact_key(block), lambda folder: self._build(block, folder))
 
     def _build(self, block: Block, folder: Path) -> Made:
-        target = self.lowering.target
-        out = folder / f"{NAME}{target.suffix}"
+        target = self.plan.target
+        out = folder / f"{ARTIFACT_STEM}{target.suffix}"
         entry = None if self.direct else self.template(block)
         if entry is None or "unbound" in entry.meta:
             artifact = target.lower(block, dict(self.weights(block)), out)
             target.check(artifact.path, block)
         else:
             lowered = Artifact(entry.data / out.name, tuple(entry.meta["functions"]))
-            weights = BlockWeights(block, self.source.checkpoint, self.lowering.definition.aliases, halves=True)
+            weights = BlockWeights(block, self.plan.resolved.checkpoint, self._aliases, halves=True)
             try:
                 artifact = target.stamp(Template(lowered, entry.meta["slots"]), weights, out)
             except LoweringError as e:
-                raise LoweringError(f"block '{block.name}': {e}") from e
+                hint = f"; set {self.plan.name}.precision: float32" if isinstance(e, PrecisionError) else ""
+                raise LoweringError(f"block '{block.name}': {e}{hint}") from e
         unbound = None if entry is None else entry.meta.get("unbound")
         return Made({"functions": list(artifact.functions), "unbound": unbound}, artifact.digests)
 
     def weights(self, block: Block) -> BlockWeights:
         """A block's weights, read when asked for."""
-        return BlockWeights(block, self.source.checkpoint, self.lowering.definition.aliases)
+        return BlockWeights(block, self.plan.resolved.checkpoint, self._aliases)
 
     def weights_digest(self, block: Block) -> str:
         """The digest of a block's weights."""
-        return block_digest(block, self.source.digests, self.lowering.definition.aliases)
+        return block_digest(block, self._digests, self._aliases)
 
 
 def _structure(block: Block) -> dict[str, Any]:
@@ -144,8 +139,6 @@ def _structure(block: Block) -> dict[str, Any]:
 
 
 def _discard(path: Path) -> None:
-    import shutil
-
     if path.is_dir():
         shutil.rmtree(path)
     else:

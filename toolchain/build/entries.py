@@ -11,9 +11,12 @@ import torch
 
 from toolchain.formats import manifest as m
 from toolchain.ir.blocks import Block
-from toolchain.models.family import MEANINGS, chunk_functions, frames_per_call
+from toolchain.models.family import ModelFamily
 from toolchain.build.gate import Passed
-from toolchain.planning.plan import Lowering, Plan
+from toolchain.ir.dtypes import PortType
+from toolchain.ir.feeds import Given
+from toolchain.planning.plan import ComponentPlan, Plan
+from toolchain.planning.resolve import ResolvedBuild
 from toolchain.formats.manifest import GateMode
 from toolchain.formats.recipe import Recipe
 from toolchain.formats.schedule import plan_steps
@@ -57,6 +60,7 @@ def block(
         outputs=[m.TensorSpec(**_tensor(p, target)) for p in block.outputs],
         other_shapes={f: shapes for f, shapes in others.items() if shapes},
         parameters=block.parameters,
+        weight_bytes=_bytes_by_storage(block),
         structure=block.structure(),
         accuracy=None if passed is None else passed.accuracy,
         activations=None if passed is None else passed.activations,
@@ -64,91 +68,86 @@ def block(
     )
 
 
+def _bytes_by_storage(block: Block) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for weight in block.weights.values():
+        found[weight.storage.name] = found.get(weight.storage.name, 0) + weight.bytes
+    return dict(sorted(found.items()))
+
+
 def _tensor(port: Any, target: Target) -> dict[str, Any]:
     """A port's (or component input's) name, shape and dtype in the artifact."""
-    precision = "float32" if port.exact else target.precision
-    dtype = precision if port.dtype.is_floating_point else "int32"
-    return {"name": port.name, "dtype": dtype, "shape": list(port.shape)}
+    return {"name": port.name, "dtype": target.port_dtype(port).name, "shape": list(port.shape)}
 
 
 def component(
-    lowering: Lowering, entries: Sequence[m.BlockEntry], tables_file: m.File | None, tables: Mapping[str, torch.Tensor]
+    plan: ComponentPlan, entries: Sequence[m.BlockEntry], tables_file: m.File | None, tables: Mapping[str, torch.Tensor]
 ) -> m.Component:
     """A component: its blocks, how they are wired, in which order they run and which stay in memory."""
     dims: dict[str, int] = {}
-    for graph in lowering.graphs:
+    gives: dict[str, Given] = {}
+    for graph in plan.graphs:
         dims |= {k: v for k, v in graph.dims.items() if k not in dims}
-    used = {i.source for e in entries for i in e.inputs}
+        gives |= graph.gives
     order: dict[Any, list[str]] = {}
-    outputs: dict[Any, list[str]] = {}
     for entry in entries:
         order.setdefault(entry.rate, []).append(entry.name)
-        results = [f"{entry.name}.{o.name}" for o in entry.outputs]
-        outputs.setdefault(entry.rate, []).extend(r for r in results if r not in used)
     return m.Component(
-        precision="float16" if lowering.target.precision == "float16" else "float32",
+        precision=cast(PortType, plan.target.precision),
         dims=dims,
-        config=plain(lowering.definition.config),
-        passes=[str(p) for p in lowering.passes],
+        config=plain(plan.definition.config),
+        passes=str(plan.passes),
         inputs=[
-            m.ComponentInput(**_tensor(i, lowering.target), rate=cast(m.Rate, i.rate), meaning=MEANINGS[i.name])
-            for graph in lowering.graphs
+            m.ComponentInput(**_tensor(i, plan.target), rate=cast(m.Rate, i.rate), feed=i.feed)
+            for graph in plan.graphs
             for i in graph.inputs
         ],
-        outputs={rate: names for rate, names in outputs.items() if names},
+        outputs=[
+            m.ComponentOutput(source=f"{block.name}.{port}", rate=cast(m.Rate, block.rate), gives=gives[output])
+            for block in plan.blocks
+            for port, output in block.results.items()
+            if output in gives
+        ],
         tables_file=tables_file,
         tables=[m.Table(name=k, shape=list(v.shape)) for k, v in sorted(tables.items())],
         blocks=list(entries),
         load_order=order,
-        resident=list(lowering.resident),
+        resident=list(plan.resident),
     )
 
 
-def sampler(recipe: Recipe) -> m.SamplerEntry:
+def sampler(recipe: Recipe, family: ModelFamily) -> m.SamplerEntry:
     """The denoising plan, as the device runs it."""
     own = recipe.sampler
     leap = own.leap.resolve(own.steps) if own.leap is not None else None
+    steps = plan_steps(family.timesteps(recipe), leap, merged_steps=own.merged_steps)
     return m.SamplerEntry(
         guidance=own.guidance,
         leap=leap,
-        merged_steps=own.merged_steps,
-        model_fps=recipe.model_fps,
-        timesteps=list(recipe.timesteps()),
-        steps=[
-            m.StepEntry(timestep=s.t, dt=s.dt, function="merged" if s.index < own.merged_steps else "base", leap=s.leap)
-            for s in plan_steps(recipe.timesteps(), leap)
-        ],
+        steps=[m.StepEntry(timestep=s.t, dt=s.dt, function=s.function, leap=s.leap) for s in steps],
     )
 
 
-def _decoding(planned: Plan) -> m.DecodingEntry | None:
-    if "vae" not in planned.components:
+def _decoding(build: ResolvedBuild) -> m.DecodingEntry | None:
+    if "vae" not in build.components:
         return None
-    from toolchain.models.open_sora_v1_2.vae import OpenSoraVAEConfig
+    return m.DecodingEntry(stages=list(build.family.stages(build.recipe, build.configs)))
 
-    config = OpenSoraVAEConfig.from_json(planned.components["vae"].definition.config)
-    chunks = config.chunks(planned.recipe.video.frames)
-    function = {chunk: name for name, chunk in chunk_functions(chunks).items()}
-    return m.DecodingEntry(
-        chunks=[m.ChunkEntry(latents=c[0], frames=c[1], function=function[c]) for c in chunks],
-        frames_per_call=frames_per_call(planned.recipe),
+
+def _text(build: ResolvedBuild, tokenizer: m.File | None) -> m.TextEntry | None:
+    if tokenizer is None:
+        return None
+    prompt = build.family.prompt(build.recipe, build.configs)
+    return m.TextEntry(
+        tokenizer=tokenizer, max_tokens=prompt.max_tokens, suffixes=list(prompt.suffixes), cleaning=prompt.cleaning
     )
-
-
-def _text(planned: Plan, tokenizer: m.File | None) -> m.TextEntry | None:
-    part = planned.recipe.text_encoder
-    if part is None or tokenizer is None:
-        return None
-    tokens = planned.components["transformer"].definition.config["model_max_length"]
-    return m.TextEntry(tokenizer=tokenizer, max_tokens=tokens, aesthetic_score=part.aesthetic_score)
 
 
 def manifest(
     planned: Plan, components: Mapping[str, m.Component], tokenizer: m.File | None, recipe_file: m.File
 ) -> m.Manifest:
     """The whole bundle."""
-    recipe, target, video = planned.recipe, planned.target, planned.recipe.video
-    height, width = video.latent_size
+    build, recipe, target = planned.resolved, planned.recipe, planned.target
     mode: GateMode = recipe.gate.mode
     if mode == "every" and any(b.accuracy is None for c in components.values() for b in c.blocks):
         mode = "interface"
@@ -157,20 +156,11 @@ def manifest(
         name=recipe.name,
         model=recipe.model,
         target=m.TargetEntry(name=target.name, options=target.config.model_dump(mode="json")),
-        geometry=m.Geometry(
-            frames=video.frames,
-            height=video.height,
-            width=video.width,
-            fps=video.fps,
-            latent_channels=int(planned.components["transformer"].definition.config["in_channels"]),
-            latent_frames=video.latent_frames,
-            latent_height=height,
-            latent_width=width,
-        ),
+        geometry=build.family.geometry(recipe, build.configs),
         memory_budget_bytes=recipe.memory_budget,
-        text=_text(planned, tokenizer),
-        sampler=sampler(recipe),
-        decoding=_decoding(planned),
+        text=_text(build, tokenizer),
+        sampler=sampler(recipe, build.family),
+        decoding=_decoding(build),
         components=dict(components),
         gate=m.Gate(
             mode=mode,

@@ -11,13 +11,15 @@ import torch
 
 from toolchain.accuracy import goldens
 from toolchain.formats import manifest as m
-from toolchain.ir.blocks import Block, scales
-from toolchain.build.artifacts import NAME, Builder
-from toolchain.models.family import sample_input
+from toolchain.ir.dtypes import FLOAT16_MAX
+from toolchain.ir.blocks import Block, BlockPair, scales
+from toolchain.build.artifacts import ARTIFACT_STEM, Builder
+from toolchain.build.tables import table_digests
 from toolchain.errors import AccuracyError, LoweringError, RecipeError
-from toolchain.accuracy.metrics import FLOAT16_MAX, measure, require, worst
+from toolchain.accuracy.metrics import measure, require, worst
 from toolchain.ir.graph import Graph
 from toolchain.listener import Listener
+from toolchain.planning.plan import Plan
 from toolchain.system.memory import release
 from toolchain.formats.recipe import Recipe
 from toolchain.accuracy.references import Case, References
@@ -46,22 +48,23 @@ class ComponentGate:
     """
 
     def __init__(
-        self, builder: Builder, recipe: Recipe, tables: Mapping[str, torch.Tensor], listener: Listener
+        self, builder: Builder, planned: Plan, tables: Mapping[str, torch.Tensor], listener: Listener
     ) -> None:
-        self._builder, self._recipe, self._tables, self._listener = builder, recipe, tables, listener
-        lowering = builder.lowering
-        self._limit = gate_limit(recipe, lowering.target)
-        self._plain = {b.name: b for b in lowering.reference}
+        self._builder, self._recipe, self._tables, self._listener = builder, planned.recipe, tables, listener
+        self._family = planned.resolved.family
+        self._table_digests = table_digests(tables)
+        self._limit = gate_limit(planned.recipe, builder.plan.target)
+        self._pairs = {pair.name: pair for pair in builder.plan.pairs}
         self._stand_in = self._representatives()
         self._references: dict[str, References] = {}
         self._chain: dict[str, list[Any]] = {}
-        for graph in lowering.graphs:
+        for graph in builder.plan.graphs:
             names = graph.blocks()
             references = self._start(graph)
             chain: list[Any] = []
             for name in names:
                 if self._stand_in[name] == name:
-                    plain = self._plain[name]
+                    plain = self._pairs[name].plain
                     chain = [*chain, [name, plain.structure(), builder.weights_digest(plain)]]
                 self._references[name] = references
                 self._chain[name] = chain
@@ -69,19 +72,21 @@ class ComponentGate:
     def _representatives(self) -> dict[str, str]:
         """Block → the block that is executed for it; with gate ``every`` each for itself."""
         if self._recipe.gate.mode == "every" or self._builder.direct:
-            return {name: name for name in self._plain}
+            return {name: name for name in self._pairs}
         first: dict[tuple[str, str], str] = {}
-        blocks = zip(self._builder.lowering.blocks, self._builder.lowering.reference, strict=True)
-        return {b.name: first.setdefault((b.structure(), plain.structure()), b.name) for b, plain in blocks}
+        return {
+            pair.name: first.setdefault((pair.lowered.structure(), pair.plain.structure()), pair.name)
+            for pair in self._pairs.values()
+        }
 
     def _start(self, graph: Graph) -> References:
-        recipe, names = self._recipe, set(graph.blocks())
+        recipe, family, names = self._recipe, self._family, set(graph.blocks())
 
         def inputs(function: str, run: int) -> dict[str, torch.Tensor]:
             generator = torch.Generator().manual_seed(recipe.gate.seed * 1000 + run)
-            return {spec.name: sample_input(spec, recipe, generator) for spec in graph.inputs_of(function)}
+            return {spec.name: family.sample_input(spec, generator) for spec in graph.inputs_of(function)}
 
-        blocks = tuple(b for b in self._builder.lowering.reference if b.name in names)
+        blocks = tuple(pair.plain for pair in self._pairs.values() if pair.name in names)
         functions = tuple(graph.functions)
         stand_in = {name: self._stand_in[name] for name in names}
         return References(blocks, functions, inputs, self._runs, self._tables, self._builder.weights, stand_in)
@@ -91,21 +96,21 @@ class ComponentGate:
         """On how many inputs a function is executed; with gate ``structure`` once."""
         return self._recipe.gate.inputs if self._recipe.gate.mode == "every" else 1
 
-    def needs(self, block: Block, artifact: Entry) -> bool:
+    def needs(self, pair: BlockPair, artifact: Entry) -> bool:
         """Whether the block is executed, or another one of its structure for it.
 
         Raises:
             LoweringError: another one was to be, but this one was lowered by itself, so its program may differ.
         """
-        needed = self._stand_in[block.name] == block.name
+        needed = self._stand_in[pair.name] == pair.name
         if not needed and artifact.meta.get("unbound"):
             raise LoweringError(
-                f"block '{block.name}' cannot be stamped ({artifact.meta['unbound']}), so gate 'structure' cannot "
+                f"block '{pair.name}' cannot be stamped ({artifact.meta['unbound']}), so gate 'structure' cannot "
                 "vouch for it; use gate 'every'"
             )
         return needed
 
-    def hold(self, block: Block, artifact: Entry) -> Passed | None:
+    def hold(self, pair: BlockPair, artifact: Entry) -> Passed | None:
         """Execute a block's artifact, or take it from the store that it was.
 
         With gate ``structure`` a program that was executed once is not executed again for another checkpoint. What
@@ -118,20 +123,19 @@ class ComponentGate:
         Raises:
             AccuracyError: names the block, the function, the figures and the step where it goes wrong.
         """
-        gate, every = self._recipe.gate, self._recipe.gate.mode == "every"
+        gate, every, block = self._recipe.gate, self._recipe.gate.mode == "every", pair.lowered
         program: dict[str, Any] = {
             "artifact": artifact.key,
             "chain": self._chain[block.name],
-            "tables": sorted(self._tables),
+            "tables": self._table_digests,
         }
         if not (every or self._builder.direct):
-            plain = self._plain[block.name].structure()
-            program = {"template": self._builder.template_key(block), "plain": plain}
+            program = {"template": self._builder.template_key(block), "plain": pair.plain.structure()}
         key = key_of(program | {"inputs": [gate.seed, self._runs]})
         try:
-            found = self._builder.store.obtain("gates", key, lambda folder: self._execute(block, artifact, folder))
+            found = self._builder.store.obtain("gates", key, lambda folder: self._execute(pair, artifact, folder))
         except EngineUnavailableError as e:
-            self._listener.remark(f"{self._builder.lowering.target.name}: not executed: {e}")
+            self._listener.remark(f"{self._builder.plan.target.name}: not executed: {e}")
             return None
         accuracy = {f: m.Accuracy(**a | {"limit": self._limit}) for f, a in found.meta["accuracy"].items()}
         for function, figures in accuracy.items():
@@ -144,16 +148,16 @@ class ComponentGate:
         return Passed(accuracy, activations, found.data / GOLDENS) if every else None
 
     def _engine(self, block: Block, artifact: Entry) -> Engine:
-        target = self._builder.lowering.target
-        return target.engine(artifact.data / f"{NAME}{target.suffix}", block.inputs, block.outputs)
+        target = self._builder.plan.target
+        return target.engine(artifact.data / f"{ARTIFACT_STEM}{target.suffix}", block.inputs, block.outputs)
 
-    def _execute(self, block: Block, artifact: Entry, folder: Path) -> Made:
+    def _execute(self, pair: BlockPair, artifact: Entry, folder: Path) -> Made:
+        block, plain = pair.lowered, pair.plain
         functions: Sequence[str] = artifact.meta["functions"]
         engine = self._engine(block, artifact)
         cases = self._references[block.name].cases(block.name)
         accuracy = measure(block, functions, engine, cases, self._limit)
         if self._recipe.gate.mode == "every":
-            plain = self._plain[block.name]
             chosen = goldens.golden_cases(block, plain, functions, cases, self._builder.weights(plain))
             goldens.write(folder / GOLDENS, block, chosen)
             again = [f for f, (_, case) in chosen.items() if not any(case is c for c in cases)]
@@ -172,13 +176,13 @@ class ComponentGate:
         from toolchain.accuracy.walk import explain
 
         case = next(c for c in self._references[block.name].cases(block.name) if c.function == function)
-        target, engine = self._builder.lowering.target, self._engine(block, artifact)
+        target, engine = self._builder.plan.target, self._engine(block, artifact)
         found = explain(block, self._builder.weights(block), case, engine, target, self._limit)
         self._listener.remark(found.text())
         return found.verdict
 
     def _warn(self, block: Block, activations: Mapping[str, m.Activations]) -> None:
-        if self._builder.lowering.target.precision != "float16":
+        if self._builder.plan.target.precision != "float16":
             return
         for function, found in activations.items():
             peak = max(abs(found.low), abs(found.high))
@@ -191,7 +195,7 @@ class ComponentGate:
 
 def _activations(block: Block, cases: Sequence[Case], function: str) -> dict[str, Any]:
     """The range of a function's activations over its runs, scaled as the artifact scales them."""
-    scale = {n.name: s for n, s in scales(block.functions.get(function, block.functions["base"])).items()}
+    scale = {n.name: s for n, s in scales(block.functions[block.own_function(function)]).items()}
     ranges = [
         (low * scale.get(step, 1.0), high * scale.get(step, 1.0), step)
         for case in cases

@@ -19,11 +19,11 @@ from types import TracebackType
 from typing import Any
 
 from toolchain.ir.blocks import Block
-from toolchain.build.artifacts import Builder, Source
-from toolchain.weights.checkpoint import open_checkpoint
+from toolchain.build.artifacts import Builder
 from toolchain.weights.digests import tensor_digests
 from toolchain.errors import ResourceError
-from toolchain.planning.plan import Plan, plan
+from toolchain.planning.plan import Plan, plan_resolved
+from toolchain.planning.resolve import resolve
 from toolchain.system.memory import free_bytes, keep_none
 from toolchain.formats.recipe import Recipe
 from toolchain.system.store import Entry, Store
@@ -34,14 +34,12 @@ LOWERING_FACTOR, STAMPING_FACTOR = 6, 1
 """Memory for a lowering and for a stamp, in sizes of the block's weights in float32, measured with T5-XXL's."""
 
 
-def builders(planned: Plan, base: Path, store: Store, direct: bool) -> dict[str, Builder]:
-    """A builder for each component of a plan."""
-    made = {}
-    for name, lowering in planned.components.items():
-        checkpoint = open_checkpoint(planned.recipe.components()[name].checkpoint, base)
-        source = Source(checkpoint, tensor_digests(checkpoint, store))
-        made[name] = Builder(lowering, source, store, direct)
-    return made
+def builders(planned: Plan, store: Store, direct: bool) -> dict[str, Builder]:
+    """A builder for each component of a plan, of a build that was resolved with its checkpoints."""
+    return {
+        name: Builder(plan, tensor_digests(plan.resolved.checkpoint, store), store, direct)
+        for name, plan in planned.components.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -81,9 +79,11 @@ class Parallel:
     No more is begun than fits the memory that is free. Leaving the context stops all of it.
     """
 
-    def __init__(self, recipe: Recipe, base: Path, made: Mapping[str, Builder], store: Store, jobs: int) -> None:
+    def __init__(self, planned: Plan, made: Mapping[str, Builder], store: Store, jobs: int) -> None:
         self._builders, self._store = made, store
-        initial = (recipe.model_dump_json(), str(base), str(store.root), next(iter(made.values())).direct)
+        build = planned.resolved
+        direct = next(iter(made.values())).direct
+        initial = (build.recipe.model_dump_json(), str(build.base), str(store.root), direct)
         self._pool = ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_start, initargs=initial)
         self._free_bytes, self._jobs = free_bytes(), jobs
         self._lock = threading.RLock()
@@ -95,7 +95,7 @@ class Parallel:
 
     def __enter__(self) -> Parallel:
         for component, builder in self._builders.items():
-            for index, block in enumerate(builder.lowering.blocks):
+            for index, block in enumerate(builder.plan.blocks):
                 if self._store.get("artifacts", builder.artifact_key(block)) is not None:
                     continue
                 size = 4 * block.parameters
@@ -132,7 +132,7 @@ class Parallel:
             ResourceError: a process was killed, as it is when memory is short.
         """
         builder = self._builders[component]
-        index = next(i for i, b in enumerate(builder.lowering.blocks) if b.name == block.name)
+        index = next(i for i, b in enumerate(builder.plan.blocks) if b.name == block.name)
         waited = self._done.get((component, index))
         if waited is not None:
             waited.result()
@@ -172,7 +172,7 @@ class Parallel:
                 return
             builder = self._builders[task.component]
             if task.template:
-                key = (task.component, builder.template_key(builder.lowering.blocks[task.index]))
+                key = (task.component, builder.template_key(builder.plan.blocks[task.index]))
                 self._waiting += self._after.pop(key)
             else:
                 self._done[task.component, task.index].set_result(None)
@@ -193,9 +193,9 @@ def _start(recipe: str, base: str, root: str, direct: bool) -> None:
 def _run(task: Task) -> None:
     recipe, base, store, direct = _own["arguments"]
     if "builders" not in _own:
-        _own["builders"] = builders(plan(recipe, base=base), base, store, direct)
+        _own["builders"] = builders(plan_resolved(resolve(recipe, base, checkpoints=True)), store, direct)
     builder: Builder = _own["builders"][task.component]
-    block = builder.lowering.blocks[task.index]
+    block = builder.plan.blocks[task.index]
     with store.scratch() as scratch:
         tempfile.tempdir = str(scratch)  # converters leave large files behind
         if task.template:
@@ -204,6 +204,6 @@ def _run(task: Task) -> None:
             builder.artifact(block)
 
 
-def start(recipe: Recipe, base: Path, made: Mapping[str, Builder], store: Store, jobs: int) -> Serial | Parallel:
+def start(planned: Plan, made: Mapping[str, Builder], store: Store, jobs: int) -> Serial | Parallel:
     """What builds the artifacts of a plan with ``jobs`` processes."""
-    return Serial(made) if jobs == 1 else Parallel(recipe, base, made, store, jobs)
+    return Serial(made) if jobs == 1 else Parallel(planned, made, store, jobs)

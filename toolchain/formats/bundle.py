@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob
+import json
 import os
 import shutil
 import tempfile
@@ -16,6 +17,7 @@ from pydantic import ValidationError
 
 from toolchain.errors import BundleError, RecipeError, ResourceError
 from toolchain.formats.manifest import FILE_NAME, FORMAT_VERSION, File, Manifest
+from toolchain.formats.migrations import migrated
 from toolchain.system.store import digest, process_alive
 from toolchain.validation import explain
 
@@ -61,7 +63,7 @@ class Bundle:
 
 
 def load_bundle(path: str | Path) -> Bundle:
-    """Read a bundle's manifest. Files are checked by :meth:`Bundle.check_files`.
+    """Read a bundle's manifest, an older one too. Files are checked by :meth:`Bundle.check_files`.
 
     Raises:
         BundleError: it is not a bundle, or of a version that this program does not know.
@@ -73,31 +75,19 @@ def load_bundle(path: str | Path) -> Bundle:
     except (OSError, UnicodeDecodeError) as e:
         raise BundleError(f"'{path}' is not a bundle: no readable {FILE_NAME} in it") from e
     try:
-        manifest = Manifest.model_validate_json(text)
+        data = json.loads(text)
+        version = data.get("format_version", 1)
+        if not isinstance(version, int) or version < 1:
+            raise ValueError(f"format_version {version!r}")
+        if version > FORMAT_VERSION:
+            raise BundleError(
+                f"'{path}' has manifest version {version}, this program knows {FORMAT_VERSION}; update sora-compile"
+            )
+        return Bundle(path, Manifest.model_validate(migrated(data)))
     except ValidationError as e:
-        version = _version(text)
-        if version is not None and version > FORMAT_VERSION:
-            raise _newer(path, version) from e
         raise BundleError(f"'{file}' is damaged: {explain(e, Manifest)}") from e
-    if manifest.format_version > FORMAT_VERSION:
-        raise _newer(path, manifest.format_version)
-    return Bundle(path, manifest)
-
-
-def _newer(path: Path, version: int) -> BundleError:
-    return BundleError(
-        f"'{path}' has manifest version {version}, this program knows {FORMAT_VERSION}; update sora-compile"
-    )
-
-
-def _version(text: str) -> int | None:
-    import json
-
-    try:
-        version = json.loads(text).get("format_version")
-    except (ValueError, AttributeError):
-        return None
-    return version if isinstance(version, int) else None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise BundleError(f"'{file}' is damaged: {type(e).__name__}: {' '.join(str(e).split())}") from e
 
 
 def describe_file(path: Path, root: Path) -> File:

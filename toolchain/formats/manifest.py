@@ -1,6 +1,8 @@
 """What the device reads: everything about a bundle that a player has to know.
 
-Paths are relative to the bundle and stay inside it. Shapes are concrete: a bundle is for one geometry.
+Paths are relative to the bundle and stay inside it. Shapes are concrete: a bundle is for one geometry. Names (of ports,
+tables, functions, blocks) mean nothing by themselves: whatever they are, the manifest says what each of them is for.
+The format's history and what readers may expect of it are in docs/manifest.md.
 """
 
 from __future__ import annotations
@@ -10,9 +12,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from toolchain.formats.schedule import Leap
+from toolchain.formats.schedule import BASE, Leap, StaticLeap
+from toolchain.ir.dtypes import PortType
+from toolchain.ir.feeds import Feed, Given
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FILE_NAME = "manifest.json"
 
 
@@ -42,7 +46,7 @@ class TensorSpec(Entry):
     """A tensor that crosses a border: of a component, or of a block."""
 
     name: str
-    dtype: Literal["float16", "float32", "int32"]
+    dtype: PortType
     shape: list[int]
 
 
@@ -58,10 +62,18 @@ chunk of latents and for every group of frames (``encode_…`` for the encoder's
 
 
 class ComponentInput(TensorSpec):
-    """An input of a component, and how often it changes."""
+    """An input of a component, what feeds it, and how often it changes."""
 
     rate: Rate
-    meaning: str
+    feed: Feed
+
+
+class ComponentOutput(Entry):
+    """A result of a component: ``source`` is ``BLOCK.OUTPUT``; ``gives`` says what it is."""
+
+    source: str
+    rate: Rate
+    gives: Given
 
 
 class Accuracy(Entry):
@@ -100,9 +112,11 @@ class BlockEntry(Entry):
     inputs: list[InputSpec]
     outputs: list[TensorSpec]
     other_shapes: dict[str, dict[str, list[int]]] = Field(
-        default_factory=dict, description="Shapes of ports, by function and port, where they differ from base."
+        default_factory=dict,
+        description="Shapes of ports, by function and port, where they differ from the default function's.",
     )
     parameters: int
+    weight_bytes: dict[str, int] = Field(description="Bytes of its weights by how they are stored, such as float16.")
     structure: str = Field(description="Digest shared by blocks that differ in their weights alone.")
     accuracy: dict[str, Accuracy] | None = Field(
         description="By function; null where the artifact was not executed (see gate)."
@@ -127,22 +141,56 @@ class Table(Entry):
 
 
 class Component(Entry):
-    """A component of the model: run the blocks of a rate in their order, wiring inputs by ``source``.
+    """A component of the model: run the blocks of a rate in their order, wiring inputs by ``source``."""
 
-    A block that lacks the function asked for runs ``base``.
-    """
-
-    precision: Literal["float16", "float32"]
+    precision: PortType
     dims: dict[str, int]
     config: dict[str, Any]
-    passes: list[str]
+    passes: str = Field(description="The graph passes that ran, as text that a recipe accepts.")
     inputs: list[ComponentInput]
-    outputs: dict[Rate, list[str]] = Field(description="By rate, where the results come from: BLOCK.OUTPUT.")
+    outputs: list[ComponentOutput]
+    default_function: str = Field(default=BASE, description="What a block runs that lacks the function asked for.")
     tables_file: File | None
     tables: list[Table]
     blocks: list[BlockEntry]
     load_order: dict[Rate, list[str]] = Field(description="By rate, blocks in the order in which they run.")
     resident: list[str] = Field(description="Blocks to keep loaded between runs; the others are freed after each.")
+
+    def own_function(self, block: BlockEntry, function: str) -> str:
+        """The function that ``block`` runs when ``function`` is asked for."""
+        return function if function in block.functions else self.default_function
+
+    def results(self, gives: Given) -> list[ComponentOutput]:
+        """The outputs that are what ``gives`` says."""
+        return [o for o in self.outputs if o.gives == gives]
+
+    @model_validator(mode="after")
+    def _names_agree(self) -> Component:
+        blocks = {b.name: b for b in self.blocks}
+        ports = {f"{b.name}.{o.name}" for b in self.blocks for o in b.outputs}
+        tables = {t.name for t in self.tables}
+        known = ports | {f"tables.{t}" for t in tables} | {f"inputs.{i.name}" for i in self.inputs}
+        for block in self.blocks:
+            if self.default_function not in block.functions:
+                raise ValueError(f"block '{block.name}' lacks the default function '{self.default_function}'")
+            unknown = [i.source for i in block.inputs if i.source not in known]
+            if unknown:
+                raise ValueError(f"block '{block.name}' takes '{unknown[0]}', which nothing gives")
+        ordered = [name for names in self.load_order.values() for name in names]
+        if sorted(ordered) != sorted(blocks) or len(blocks) != len(self.blocks):
+            raise ValueError("load_order does not name every block once")
+        for rate, names in self.load_order.items():
+            if any(blocks[name].rate != rate for name in names):
+                raise ValueError(f"load_order.{rate} names a block of another rate")
+        for what, names, among in (
+            ("resident", self.resident, blocks.keys()),
+            ("outputs", [o.source for o in self.outputs], ports),
+            ("inputs", [i.feed.unconditional for i in self.inputs if i.feed.kind == "text_embedding"], tables),
+        ):
+            missing = [name for name in names if name not in among]
+            if missing:
+                raise ValueError(f"{what}: there is no '{missing[0]}'")
+        return self
 
 
 class StepEntry(Entry):
@@ -155,23 +203,31 @@ class StepEntry(Entry):
 
 
 class SamplerEntry(Entry):
-    """Rectified flow. The velocity is the first half of the output's channels.
+    """Rectified flow. The velocity is the first half of the prediction's channels.
 
     The batch is the conditional half, then the unconditional one; v = u + guidance · (c - u).
     ``steps`` is the whole plan with a static leap taken; with a dynamic rule it is the plan without the
-    leap, which the rule takes when it says so: then dt is timestep / 1000.
+    leap, which the rule takes when it says so: then dt is timestep / ``time_scale``.
     """
 
     kind: Literal["rectified-flow"] = "rectified-flow"
     noise: Literal["philox4x32-10"] = Field(
         default="philox4x32-10", description="Initial latents: Philox counter, Box-Muller; see docs/manifest.md."
     )
-    model_fps: float = Field(description="Value of the transformer's input fps.")
+    once: Rate = Field(default="prompt", description="Rate of the blocks that run before the first step.")
+    each: Rate = Field(default="step", description="Rate of the blocks that run at every step.")
+    time_scale: int = Field(default=1000, ge=1, description="The timestep that is pure noise.")
     guidance: float
     leap: Leap | None
-    merged_steps: int
-    timesteps: list[float] = Field(description="The whole schedule, before any leap.")
     steps: list[StepEntry]
+
+    @model_validator(mode="after")
+    def _leap_agrees(self) -> SamplerEntry:
+        leaps = [i for i, step in enumerate(self.steps) if step.leap]
+        expected = [self.leap.after] if isinstance(self.leap, StaticLeap) else []
+        if leaps != expected or (leaps and leaps[0] != len(self.steps) - 1):
+            raise ValueError(f"steps leap at {leaps}, but the leap's rule says {expected}")
+        return self
 
 
 class Geometry(Entry):
@@ -187,32 +243,51 @@ class Geometry(Entry):
     latent_width: int
 
 
+class Suffix(Entry):
+    """``text`` is appended to a prompt that does not contain ``label``."""
+
+    label: str
+    text: str
+
+
 class TextEntry(Entry):
-    """From a prompt to the text encoder's input: append, clean, tokenise, pad."""
+    """From a prompt to the text encoder's input: append, clean, tokenise, pad.
+
+    ``cleaning`` names a list of rules: those that web captions were cleaned with, or none.
+    """
 
     tokenizer: File
     kind: Literal["sentencepiece"] = "sentencepiece"
     max_tokens: int
-    cleaning: Literal["open-sora-v1.2"] = "open-sora-v1.2"
-    aesthetic_score: float | None
+    suffixes: list[Suffix] = Field(default_factory=list)
+    cleaning: Literal["web-captions", "none"]
+    rate: Rate = Field(default="prompt", description="Rate of the text encoder's blocks.")
 
 
-class ChunkEntry(Entry):
-    """A micro chunk: ``latents`` latent frames become ``frames`` frames with the temporal decoder's ``function``."""
+class Piece(Entry):
+    """One call of a stage: it ``takes`` so many frames and ``gives`` so many, with ``function``."""
 
-    latents: int
-    frames: int
+    takes: int = Field(ge=1)
+    gives: int = Field(ge=1)
     function: str
 
 
-class DecodingEntry(Entry):
-    """From latents to frames: chunk by chunk in time, then ``frames_per_call`` frames at once in space.
+class Stage(Entry):
+    """One loop over time from latents to pixels: the blocks of ``rate``, piece by piece; results are joined in time.
 
-    A last group with too few frames is filled up with any; frames do not influence one another.
+    ``layout`` says how a stage takes and gives frames: ``clip`` is ``[1, C, T, H, W]``, ``frames`` is ``[T, C, H, W]``.
+    A last piece with fewer frames than the input has is filled up with any; frames do not influence one another.
     """
 
-    chunks: list[ChunkEntry]
-    frames_per_call: int
+    rate: Rate
+    layout: Literal["clip", "frames"]
+    pieces: list[Piece]
+
+
+class DecodingEntry(Entry):
+    """From latents to frames: the stages one after the other; the last gives pixels."""
+
+    stages: list[Stage] = Field(min_length=1)
 
 
 GateMode = Literal["every", "structure", "none", "interface"]
@@ -255,7 +330,7 @@ class TargetEntry(Entry):
 class Manifest(Entry):
     """The whole bundle."""
 
-    format_version: int = FORMAT_VERSION
+    format_version: Literal[2] = 2
     name: str
     model: str
     target: TargetEntry
@@ -269,3 +344,19 @@ class Manifest(Entry):
     golden: GoldenVideo | None = Field(description="Of the whole pipeline; null where none was made.")
     tools: dict[str, str]
     recipe: File
+
+    @model_validator(mode="after")
+    def _functions_exist(self) -> Manifest:
+        loops = [("transformer", self.sampler.each, [s.function for s in self.sampler.steps])]
+        loops += [
+            ("vae", s.rate, [p.function for p in s.pieces]) for s in (self.decoding.stages if self.decoding else [])
+        ]
+        for name, rate, asked in loops:
+            if name not in self.components:
+                continue
+            component = self.components[name]
+            have = {f for b in component.blocks if b.rate == rate for f in b.functions}
+            missing = [f for f in asked if f not in have]
+            if missing:
+                raise ValueError(f"{name}: no block of rate '{rate}' has the function '{missing[0]}'")
+        return self

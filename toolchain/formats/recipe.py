@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import re
-from collections.abc import Hashable, Iterable, Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import yaml
 from pydantic import (
@@ -14,18 +11,19 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationError,
     WithJsonSchema,
     field_validator,
     model_serializer,
     model_validator,
 )
 
+from toolchain import plugins
 from toolchain.errors import RecipeError
-from toolchain.formats.schedule import PRESETS, Leap, timesteps
-from toolchain.validation import Bytes, explain
+from toolchain.formats.schedule import PRESETS, Leap
+from toolchain.formats.yaml_text import QuotingDumper
+from toolchain.ir.dtypes import DTYPES
+from toolchain.validation import Bytes
 
-IMAGE_FPS = 120
 GATE_DEFAULTS = {"float32": 1e-3, "float16": 2e-2}
 """Largest relative error of a block by precision: norm of the difference over norm of the reference."""
 
@@ -100,20 +98,10 @@ Target = Annotated[
 class Video(Strict):
     """The video to make. Sizes are pixels; one geometry a bundle, since blocks have fixed shapes."""
 
-    frames: int = Field(ge=1, description="Number of frames: 1, or 17 and more.")
+    frames: int = Field(ge=1, description="Number of frames; which there can be is up to the model.")
     height: int = Field(ge=16, le=4096)
     width: int = Field(ge=16, le=4096)
     fps: int = Field(default=24, ge=1, le=240)
-
-    @property
-    def latent_frames(self) -> int:
-        """Chunks of 17 frames become 5 latent frames; a rest of r becomes ⌈r/4⌉."""
-        return self.frames // 17 * 5 + -(-(self.frames % 17) // 4)
-
-    @property
-    def latent_size(self) -> tuple[int, int]:
-        """Latent height and width: an eighth, what does not fit being cropped."""
-        return self.height // 8, self.width // 8
 
 
 def _leap(value: Any) -> Any:
@@ -184,10 +172,6 @@ class TextEncoderRecipe(ComponentRecipe):
 
 
 class VaeRecipe(ComponentRecipe):
-    passes: list[PassSpec] = Field(
-        default_factory=lambda: [Named(name="partition", options={"max_bytes": "200MB"})],
-        description="Graph passes, in order; 'partition' last.",
-    )
     frames_per_call: int | None = Field(
         default=None,
         ge=1,
@@ -227,12 +211,19 @@ class GateRecipe(Strict):
     @field_validator("max_relative_error")
     @classmethod
     def _known(cls, limits: dict[str, float]) -> dict[str, float]:
+        known = [d.name for d in DTYPES.values() if d.is_float]
         for name in limits:
-            if name not in GATE_DEFAULTS:
-                close = difflib.get_close_matches(name, GATE_DEFAULTS, n=1)
-                hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(GATE_DEFAULTS)}"
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
                 raise ValueError(f"no precision is called '{name}'; {hint}")
         return limits
+
+
+class _Family(Protocol):
+    """What is asked of a model family here: to refuse what none of its checkpoints can do."""
+
+    def check(self, recipe: Recipe) -> None: ...
 
 
 class Recipe(Strict):
@@ -240,7 +231,7 @@ class Recipe(Strict):
 
     version: Literal[1] = 1
     name: str = Field(min_length=1, description="Name of the bundle, for people.")
-    model: Literal["open-sora-v1.2"]
+    model: str = Field(description="The model family, such as open-sora-v1.2.")
     video: Video
     sampler: SamplerRecipe = SamplerRecipe()
     text_encoder: TextEncoderRecipe | None = None
@@ -255,9 +246,10 @@ class Recipe(Strict):
     @model_validator(mode="after")
     def _fits(self) -> Recipe:
         try:
-            self.timesteps()
+            family: _Family = plugins.find(plugins.MODELS, self.model, "model", "model")()
+            family.check(self)
         except RecipeError as e:
-            raise ValueError(f"video: {e}") from e
+            raise ValueError(str(e)) from e
         return self
 
     def components(self) -> dict[str, ComponentRecipe]:
@@ -269,136 +261,8 @@ class Recipe(Strict):
         }
         return {name: part for name, part in parts.items() if part is not None}
 
-    @property
-    def model_fps(self) -> float:
-        """What the model is told as frames per second: a single frame counts as 120, as in its training."""
-        return float(IMAGE_FPS if self.video.frames == 1 else self.video.fps)
-
-    def timesteps(self) -> tuple[float, ...]:
-        """The denoising timesteps, 1000 … 0, before any leap."""
-        video, sampler = self.video, self.sampler
-        return timesteps(
-            sampler.steps,
-            height=video.height,
-            width=video.width,
-            frames=video.frames,
-            discrete=sampler.discrete_timesteps,
-        )
-
     def to_yaml(self) -> str:
         """The recipe with every default written out."""
         data = self.model_dump(mode="json")
-        text: str = yaml.dump(data, Dumper=_Quoting, sort_keys=False, allow_unicode=True, width=100)
+        text: str = yaml.dump(data, Dumper=QuotingDumper, sort_keys=False, allow_unicode=True, width=100)
         return text
-
-
-def shipped() -> dict[str, Path]:
-    """The recipes that come with this package, by name."""
-    import recipes
-
-    folder = Path(next(iter(recipes.__path__)))
-    return {p.stem: p for p in sorted(folder.glob("*.yaml"))}
-
-
-def find_recipe(name: str | Path) -> Path:
-    """The recipe file that a path or a shipped name means.
-
-    Raises:
-        RecipeError: there is none.
-    """
-    path = Path(name)
-    known = shipped()
-    if path.is_file():
-        return path
-    stem = path.name.removesuffix(".yaml") if len(path.parts) == 1 else ""
-    if stem in known:
-        return known[stem]
-    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    hint = f"did you mean '{close[0]}'?" if close else f"shipped recipes: {', '.join(known)}"
-    raise RecipeError(f"recipe '{name}' is neither a file nor a shipped recipe; {hint}")
-
-
-def load_recipe(name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """Load a recipe by path or shipped name, with ``a.b=value`` overrides applied.
-
-    Raises:
-        RecipeError: names the key, what is wrong with it, and the key that was meant where one is close.
-    """
-    path = find_recipe(name)
-    try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
-    except yaml.MarkedYAMLError as e:
-        line = f":{e.problem_mark.line + 1}" if e.problem_mark else ""
-        raise RecipeError(f"{path}{line}: not YAML: {e.problem}") from e
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-        raise RecipeError(f"{path}: cannot be read: {e}") from e
-    if not isinstance(data, dict):
-        raise RecipeError(f"{path}: expected keys and values; see 'sora-compile schema recipe'")
-    for override in overrides:
-        _override(data, override)
-    return parse_recipe(data)
-
-
-def parse_recipe(data: Mapping[str, Any]) -> Recipe:
-    """A recipe from plain data, as YAML gives it.
-
-    Raises:
-        RecipeError: as :func:`load_recipe`.
-    """
-    try:
-        return Recipe.model_validate(data)
-    except ValidationError as e:
-        raise RecipeError(explain(e, Recipe)) from e
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML in which a key given twice is an error, not the last one's victory, and 1e-3 is a number."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node)
-            if not isinstance(key, Hashable):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be a name", key_node.start_mark)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-class _Quoting(yaml.SafeDumper):
-    """Puts text that looks like a number in quotes, by the same rule."""
-
-
-# YAML 1.1 wants a dot in every float; JSON, YAML 1.2 and people do not
-for _yaml in (_UniqueKeys, _Quoting):
-    _yaml.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
-
-
-def _override(data: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise RecipeError(f"--set {override}: expected key=value, such as sampler.steps=20")
-    try:
-        value = yaml.load(text, Loader=_UniqueKeys)
-    except yaml.YAMLError as e:
-        raise RecipeError(f"--set {override}: the value is not YAML") from e
-    *parents, last = key.split(".")
-    place: Any = data
-    for i, part in enumerate(parents):
-        if isinstance(place, list):
-            if not part.isdigit() or int(part) >= len(place):
-                raise RecipeError(f"--set {override}: '{part}' is not an index into a list of {len(place)}")
-            place = place[int(part)]
-        elif isinstance(place, dict):
-            if isinstance(place.get(part), str) and part == "target":
-                place[part] = {"name": place[part]}
-            place = place.setdefault(part, {})
-        if not isinstance(place, (dict, list)):
-            raise RecipeError(f"--set {override}: '{'.'.join(parents[: i + 1])}' has no keys in it")
-    if isinstance(place, dict):
-        place[last] = value
-    elif last.isdigit() and int(last) < len(place):
-        place[int(last)] = value
-    else:
-        raise RecipeError(f"--set {override}: '{last}' is not an index into a list of {len(place)}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import fx, nn
@@ -19,13 +19,13 @@ from toolchain.ir.graph import (
     RATES,
     Graph,
     Rate,
-    WeightSource,
     compute_nodes,
     describe_target,
     leaf_of,
     output_values,
 )
 from toolchain.ir.graph_text import function_text, leaves_text
+from toolchain.ir.weights import Weight
 
 TABLES = "tables"
 INPUTS = "inputs"
@@ -71,7 +71,9 @@ class Block:
     functions: Mapping[str, fx.GraphModule]
     signatures: Mapping[str, Signature]
     sources: Mapping[str, str]
-    weights: Mapping[str, WeightSource]
+    weights: Mapping[str, Weight]
+    results: Mapping[str, str] = field(default_factory=dict)
+    """Outputs that are the graph's own, by port."""
 
     @property
     def inputs(self) -> tuple[Port, ...]:
@@ -86,18 +88,40 @@ class Block:
     @property
     def parameters(self) -> int:
         """Number of weights."""
-        return sum(torch.Size(s.shape).numel() for s in self.weights.values())
+        return sum(w.parameters for w in self.weights.values())
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights as the artifact keeps them."""
+        return sum(w.bytes for w in self.weights.values())
+
+    def own_function(self, function: str) -> str:
+        """The function that runs when ``function`` is asked for: ``base``, where the block does not have it."""
+        return function if function in self.functions else "base"
 
     def structure(self) -> str:
         """A digest that blocks share when they differ in nothing but their weights."""
         parts = []
         for name, gm in self.functions.items():
             parts += [name, str(self.signatures[name]), function_text(gm, name), leaves_text(gm)]
+        parts += [f"{name}: {weight.storage.name}" for name, weight in self.weights.items()]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def module(self, function: str, weights: Mapping[str, torch.Tensor]) -> fx.GraphModule:
         """A function with real weights, ready to run or export; takes and returns tensors by port order."""
         return materialise(self.functions[function], weights)
+
+
+@dataclass(frozen=True)
+class BlockPair:
+    """A block as its target lowers it, in legal forms, and as the model has it, which it is held against."""
+
+    lowered: Block
+    plain: Block
+
+    @property
+    def name(self) -> str:
+        return self.lowered.name
 
 
 def materialise(gm: fx.GraphModule, weights: Mapping[str, torch.Tensor]) -> fx.GraphModule:
@@ -255,7 +279,8 @@ def _extract(graph: Graph, cuts: Mapping[str, _Cut], name: str) -> Block:
     signatures: dict[str, Signature] = {}
     sources: dict[str, dict[str, str]] = {}
     rate: Rate = "build"
-    weights: dict[str, WeightSource] = {}
+    results: dict[str, str] = {}
+    weights: dict[str, Weight] = {}
     local = _local_paths(t for cut in cuts.values() for n in cut.nodes(name) for t in _targets(n))
     for function, cut in cuts.items():
         nodes = cut.nodes(name)
@@ -269,6 +294,7 @@ def _extract(graph: Graph, cuts: Mapping[str, _Cut], name: str) -> Block:
         out_names = cut.output_names(name)
         outputs = tuple(_port(port, n, cut.scale[n]) for n, port in out_names.items())
         signatures[function] = Signature(inputs, outputs)
+        results |= {port: cut.returned[n] for n, port in out_names.items() if n in cut.returned}
         sources[function] = {p: cut.source(n) for n, p in zip(ins, in_names, strict=True)}
         functions[function] = _submodule(cut.gm, nodes, dict(zip(ins, in_names, strict=True)), list(out_names), local)
         rate = max((rate, *(n.meta["rate"] for n in nodes)), key=RATES.index)
@@ -282,7 +308,7 @@ def _extract(graph: Graph, cuts: Mapping[str, _Cut], name: str) -> Block:
             )
     used = {k for gm in functions.values() for k, _ in (*gm.named_parameters(), *gm.named_buffers())}
     kept = {k: v for k, v in sorted(weights.items()) if k in used}
-    return Block(graph.component, name, rate, functions, signatures, sources["base"], kept)
+    return Block(graph.component, name, rate, functions, signatures, sources["base"], kept, results)
 
 
 def _targets(node: fx.Node) -> Iterator[str]:

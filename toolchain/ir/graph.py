@@ -2,8 +2,8 @@
 
 A component is captured with ``torch.fx`` at the level of its *leaves*: modules that mean something to
 a reader (Attention, Mlp, …) and that are looked into only when a block is lowered. Weights are never
-allocated: parameters live on the ``meta`` device, and a :class:`WeightSource` says which tensor of the
-checkpoint each of them stands for.
+allocated: parameters live on the ``meta`` device, and a :class:`~toolchain.ir.weights.Weight` says which tensors of
+the checkpoint each of them stands for and how artifacts keep it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ import torch
 from torch import fx, nn
 
 from toolchain.errors import LoweringError
+from toolchain.ir.feeds import Feed, Given
+from toolchain.ir.storage import Storage
+from toolchain.ir.weights import Weight, WeightSource
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -56,7 +59,7 @@ def wire(value: torch.Tensor, name: str) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Input:
-    """An input of a component: ``shape`` and ``dtype``, and how often it changes.
+    """An input of a component: ``shape`` and ``dtype``, what feeds it, and how often it changes.
 
     ``exact`` inputs stay float32 whatever the precision of the artifact: a timestep of 977 is not a
     float16 number.
@@ -64,28 +67,10 @@ class Input:
 
     name: str
     shape: tuple[int, ...]
+    feed: Feed
     rate: Rate = "step"
     dtype: torch.dtype = torch.float32
     exact: bool = False
-
-
-@dataclass(frozen=True)
-class WeightSource:
-    """Where a parameter's numbers come from: ``checkpoint[tensor]``, selected and reshaped.
-
-    ``select`` holds ``(dim, index)`` pairs, applied in order; then the result is viewed as ``shape``.
-    A convolution's taps and a patch embedding written as a matrix product are such views.
-    """
-
-    tensor: str
-    shape: tuple[int, ...]
-    select: tuple[tuple[int, int], ...] = ()
-
-    def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The parameter's value, given the checkpoint's whole ``tensor``."""
-        for dim, index in self.select:
-            tensor = tensor.select(dim, index)
-        return tensor.reshape(self.shape)
 
 
 class Leaf(nn.Module):
@@ -126,18 +111,20 @@ class Graph:
     functions: Mapping[str, fx.GraphModule]
     inputs: tuple[Input, ...]
     outputs: tuple[str, ...]
+    gives: Mapping[str, Given]
+    """What each output is; those that are only values known at build time are not in it."""
     dims: Mapping[str, int]
     """Sizes that the graph was captured for: ``B`` batch, ``T`` frames, ``S`` tokens a frame, …"""
-    weights: Mapping[str, WeightSource] = field(default_factory=dict)
-    bytes_per_weight: float = 4.0
-    """Size of a stored weight at the artifact's precision; what ``partition`` counts with."""
-
-    def node_count(self) -> int:
-        return sum(len(gm.graph.nodes) for gm in self.functions.values())
+    weights: Mapping[str, Weight] = field(default_factory=dict)
 
     def copy(self) -> Graph:
         """The same graph with nodes of its own and shared modules, so that a pass may edit it."""
         return dataclasses.replace(self, functions={k: copy_module(v) for k, v in self.functions.items()})
+
+    def stored_as(self, storage: Storage) -> Graph:
+        """The same graph with every weight kept in ``storage``; passes may change single ones after that."""
+        kept = {name: dataclasses.replace(weight, storage=storage) for name, weight in self.weights.items()}
+        return dataclasses.replace(self, weights=kept)
 
     def weights_at(self, path: str) -> tuple[str, ...]:
         """Names of the weights of the module at ``path``, or of the weight that stands there."""
@@ -184,8 +171,16 @@ class LoweredForm(nn.Module):
     def inputs(self) -> tuple[Input, ...]:
         raise NotImplementedError
 
+    def gives(self) -> dict[str, Given]:
+        """What each output is, by name."""
+        raise NotImplementedError
+
     def dims(self) -> dict[str, int]:
         raise NotImplementedError
+
+    def source(self, parameter: str, shape: tuple[int, ...]) -> WeightSource:
+        """Where a parameter's numbers come from: the tensor of the same name, unless a model says otherwise."""
+        return WeightSource((parameter,), shape)
 
     def unit(self, path: str) -> tuple[str, ...]:
         """The partition unit of the module at ``path``, coarse to fine: ``("pair.3", "spatial")``."""
@@ -224,9 +219,9 @@ def capture(form: LoweredForm) -> Graph:
     propagate_shapes(gm, inputs)
     _propagate_rates(gm, inputs)
     _propagate_units(gm, form)
-    weights = {name: WeightSource(name, tuple(p.shape)) for name, p in gm.named_parameters()}
-    weights |= {name: WeightSource(name, tuple(b.shape)) for name, b in gm.named_buffers()}
-    return Graph(form.component, {"base": gm}, inputs, outputs, form.dims(), weights)
+    shapes = {name: tuple(p.shape) for name, p in (*gm.named_parameters(), *gm.named_buffers())}
+    weights = {name: Weight(form.source(name, shape)) for name, shape in shapes.items()}
+    return Graph(form.component, {"base": gm}, inputs, outputs, form.gives(), form.dims(), weights)
 
 
 def _fold_wires(gm: fx.GraphModule) -> None:

@@ -7,9 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import fx, nn
 
+from toolchain.ir.dtypes import dtype_of
 from toolchain.ir.graph import Graph, describe_target, output_node, plain_attributes
-
-_DTYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
 
 
 def graph_text(graph: Graph) -> str:
@@ -44,7 +43,7 @@ def value_text(node: fx.Node) -> str:
     """Dtype and shape of a node's value, ``f32[2, 300]``."""
     value = node.meta.get("val")
     if isinstance(value, torch.Tensor):
-        return f"{_DTYPES.get(value.dtype, str(value.dtype))}[{', '.join(map(str, value.shape))}]"
+        return f"{dtype_of(value.dtype).short}[{', '.join(map(str, value.shape))}]"
     if isinstance(value, (tuple, list)):
         return f"({len(value)} values)"
     return "?"

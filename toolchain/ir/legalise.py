@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 from toolchain.errors import LoweringError
-from toolchain.ir.graph import Graph, Leaf, WeightSource, leaf_of
+from toolchain.ir.graph import Graph, Leaf, leaf_of
 from toolchain.ir.passes import Pass, PassConfig, PassResult
+from toolchain.ir.weights import Weight
 
 
 class LegaliseConfig(PassConfig):
@@ -29,7 +30,7 @@ class Legalise(Pass):
         return PassResult(dataclasses.replace(graph, weights=weights), bool(replaced))
 
 
-def _apply(graph: Graph, rule: str, weights: dict[str, WeightSource]) -> dict[str, Leaf]:
+def _apply(graph: Graph, rule: str, weights: dict[str, Weight]) -> dict[str, Leaf]:
     replaced: dict[str, Leaf] = {}
     for gm in graph.functions.values():
         for node in gm.graph.nodes:
@@ -48,12 +49,14 @@ def _apply(graph: Graph, rule: str, weights: dict[str, WeightSource]) -> dict[st
     return replaced
 
 
-def _replace_sources(weights: dict[str, WeightSource], path: str, sources: object) -> None:
+def _replace_sources(weights: dict[str, Weight], path: str, sources: object) -> None:
     assert isinstance(sources, dict)
     prefix = f"{path}."
     old = {k: weights.pop(k) for k in list(weights) if k.startswith(prefix)}
     for name, source in sources.items():
-        whole = old[prefix + source.tensor]
-        if whole.select:
-            raise LoweringError(f"'{path}' was legalised twice: '{source.tensor}' is already a part of a tensor")
-        weights[prefix + name] = dataclasses.replace(source, tensor=whole.tensor)
+        (own,) = source.tensors
+        whole = old[prefix + own]
+        if whole.source.is_part:
+            raise LoweringError(f"'{path}' was legalised twice: '{own}' is already a part of a tensor")
+        composed = dataclasses.replace(source, tensors=whole.source.tensors, concat=whole.source.concat)
+        weights[prefix + name] = dataclasses.replace(whole, source=composed)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
+from toolchain import plugins
 from toolchain.errors import LoweringError
 from toolchain.ir.graph import Graph
 
@@ -60,3 +62,28 @@ class Pass(abc.ABC):
     def __str__(self) -> str:
         options = self.config.model_dump_json(exclude_defaults=True)
         return self.name if options == "{}" else f"{self.name}{options}"
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A component's passes: rewrites in their order, then the one that cuts it into blocks."""
+
+    rewrites: tuple[Pass, ...]
+    partition: Pass
+
+    def __iter__(self) -> Iterator[Pass]:
+        yield from self.rewrites
+        yield self.partition
+
+    def __str__(self) -> str:
+        return " ".join(str(p) for p in self)
+
+
+def find_pass(name: str, options: dict[str, Any], key: str) -> Pass:
+    """The pass called ``name`` with its options; ``key`` is where the recipe names it.
+
+    Raises:
+        RecipeError: there is no such pass, or its options are wrong.
+    """
+    found: Pass = plugins.configured(plugins.find(plugins.PASSES, name, "pass", key), options, f"{key}.{name}")
+    return found

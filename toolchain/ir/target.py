@@ -11,8 +11,11 @@ from typing import Any, ClassVar, Protocol
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from toolchain.errors import ResourceError
+from toolchain import plugins
+from toolchain.errors import LoweringError, ResourceError
 from toolchain.ir.blocks import Block, Port
+from toolchain.ir.dtypes import DTYPES, DType
+from toolchain.ir.storage import PLAIN, Storage
 
 STEP = "__"
 """Between the name of a step of a block's graph and an operator's, in the names of an artifact's values."""
@@ -104,6 +107,28 @@ class Target(abc.ABC):
         return str(self.config.precision)
 
     @property
+    def storage(self) -> Storage:
+        """How weights are kept unless a pass says otherwise: plainly, in the precision.
+
+        Raises:
+            LoweringError: the target's precision is no number format that weights can be kept in.
+        """
+        if self.precision not in PLAIN:
+            raise LoweringError(f"target '{self.name}': precision '{self.precision}' is none of {', '.join(PLAIN)}")
+        return PLAIN[self.precision]
+
+    @property
+    def storages(self) -> tuple[str, ...]:
+        """Names of the storages that artifacts can express; any other is refused when a build is planned."""
+        return (self.storage.name,)
+
+    def port_dtype(self, port: Port) -> DType:
+        """What an artifact takes or gives for a port: exact ones stay float32, integers are int32."""
+        if not port.dtype.is_floating_point:
+            return DTYPES["int32"]
+        return DTYPES["float32" if port.exact else self.precision]
+
+    @property
     @abc.abstractmethod
     def rules(self) -> tuple[str, ...]:
         """Legalisation rules that the target needs (see ``toolchain.ir.legalise``)."""
@@ -159,10 +184,20 @@ class Target(abc.ABC):
         """Versions of the tools that decide an artifact's bytes."""
 
 
+def find_target(name: str, options: dict[str, Any], key: str = "target") -> Target:
+    """The target called ``name`` with its options.
+
+    Raises:
+        RecipeError: there is no such target, or its options are wrong.
+    """
+    target: Target = plugins.configured(plugins.find(plugins.TARGETS, name, "target", key), options, key)
+    return target
+
+
 def unique_weights(block: Block, seed: int = 0) -> dict[str, torch.Tensor]:
     """Random weights in which every tensor differs from every other, to build a template with."""
     generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(source.shape, generator=generator) for name, source in block.weights.items()}
+    return {name: torch.randn(weight.shape, generator=generator) for name, weight in block.weights.items()}
 
 
 def package_versions(*names: str) -> dict[str, str]:

@@ -1,44 +1,35 @@
-"""Recipe → blocks: configuration, capture, passes, partition. No weight is read."""
+"""Recipe → blocks: capture, passes, legal forms, partition, residency. No weight is read."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from toolchain.errors import CheckpointError, RecipeError
-from toolchain.formats.recipe import ComponentRecipe, Recipe
-from toolchain.ir.blocks import Block, extract_blocks
+from toolchain.errors import RecipeError
+from toolchain.formats.recipe import Recipe
+from toolchain.ir.blocks import Block, BlockPair, extract_blocks
 from toolchain.ir.graph import Graph, capture, with_function
 from toolchain.ir.legalise import Legalise, LegaliseConfig
-from toolchain.ir.passes import Pass
+from toolchain.ir.passes import Pipeline
 from toolchain.ir.target import Target
 from toolchain.listener import Listener
-from toolchain.models.family import Definition, Forms, define
+from toolchain.models.family import Definition, Forms
 from toolchain.planning.residency import resident_blocks
-from toolchain.plugins import find_pass, find_target
-from toolchain.weights.checkpoint import local_path, read_config
+from toolchain.planning.resolve import ResolvedBuild, ResolvedComponent, resolve
 
-BYTES_PER_WEIGHT = {"float16": 2.0, "float32": 4.0}
 PRINTED = ("capture", "legalise")
 """Points at which a graph can be printed besides after the recipe's own passes."""
 
 
 @dataclass(frozen=True)
-class Lowering:
-    """A component as it will be lowered: the blocks that its target sees, and those they are held against.
+class ComponentPlan:
+    """A component as it will be lowered: its blocks in order, each with the one that it is held against."""
 
-    ``reference`` blocks skip legalisation, so that the gate covers it too.
-    """
-
+    resolved: ResolvedComponent
     definition: Definition
-    target: Target
-    passes: tuple[Pass, ...]
     graphs: tuple[Graph, ...]
-    blocks: tuple[Block, ...]
-    reference: tuple[Block, ...]
+    pairs: tuple[BlockPair, ...]
     resident: tuple[str, ...]
     """Blocks that the device keeps loaded."""
 
@@ -47,22 +38,43 @@ class Lowering:
         return self.definition.name
 
     @property
+    def target(self) -> Target:
+        return self.resolved.target
+
+    @property
+    def passes(self) -> Pipeline:
+        return self.resolved.passes
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The blocks that the target lowers."""
+        return tuple(pair.lowered for pair in self.pairs)
+
+    @property
     def parameters(self) -> int:
         return sum(b.parameters for b in self.blocks)
 
     @property
-    def bytes_per_weight(self) -> float:
-        return BYTES_PER_WEIGHT[self.target.precision]
+    def weight_bytes(self) -> int:
+        """Bytes of all weights as artifacts keep them."""
+        return sum(b.weight_bytes for b in self.blocks)
 
 
 @dataclass(frozen=True)
 class Plan:
     """What a recipe would build, without building it."""
 
-    recipe: Recipe
-    target: Target
-    """With the recipe's options; a component's own may have another precision."""
-    components: Mapping[str, Lowering]
+    resolved: ResolvedBuild
+    components: Mapping[str, ComponentPlan]
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.resolved.recipe
+
+    @property
+    def target(self) -> Target:
+        """With the recipe's options; a component's own may have another precision."""
+        return self.resolved.target
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -80,112 +92,70 @@ def plan(recipe: Recipe, *, base: str | Path | None = None, listener: Listener |
     Raises:
         SoraCompileError: the recipe cannot be built; says why.
     """
-    base, listener = Path(base or "."), listener or Listener()
-    passes = {name: load_passes(recipe, name) for name in recipe.components()}
-    target = find_target(recipe.target.name, recipe.target.options)
-    targets = {name: _target(recipe, name, part) for name, part in recipe.components().items()}
-    definitions = _define(recipe, base)
-    budget = recipe.memory_budget
-    lowered = {n: _lower(definitions[n], passes[n], targets[n], listener, budget) for n in recipe.components()}
-    return Plan(recipe, target, lowered)
+    return plan_resolved(resolve(recipe, Path(base or "."), checkpoints=False), listener)
 
 
-def _target(recipe: Recipe, name: str, part: ComponentRecipe) -> Target:
-    if part.precision is None:
-        return find_target(recipe.target.name, recipe.target.options)
-    return find_target(recipe.target.name, {**recipe.target.options, "precision": part.precision}, key=name)
-
-
-def load_passes(recipe: Recipe, component: str) -> tuple[Pass, ...]:
-    """A component's passes; ``partition`` is added with its defaults when it is not listed.
-
-    Raises:
-        RecipeError: a pass is unknown, its options are wrong, or ``partition`` is not the last.
-    """
-    key = f"{component}.passes"
-    specs = recipe.components()[component].passes
-    passes = [find_pass(s.name, s.options, f"{key}.{i}") for i, s in enumerate(specs)]
-    if any(p.name == "partition" for p in passes[:-1]):
-        raise RecipeError(f"{key}: 'partition' must be the last pass, and be listed once")
-    if not passes or passes[-1].name != "partition":
-        passes.append(find_pass("partition", {}, key))
-    if component == "transformer" and recipe.sampler.merged_steps and not any(p.name == "token-merge" for p in passes):
-        raise RecipeError(f"sampler.merged_steps: needs 'token-merge' in {key}")
-    return tuple(passes)
-
-
-def _define(recipe: Recipe, base: Path) -> dict[str, Definition]:
-    configs = {name: configuration(name, part, base) for name, part in recipe.components().items()}
-    definitions = {n: define(n, recipe, configs[n]) for n in configs if n != "text_encoder"}
-    if "text_encoder" in configs:
-        denoiser = definitions["transformer"].config
-        encoder = define("text_encoder", recipe, configs["text_encoder"], int(denoiser["model_max_length"]))
-        if encoder.config["d_model"] != denoiser["caption_channels"]:
-            raise RecipeError(
-                f"text_encoder: its outputs have {encoder.config['d_model']} channels, "
-                f"the transformer takes {denoiser['caption_channels']} (caption_channels)"
-            )
-        definitions["text_encoder"] = encoder
-    return definitions
-
-
-def configuration(component: str, part: ComponentRecipe, base: Path) -> Mapping[str, Any]:
-    """A component's configuration: the recipe's own, or the one beside the weights.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    if part.config is not None:
-        return part.config
-    if part.checkpoint.startswith("hf://"):
-        from toolchain.weights.hub import fetch
-
-        config = read_config(fetch(part.checkpoint)[1])
-    else:
-        path = local_path(part.checkpoint, base)
-        config = read_config(path if path.is_dir() else path.parent)
-    if config is None:
-        raise CheckpointError(
-            f"{component}: no config.json beside '{part.checkpoint}'; add it, or give {component}.config in the recipe"
-        )
-    return config
-
-
-def _lower(
-    definition: Definition, passes: tuple[Pass, ...], target: Target, listener: Listener, budget: int | None
-) -> Lowering:
-    graphs: list[Graph] = []
-    blocks: list[Block] = []
-    reference: list[Block] = []
-    for forms in definition.forms:
-        legal, plain = lower_graph(forms, passes, target, listener)
-        graphs.append(legal)
-        blocks += extract_blocks(legal)
-        reference += extract_blocks(plain)
-    resident = resident_blocks(blocks, BYTES_PER_WEIGHT[target.precision], budget, definition.name)
-    return Lowering(definition, target, passes, tuple(graphs), tuple(blocks), tuple(reference), tuple(resident))
-
-
-def lower_graph(
-    forms: Forms, passes: tuple[Pass, ...], target: Target, listener: Listener | None = None
-) -> tuple[Graph, Graph]:
-    """Capture and run the passes, ``legalise`` with the target's rules before ``partition``.
-
-    Returns:
-        The partitioned graph, and the same without legalisation.
-    """
+def plan_resolved(build: ResolvedBuild, listener: Listener | None = None) -> Plan:
+    """As :func:`plan`, for a build whose parts are found already."""
     listener = listener or Listener()
+    definitions = build.family.define(build.recipe, build.configs)
+    budget = build.recipe.memory_budget
+    return Plan(build, {n: _component(build.components[n], d, listener, budget) for n, d in definitions.items()})
+
+
+def _component(
+    part: ResolvedComponent, definition: Definition, listener: Listener, budget: int | None
+) -> ComponentPlan:
+    graphs: list[Graph] = []
+    pairs: list[BlockPair] = []
+    for forms in definition.forms:
+        legal, plain = lower_graph(forms, part.passes, part.target, listener)
+        graphs.append(legal)
+        pairs += map(BlockPair, extract_blocks(legal), extract_blocks(plain))
+    resident = resident_blocks([p.lowered for p in pairs], budget, definition.name)
+    return ComponentPlan(part, definition, tuple(graphs), tuple(pairs), tuple(resident))
+
+
+def capture_forms(forms: Forms) -> Graph:
+    """One graph of a component, with a function for each of its forms."""
     graph = capture(forms.base)
     for name, form in forms.others.items():
         graph = with_function(graph, name, capture(form))
-    graph = dataclasses.replace(graph, bytes_per_weight=BYTES_PER_WEIGHT[target.precision])
+    return graph
+
+
+def lower_graph(
+    forms: Forms, passes: Pipeline, target: Target, listener: Listener | None = None
+) -> tuple[Graph, Graph]:
+    """Capture and run the passes, ``legalise`` with the target's rules before the partition.
+
+    Returns:
+        The partitioned graph, and the same without legalisation.
+
+    Raises:
+        RecipeError: a weight is to be kept in a way that the target cannot express.
+        LoweringError: a pass cannot be applied.
+    """
+    listener = listener or Listener()
+    graph = capture_forms(forms).stored_as(target.storage)
     listener.graph(graph.component, "capture", graph)
-    *rewrites, partition = passes
-    for rewrite in rewrites:
+    for rewrite in passes.rewrites:
         graph = rewrite(graph).graph
         listener.graph(graph.component, rewrite.name, graph)
+    _check_storages(graph, target)
     legal = Legalise(LegaliseConfig(rules=target.rules))(graph).graph
     listener.graph(graph.component, "legalise", legal)
-    cut = partition(legal).graph
-    listener.graph(graph.component, partition.name, cut)
-    return cut, partition(graph).graph
+    cut = passes.partition(legal).graph
+    listener.graph(graph.component, passes.partition.name, cut)
+    return cut, passes.partition(graph).graph
+
+
+def _check_storages(graph: Graph, target: Target) -> None:
+    """Refuse what the target's artifacts cannot express, rather than store it as something else."""
+    taken = target.storages
+    for name, weight in graph.weights.items():
+        if weight.storage.name not in taken:
+            raise RecipeError(
+                f"{graph.component}: weight '{name}' is to be kept as {weight.storage}, which target '{target.name}' "
+                f"with precision {target.precision} cannot; it takes {', '.join(taken)}"
+            )

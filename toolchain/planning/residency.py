@@ -13,9 +13,7 @@ from toolchain.errors import RecipeError
 from toolchain.ir.blocks import Block
 
 
-def resident_blocks(
-    blocks: Sequence[Block], bytes_per_weight: float, budget_bytes: int | None, component: str
-) -> list[str]:
+def resident_blocks(blocks: Sequence[Block], budget_bytes: int | None, component: str) -> list[str]:
     """Names of the blocks to keep loaded between runs, by the bytes of their weights.
 
     Without a budget all blocks are kept. With one, blocks that run once for a prompt are not kept, and of
@@ -26,7 +24,7 @@ def resident_blocks(
     """
     if budget_bytes is None:
         return [b.name for b in blocks]
-    size = {b.name: b.parameters * bytes_per_weight for b in blocks}
+    size = {b.name: b.weight_bytes for b in blocks}
     needed = sum(sorted(size.values(), reverse=True)[:2])
     if needed > budget_bytes:
         raise RecipeError(

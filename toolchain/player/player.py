@@ -10,14 +10,16 @@ import torch
 
 from toolchain.errors import BundleError
 from toolchain.formats.bundle import Bundle, load_bundle
+from toolchain.formats.manifest import Stage
 from toolchain.formats.schedule import Step
+from toolchain.ir.feeds import Given
+from toolchain.player.opening import target_of
 from toolchain.player.prompt import prepare_prompt
 from toolchain.player.runner import ComponentRunner
 from toolchain.player.sampler import initial_noise, sample
 from toolchain.player.tokenizer import T5Tokenizer
 from toolchain.player.trace import Trace
 from toolchain.player.video import check_outputs, to_bytes, write_frames, write_video
-from toolchain.plugins import target_of
 
 Progress = Callable[[str, int, int], None]
 """Told of a stage (``encode``, ``denoise``, ``decode``), how much of it is done, and how much there is."""
@@ -66,17 +68,19 @@ class Player:
     def encode(self, prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A prompt's embedding ``[1, L, d]`` and mask ``[1, L]``."""
         text = self.manifest.text
-        assert text is not None
+        assert text is not None  # the constructor refuses a bundle without
         tokenizer = T5Tokenizer(self.bundle.path / text.tokenizer.path)
-        tokens = tokenizer(prepare_prompt(prompt, score=text.aesthetic_score), text.max_tokens)
+        prepared = prepare_prompt(prompt, [(s.label, s.text) for s in text.suffixes], text.cleaning)
+        tokens = tokenizer(prepared, text.max_tokens)
         if tokens.truncated:
             self.warn(f"the prompt is longer than {text.max_tokens} tokens; its end is left out")
         ids, mask = torch.tensor([tokens.ids], dtype=torch.int32), torch.tensor([tokens.mask], dtype=torch.float32)
         self.progress("encode", 0, 1)
         with self._component("text_encoder") as encoder:
-            y = encoder.run("prompt", {"input_ids": ids, "mask": mask})["y"]
+            results = encoder.run(text.rate, {"token_ids": ids, "token_mask": mask}, encoder.entry.default_function)
+            y = encoder.result(results, "text_embedding")
         self.progress("encode", 1, 1)
-        return y.float(), mask
+        return y, mask
 
     def denoise(
         self,
@@ -96,56 +100,57 @@ class Player:
         z = torch.from_numpy(
             initial_noise(seed, (1, g.latent_channels, g.latent_frames, g.latent_height, g.latent_width))
         )
+        steps = [Step(i, e.timestep, e.dt, e.function, e.leap) for i, e in enumerate(s.steps)]
+        given = {"text_embedding": y, "token_mask": mask, "frame_mask": torch.ones(1, g.latent_frames)}
         with self._component("transformer") as transformer:
-            null = transformer.tables["null_text"][None]
-            transformer.run("prompt", {"y": torch.cat((y, null)), "mask": torch.cat((mask, mask))})
-            conditioned = any(i.name == "x_mask" for i in transformer.entry.inputs)
-            whole = {"x_mask": torch.ones(2, g.latent_frames)} if conditioned else {}
-            total = len(s.steps)
-            done = 0
+            transformer.run(s.once, given, transformer.entry.default_function)
 
-            def denoiser(z_pair: torch.Tensor, t: float, _: torch.Tensor | None, merged: bool) -> torch.Tensor:
-                nonlocal done
-                self.progress("denoise", done, total)
-                done += 1
-                inputs = {"x": z_pair, "timestep": torch.full((2,), t), "fps": torch.full((2,), s.model_fps)}
-                return transformer.run("step", inputs | whole, "merged" if merged else "base")["out"].float()
+            def denoiser(z_pair: torch.Tensor, step: Step, _: torch.Tensor | None) -> torch.Tensor:
+                self.progress("denoise", step.index, len(steps))
+                now = {"latents": z_pair, "timestep": torch.tensor(step.t)}
+                return transformer.result(transformer.run(s.each, given | now, step.function), "prediction")
 
             latents: torch.Tensor = sample(
                 denoiser,
                 z,
-                s.timesteps,
+                steps,
                 guidance=s.guidance,
                 leap=s.leap,
-                merged_steps=s.merged_steps,
                 on_step=on_step,
+                num_train_timesteps=s.time_scale,
             )
-        self.progress("denoise", total, total)
+        self.progress("denoise", len(steps), len(steps))
         return latents
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Pixels ``[F, 3, H, W]``, -1 … 1, of latents ``[1, C, T, H, W]``."""
         plan = self.manifest.decoding
-        assert plan is not None
-        n = plan.frames_per_call
-        frames: list[torch.Tensor] = []
-        pixels: list[torch.Tensor] = []
-        total = self.manifest.geometry.frames
+        assert plan is not None  # the constructor refuses a bundle without
+        frames = latents[0].transpose(0, 1)  # [T, C, H, W] between stages
         with self._component("vae") as vae:
-            start = 0
-            for chunk in plan.chunks:
-                z = latents[:, :, start : start + chunk.latents]
-                start += chunk.latents
-                x_z = vae.run("chunk", {"z": z}, chunk.function)["x_z"]
-                frames.append(x_z[0].transpose(0, 1))
-            together = torch.cat(frames)
-            for i in range(0, len(together), n):
-                self.progress("decode", i, total)
-                group = together[i : i + n]
-                filled = torch.cat((group, group[-1:].expand(n - len(group), *group.shape[1:])))
-                pixels.append(vae.run("frames", {"x_z": filled})["pixels"][: len(group)].float())
+            for stage in plan.stages:
+                frames = self._stage(vae, stage, frames, "pixels" if stage is plan.stages[-1] else "frames")
+        total = self.manifest.geometry.frames
         self.progress("decode", total, total)
-        return torch.cat(pixels)
+        return frames
+
+    def _stage(self, vae: ComponentRunner, stage: Stage, frames: torch.Tensor, gives: Given) -> torch.Tensor:
+        """One stage of decoding: ``frames`` ``[T, C, H, W]`` to what it ``gives``, likewise."""
+        results: list[torch.Tensor] = []
+        start, total = 0, self.manifest.geometry.frames
+        for piece in stage.pieces:
+            if gives == "pixels":
+                self.progress("decode", start, total)
+            own = frames[start : start + piece.takes]
+            if not len(own):
+                raise BundleError(f"'{self.bundle.path}': decoding takes more than the {len(frames)} frames there are")
+            start += piece.takes
+            filled = torch.cat((own, own[-1:].expand(piece.takes - len(own), *own.shape[1:])))
+            given = filled.transpose(0, 1)[None] if stage.layout == "clip" else filled
+            result = vae.result(vae.run(stage.rate, {"frames": given}, piece.function), gives)
+            clip = result[0].transpose(0, 1) if stage.layout == "clip" else result
+            results.append(clip[: piece.gives])
+        return torch.cat(results)
 
     def video(self, prompt: str, seed: int = 0) -> torch.Tensor:
         """Pixels ``[F, 3, H, W]``, -1 … 1, of a video of ``prompt``."""

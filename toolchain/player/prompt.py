@@ -1,46 +1,35 @@
-"""What Open-Sora does to a prompt before it is tokenized.
+"""What is done to a prompt before it is tokenized.
 
-Its captions were cleaned by a fixed list of rules, made for captions scraped off the web and applied twice;
-a prompt has to look like them, down to the list's oddities. The rules below are that list.
+``web-captions``: the captions of Open-Sora and of the models before it were cleaned by a fixed list of rules, made for
+captions scraped off the web and applied twice; a prompt has to look like them, down to the list's oddities. The rules
+below are that list.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from html import unescape
 from html.entities import html5
 from html.parser import HTMLParser
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 from urllib.parse import unquote_plus
 
-AESTHETIC_SCORE = 6.5
-"""The score that Open-Sora's authors ask for in every prompt."""
+Cleaning = Literal["web-captions", "none"]
+"""Lists of cleaning rules, as manifests name them."""
 
 
-def prepare_prompt(
-    prompt: str,
-    *,
-    score: float | None = AESTHETIC_SCORE,
-    flow: float | None = None,
-    camera_motion: str | None = None,
-) -> str:
-    """The text to tokenize: ``prompt`` with what the captions said of the video appended, then cleaned.
+def prepare_prompt(prompt: str, suffixes: Iterable[tuple[str, str]] = (), cleaning: Cleaning = "web-captions") -> str:
+    """The text to tokenize: ``prompt`` with what captions said of the video appended, then cleaned.
 
     Args:
         prompt: as the user wrote it.
-        score: aesthetic score, 4 to 7 in training.
-        flow: motion score; how much moves.
-        camera_motion: as ``pan right``.
-
-    None leaves a suffix out, and one that the prompt has already is not added again.
+        suffixes: label and text; the text is appended unless the prompt has its label already.
+        cleaning: ``web-captions``, or ``none``: as it is.
     """
-    suffixes = {
-        "aesthetic score:": None if score is None else f"{score:.1f}",
-        "motion score:": None if flow is None else f"{flow:.1f}",
-        "camera motion:": camera_motion,
-    }
-    added = [f" {label} {value}." for label, value in suffixes.items() if value is not None and label not in prompt]
-    return clean_text(prompt + "".join(added))
+    added = [text for label, text in suffixes if label not in prompt]
+    whole = prompt + "".join(added)
+    return clean_text(whole) if cleaning == "web-captions" else whole
 
 
 def clean_text(text: str) -> str:

@@ -16,15 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from toolchain.errors import RecipeError
-from toolchain.formats.schedule import (
-    NUM_TRAIN_TIMESTEPS,
-    DynamicLeap,
-    LeapState,
-    StaticLeap,
-    Step,
-    float32,
-    plan_steps,
-)
+from toolchain.formats.schedule import NUM_TRAIN_TIMESTEPS, DynamicLeap, StaticLeap, Step
+from toolchain.ir.rounding import float32
+from toolchain.player.leap import LeapState
 
 Array: TypeAlias = Any
 """A float32 numpy array or torch tensor."""
@@ -33,14 +27,13 @@ Array: TypeAlias = Any
 class Denoiser(Protocol):
     """The model with its prompt bound: predicts for the conditional and the unconditional half at once."""
 
-    def __call__(self, z_pair: Array, t: float, x_mask: Array | None, merged: bool, /) -> Array:
+    def __call__(self, z_pair: Array, step: Step, x_mask: Array | None, /) -> Array:
         """One call.
 
         Args:
             z_pair: latents ``[2n, C, T, H, W]``: n videos with their prompt, then the same without.
-            t: the timestep, 1000 … 0, the same for all of the batch.
+            step: says the timestep, the same for all of the batch, and the function to run.
             x_mask: bool ``[2n, T]``, False for frames that are given and clean; None without conditions.
-            merged: run the function with token merging.
 
         Returns:
             ``[2n, C or 2C, T, H, W]``; the first C channels are the velocity.
@@ -50,11 +43,10 @@ class Denoiser(Protocol):
 def sample(
     denoiser: Denoiser,
     z: Array,
-    timesteps: Sequence[float],
+    steps: Sequence[Step],
     *,
     guidance: float,
     leap: StaticLeap | DynamicLeap | None = None,
-    merged_steps: int = 0,
     mask: Array | None = None,
     noise: Callable[[int], Array] | None = None,
     on_step: Callable[[Step, Array], None] | None = None,
@@ -65,10 +57,9 @@ def sample(
     Args:
         denoiser: called once a step.
         z: noise ``[n, C, T, H, W]``; given frames hold their clean latents. float32; not changed.
-        timesteps: of the whole schedule, as from :func:`toolchain.formats.schedule.timesteps`.
+        steps: the calls, as from :func:`toolchain.formats.schedule.plan_steps`: with a static leap taken, or whole.
         guidance: classifier-free guidance scale s.
-        leap: when to end early (LPL).
-        merged_steps: the first so many steps run with token merging (TDTM).
+        leap: when to end early (LPL); a dynamic rule is judged after every call.
         mask: ``[n, T]``: 1 for frames to make, 0 for given ones, m between for given frames that are
             noised and denoised along once t <= 1000·m.
         noise: step index → Gaussian noise in the shape of z, wanted with ``mask``. Asked for at every
@@ -80,24 +71,20 @@ def sample(
         The latents ``[n, C, T, H, W]``, of the kind of ``z``.
 
     Raises:
-        RecipeError: the leap does not fit the steps or the batch; ``merged_steps`` is out of range; a
-            mask has the wrong shape or comes without noise.
+        RecipeError: the leap does not fit the steps or the batch; a mask has the wrong shape or comes without noise.
         ValueError: the denoiser's prediction has the wrong shape.
     """
     n, z = z.shape[0], _like(z, z)
-    plan = plan_steps(timesteps, num_train_timesteps=num_train_timesteps)
     if isinstance(leap, DynamicLeap) and n > 1:
         raise RecipeError(f"a dynamic leap ends each video at its own step; sample one at a time, not {n}")
-    if not 0 <= merged_steps <= len(plan):
-        raise RecipeError(f"merged_steps is {merged_steps}; choose 0 to {len(plan)}, the number of steps")
-    state = LeapState(leap, len(plan))
+    state = LeapState(leap, len(steps))
     conditions = None if mask is None else _Conditions(mask, noise, z, num_train_timesteps)
-    for step in plan:
+    for step in steps:
         x0, x_mask, shown = z, None, None
         if conditions is not None:
             z, shown = conditions.before(step, z)
             x_mask = _join(shown, shown)
-        prediction = denoiser(_join(z, z), step.t, x_mask, step.index < merged_steps)
+        prediction = denoiser(_join(z, z), step, x_mask)
         velocity = _guided(_like(z, prediction), z, float(guidance))
         if state.observe(step.index, velocity[0]):
             step = step.leaping(num_train_timesteps)

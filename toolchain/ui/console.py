@@ -130,9 +130,13 @@ class ConsoleListener(Listener):
         """Refuse a pass that this recipe does not run, before anything is built."""
         if self._print_after in (None, "all"):
             return
-        from toolchain.planning.plan import PRINTED, load_passes
+        from toolchain.models.family import find_family
+        from toolchain.planning.plan import PRINTED
+        from toolchain.planning.resolve import load_pipeline
 
-        known = {*PRINTED, *(p.name for name in recipe.components() for p in load_passes(recipe, name))}
+        family = find_family(recipe.model)
+        passes = (load_pipeline(recipe, name, family) for name in recipe.components())
+        known = {*PRINTED, *(p.name for pipeline in passes for p in pipeline)}
         if self._print_after not in known:
             raise RecipeError(
                 f"--print-after {self._print_after}: no such pass in this recipe; it runs {', '.join(sorted(known))}"

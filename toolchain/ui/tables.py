@@ -15,7 +15,7 @@ from toolchain.build.entries import sampler
 from toolchain.formats.bundle import Bundle
 from toolchain.formats.manifest import BlockEntry, Manifest
 from toolchain.ir.target import distinct_functions
-from toolchain.planning.plan import Lowering, Plan
+from toolchain.planning.plan import ComponentPlan, Plan
 
 if TYPE_CHECKING:
     from toolchain.accuracy.diff import Comparison
@@ -41,7 +41,7 @@ def runs(rate: str) -> str:
 
 def plan_json(planned: Plan) -> dict[str, Any]:
     """A plan as plain data."""
-    steps = sampler(planned.recipe).steps
+    steps = sampler(planned.recipe, planned.resolved.family).steps
     return {
         "name": planned.recipe.name,
         "target": planned.target.name,
@@ -51,27 +51,27 @@ def plan_json(planned: Plan) -> dict[str, Any]:
     }
 
 
-def _component_json(lowering: Lowering) -> dict[str, Any]:
+def _component_json(plan: ComponentPlan) -> dict[str, Any]:
     return {
-        "precision": lowering.target.precision,
-        "dims": dict(lowering.graphs[0].dims),
-        "passes": [str(p) for p in lowering.passes],
-        "parameters": lowering.parameters,
-        "weight_bytes": int(lowering.parameters * lowering.bytes_per_weight),
-        "distinct_structures": len({b.structure() for b in lowering.blocks}),
+        "precision": plan.target.precision,
+        "dims": dict(plan.graphs[0].dims),
+        "passes": str(plan.passes),
+        "parameters": plan.parameters,
+        "weight_bytes": plan.weight_bytes,
+        "distinct_structures": len({b.structure() for b in plan.blocks}),
         "blocks": [
             {
                 "name": b.name,
                 "rate": b.rate,
-                "resident": b.name in lowering.resident,
+                "resident": b.name in plan.resident,
                 "functions": list(distinct_functions(b)),
                 "parameters": b.parameters,
-                "weight_bytes": int(b.parameters * lowering.bytes_per_weight),
+                "weight_bytes": b.weight_bytes,
                 "structure": b.structure(),
                 "inputs": {p.name: {"shape": list(p.shape), "source": b.sources[p.name]} for p in b.inputs},
                 "outputs": {p.name: {"shape": list(p.shape)} for p in b.outputs},
             }
-            for b in lowering.blocks
+            for b in plan.blocks
         ],
     }
 

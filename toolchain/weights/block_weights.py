@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 
 from toolchain.ir.blocks import Block
-from toolchain.models.family import Definition
 from toolchain.weights.checkpoint import Checkpoint
 
 HALVES = (torch.float16, torch.bfloat16)
 
 
 class BlockWeights(Mapping[str, torch.Tensor]):
-    """The weights of ``block`` as float32, by its own names; every access reads one tensor anew.
+    """The weights of ``block`` as float32, by its own names; every access reads its tensors anew.
 
     Nothing is kept, so that whoever takes one tensor after the other never holds more than that one.
     ``dict(weights)`` reads all of them.
@@ -27,32 +26,34 @@ class BlockWeights(Mapping[str, torch.Tensor]):
         self, block: Block, checkpoint: Checkpoint, aliases: Mapping[str, str], *, halves: bool = False
     ) -> None:
         self._kept = HALVES if halves else ()
-        self._sources, self._checkpoint = block.weights, checkpoint
-        self._name = _Names(checkpoint, aliases)
+        self._weights = block.weights
+        self._read = reader(checkpoint, aliases)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        source = self._sources[name]
-        weight = source.of(self._checkpoint.tensor(self._name(source.tensor)))
+        weight = self._weights[name].source.value(self._read)
         return (weight if weight.dtype in self._kept else weight.float()).contiguous()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._sources)
+        return iter(self._weights)
 
     def __len__(self) -> int:
-        return len(self._sources)
+        return len(self._weights)
 
 
-class _Names:
-    """The name under which a checkpoint holds an official tensor: its own, or its alias."""
-
-    def __init__(self, checkpoint: Checkpoint, aliases: Mapping[str, str]) -> None:
-        self._held, self._aliases = checkpoint.infos(), aliases
-
-    def __call__(self, name: str) -> str:
-        return name if name in self._held else self._aliases.get(name, name)
+def held_name(name: str, held: Iterable[str], aliases: Mapping[str, str]) -> str:
+    """The name under which a checkpoint that has ``held`` keeps an official tensor: its own, or its alias."""
+    return name if name in held else aliases.get(name, name)
 
 
-def read_named(checkpoint: Checkpoint, definition: Definition) -> dict[str, torch.Tensor]:
-    """All of a component's weights as float32, by official name; for those who want it whole."""
-    name = _Names(checkpoint, definition.aliases)
-    return {n: checkpoint.tensor(name(n)).float() for n in definition.expected}
+def reader(checkpoint: Checkpoint, aliases: Mapping[str, str]) -> Callable[[str], torch.Tensor]:
+    """Reads a checkpoint's tensors by their official names."""
+    infos = checkpoint.infos()
+    return lambda name: checkpoint.tensor(held_name(name, infos, aliases))
+
+
+def read_named(
+    checkpoint: Checkpoint, expected: Iterable[str], aliases: Mapping[str, str] | None = None
+) -> dict[str, torch.Tensor]:
+    """The tensors ``expected`` as float32, by official name; for those who want a component whole."""
+    read = reader(checkpoint, aliases or {})
+    return {name: read(name).float() for name in expected}

@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from toolchain.errors import CheckpointError
+from toolchain.ir.dtypes import BY_SAFETENSORS
 
 INDEX_NAMES = (
     "model.safetensors.index.json",
@@ -30,11 +31,6 @@ FILE_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytor
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 WRAPPERS = ("state_dict", "model", "module", "ema")
 SHOWN = 8
-
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -73,10 +69,6 @@ class Checkpoint(abc.ABC):
         path = self.find(name) if self.find is not None else self.root / name
         return path if path is not None and path.is_file() else None
 
-    def config(self) -> dict[str, Any] | None:
-        """The ``config.json`` beside the weights, or None."""
-        return read_config(self.root)
-
 
 def read_config(root: Path) -> dict[str, Any] | None:
     """The ``config.json`` in ``root``, or None.
@@ -106,9 +98,11 @@ class SafetensorsCheckpoint(Checkpoint):
                 for name in f.keys():  # noqa: SIM118 - not a dict
                     part = f.get_slice(name)
                     self._shard_of[name] = shard
-                    self._infos[name] = TensorInfo(
-                        tuple(part.get_shape()), _DTYPES.get(part.get_dtype(), torch.float32)
-                    )
+                    dtype = part.get_dtype()
+                    if dtype not in BY_SAFETENSORS:
+                        known = ", ".join(BY_SAFETENSORS)
+                        raise CheckpointError(f"'{shard}': tensor '{name}' is of type {dtype}; known are {known}")
+                    self._infos[name] = TensorInfo(tuple(part.get_shape()), BY_SAFETENSORS[dtype].torch)
 
     def infos(self) -> Mapping[str, TensorInfo]:
         return self._infos

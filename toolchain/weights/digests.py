@@ -11,7 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from toolchain.ir.blocks import Block
+from toolchain.ir.weights import WeightSource
 from toolchain.system.store import Store, key_of
+from toolchain.weights.block_weights import held_name
 from toolchain.weights.checkpoint import Checkpoint
 
 
@@ -49,10 +51,11 @@ def checkpoint_digest(digests: Mapping[str, str]) -> str:
     return hashlib.sha256("".join(f"{n} {d}\n" for n, d in sorted(digests.items())).encode()).hexdigest()
 
 
+def source_digest(source: WeightSource, digests: Mapping[str, str], aliases: Mapping[str, str]) -> list[object]:
+    """What decides a parameter's numbers: its tensors' digests, and what is made of them; plain data."""
+    return [[digests[held_name(name, digests, aliases)] for name in source.tensors], *source.describe()]
+
+
 def block_digest(block: Block, digests: Mapping[str, str], aliases: Mapping[str, str]) -> str:
-    """Digest of a block's weights: each parameter's tensor and which part of it."""
-    parts = {}
-    for name, source in block.weights.items():
-        held = source.tensor if source.tensor in digests else aliases.get(source.tensor, source.tensor)
-        parts[name] = [digests[held], list(source.shape), [list(s) for s in source.select]]
-    return key_of(parts)
+    """Digest of a block's weights: each parameter's tensors and what is made of them."""
+    return key_of({name: source_digest(w.source, digests, aliases) for name, w in block.weights.items()})

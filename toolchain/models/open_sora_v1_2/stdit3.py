@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from toolchain.ir.feeds import Constant, FrameMask, Given, Latents, TextEmbedding, Timestep, TokenMask
 from toolchain.ir.graph import Input, LoweredForm, wire
 from toolchain.models.open_sora_v1_2.attention import (
     CrossAttention,
@@ -280,6 +281,7 @@ class LoweredSTDiT3(LoweredForm):
         batch: conditional and unconditional halves together, so 2 for one video with guidance.
         frames, height, width: latent sizes T, H, W.
         height_px, width_px: the video's size.
+        fps: what the model is told as frames per second.
         frame_conditions: adds the input ``x_mask`` (frames given as condition).
     """
 
@@ -295,6 +297,7 @@ class LoweredSTDiT3(LoweredForm):
         width: int,
         height_px: int,
         width_px: int,
+        fps: float = 24.0,
         frame_conditions: bool = False,
     ) -> None:
         super().__init__()
@@ -303,6 +306,7 @@ class LoweredSTDiT3(LoweredForm):
         self.config = model.config
         self._dims = latent_dims(model.config, batch, frames, height, width, model.config.model_max_length)
         self._scale = position_scale(model.config, height_px, width_px)
+        self._fps = fps
         self.frame_conditions = frame_conditions
         if frame_conditions:
             self.entry = "forward_conditioned"
@@ -313,13 +317,16 @@ class LoweredSTDiT3(LoweredForm):
     def inputs(self) -> tuple[Input, ...]:
         d, c = self._dims, self.config
         shapes = (
-            Input("x", (d["B"], c.in_channels, d["T"], d["H"], d["W"])),
-            Input("timestep", (d["B"],), exact=True),
-            Input("y", (d["B"], d["L"], c.caption_channels), rate="prompt"),
-            Input("mask", (d["B"], d["L"]), rate="prompt"),
-            Input("fps", (d["B"],), exact=True),
+            Input("x", (d["B"], c.in_channels, d["T"], d["H"], d["W"]), Latents()),
+            Input("timestep", (d["B"],), Timestep(), exact=True),
+            Input("y", (d["B"], d["L"], c.caption_channels), TextEmbedding(unconditional="null_text"), rate="prompt"),
+            Input("mask", (d["B"], d["L"]), TokenMask(), rate="prompt"),
+            Input("fps", (d["B"],), Constant(value=self._fps), exact=True),
         )
-        return (*shapes, Input("x_mask", (d["B"], d["T"]))) if self.frame_conditions else shapes
+        return (*shapes, Input("x_mask", (d["B"], d["T"]), FrameMask())) if self.frame_conditions else shapes
+
+    def gives(self) -> dict[str, Given]:
+        return {"out": "prediction"}
 
     def unit(self, path: str) -> tuple[str, ...]:
         parts = path.split(".")

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from toolchain.ir.graph import Leaf, LegalLeaf, WeightSource, leaf_function
+from toolchain.ir.graph import Leaf, LegalLeaf, leaf_function
+from toolchain.ir.weights import WeightSource
 from toolchain.models.open_sora_v1_2.attention import MASKED
 from toolchain.models.open_sora_v1_2.gelu import GELUS
 from toolchain.models.open_sora_v1_2.modulation import modulate, per_token
@@ -90,8 +91,8 @@ class PatchEmbed(Leaf):
             return None
         weight = self.proj.weight.flatten(1)
         sources = {
-            "proj.weight": WeightSource("proj.weight", tuple(weight.shape)),
-            "proj.bias": WeightSource("proj.bias", tuple(weight.shape[:1])),
+            "proj.weight": WeightSource(("proj.weight",), tuple(weight.shape)),
+            "proj.bias": WeightSource(("proj.bias",), tuple(weight.shape[:1])),
         }
         return LegalLeaf(PatchLinear(weight.shape[1], weight.shape[0], self.patch), sources)
 

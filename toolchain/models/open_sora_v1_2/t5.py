@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from toolchain.ir.feeds import Given, TokenIds, TokenMask
 from toolchain.ir.graph import Input, LoweredForm, wire
 from toolchain.models.open_sora_v1_2.t5_leaves import (
     AttentionBias,
@@ -234,7 +235,11 @@ class LoweredT5(LoweredForm):
 
     def inputs(self) -> tuple[Input, ...]:
         shape = (self.prompts, self.length)
-        return Input("input_ids", shape, rate="prompt", dtype=torch.int32), Input("mask", shape, rate="prompt")
+        ids = Input("input_ids", shape, TokenIds(), rate="prompt", dtype=torch.int32)
+        return ids, Input("mask", shape, TokenMask(), rate="prompt")
+
+    def gives(self) -> dict[str, Given]:
+        return {"y": "text_embedding"}
 
     def unit(self, path: str) -> tuple[str, ...]:
         parts = path.split(".")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
@@ -176,3 +176,11 @@ class OpenSoraVAEConfig:
         full, rest = divmod(frames, self.micro_frame_size)
         sizes = [self.micro_frame_size] * full + [rest] * (rest > 0)
         return tuple((-(-n // self.temporal.factor), n) for n in sizes)
+
+
+def chunk_functions(chunks: Sequence[tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    """The temporal VAE's functions: ``base`` for all chunks, and ``tail`` if the last one is shorter.
+
+    ``chunks`` and the values are latents and frames of a chunk.
+    """
+    return {"base": chunks[0]} | ({"tail": chunks[-1]} if chunks[-1] != chunks[0] else {})

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from toolchain.ir.graph import Leaf, LegalLeaf, WeightSource
+from toolchain.ir.graph import Leaf, LegalLeaf
+from toolchain.ir.weights import WeightSource
 
 
 class Conv2d(nn.Conv2d, Leaf):
@@ -83,9 +84,11 @@ class CausalConv3d(Leaf):
         taps = CausalConvTaps(self)
         cout, cin = self.conv.weight.shape[:2]
         shape = (cout, cin, self.kernel, self.kernel)
-        sources = {f"taps.{i}.weight": WeightSource("conv.weight", shape, select=((2, i),)) for i in range(self.kernel)}
+        sources = {
+            f"taps.{i}.weight": WeightSource(("conv.weight",), shape, select=((2, i),)) for i in range(self.kernel)
+        }
         if self.conv.bias is not None:
-            sources["taps.0.bias"] = WeightSource("conv.bias", (cout,))
+            sources["taps.0.bias"] = WeightSource(("conv.bias",), (cout,))
         return LegalLeaf(taps, sources)
 
 

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import torch
 
+from toolchain.ir.feeds import Frames, Given, Pixels
 from toolchain.ir.graph import Input, LoweredForm, wire
 from toolchain.models.open_sora_v1_2.vae import OpenSoraVAE
 
@@ -81,7 +82,11 @@ class LoweredTemporalDecoder(LoweredPart):
 
     def inputs(self) -> tuple[Input, ...]:
         d = self._dims
-        return (Input("z", (d["B"], self.temporal_vae.config.embed_dim, d["T"], d["H"], d["W"]), rate="chunk"),)
+        shape = (d["B"], self.temporal_vae.config.embed_dim, d["T"], d["H"], d["W"])
+        return (Input("z", shape, Frames(), rate="chunk"),)
+
+    def gives(self) -> dict[str, Given]:
+        return {"x_z": "frames"}
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         """``z`` ``[B, C, t, h, w]`` to ``x_z`` ``[B, C, frames, h, w]``."""
@@ -109,7 +114,11 @@ class LoweredSpatialDecoder(LoweredPart):
 
     def inputs(self) -> tuple[Input, ...]:
         d = self._dims
-        return (Input("x_z", (d["F"], self.spatial_vae.module.config.latent_channels, d["H"], d["W"]), rate="frames"),)
+        shape = (d["F"], self.spatial_vae.module.config.latent_channels, d["H"], d["W"])
+        return (Input("x_z", shape, Frames(), rate="frames"),)
+
+    def gives(self) -> dict[str, Given]:
+        return {"pixels": "pixels"}
 
     def forward(self, x_z: torch.Tensor) -> torch.Tensor:
         """``x_z`` ``[n, C, h, w]`` to pixels ``[n, 3, H, W]``."""
@@ -137,7 +146,10 @@ class LoweredSpatialEncoder(LoweredPart):
         self._pixels = (frames, model.config.spatial.in_channels, height_px, width_px)
 
     def inputs(self) -> tuple[Input, ...]:
-        return (Input("pixels", self._pixels, rate="encode_frames"),)
+        return (Input("pixels", self._pixels, Pixels(), rate="encode_frames"),)
+
+    def gives(self) -> dict[str, Given]:
+        return {"mean": "mean", "logvar": "log_variance"}
 
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """``pixels`` ``[n, 3, H, W]`` to mean and log variance, each ``[n, C, h, w]``."""
@@ -167,11 +179,11 @@ class LoweredTemporalEncoder(LoweredPart):
 
     def inputs(self) -> tuple[Input, ...]:
         d = self._dims
-        return (
-            Input(
-                "x_z", (d["B"], self.temporal_vae.config.in_out_channels, d["F"], d["H"], d["W"]), rate="encode_chunk"
-            ),
-        )
+        shape = (d["B"], self.temporal_vae.config.in_out_channels, d["F"], d["H"], d["W"])
+        return (Input("x_z", shape, Frames(), rate="encode_chunk"),)
+
+    def gives(self) -> dict[str, Given]:
+        return {"mean": "mean", "logvar": "log_variance"}
 
     def forward(self, x_z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """``x_z`` ``[B, C, frames, h, w]`` to mean and log variance, each ``[B, C, t, h, w]``."""

@@ -1,0 +1,81 @@
+"""Older manifests brought to today's format, one version at a time; the history is in docs/manifest.md."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from toolchain.formats.manifest import FORMAT_VERSION
+
+Data = dict[str, Any]
+
+
+def migrated(data: Data) -> Data:
+    """A manifest's data in today's format; it may be changed in place.
+
+    Raises:
+        KeyError, TypeError, ValueError: the data is not what its version says.
+    """
+    for version in range(int(data.get("format_version", 1)), FORMAT_VERSION):
+        data = _STEPS[version](data)
+    return data
+
+
+def _from_1(data: Data) -> Data:
+    """Format 1 had fixed names for inputs, results and tables; from 2 on the manifest says what each is for."""
+    sampler = data["sampler"]
+    feeds: Mapping[str, Data] = {
+        "x": {"kind": "latents"},
+        "timestep": {"kind": "timestep"},
+        "y": {"kind": "text_embedding", "unconditional": "null_text"},
+        "mask": {"kind": "token_mask"},
+        "fps": {"kind": "constant", "value": sampler.pop("model_fps")},
+        "x_mask": {"kind": "frame_mask"},
+        "input_ids": {"kind": "token_ids"},
+        "z": {"kind": "frames"},
+        "x_z": {"kind": "frames"},
+        "pixels": {"kind": "pixels"},
+    }
+    gives = {"y": "text_embedding", "out": "prediction", "x_z": "frames", "mean": "mean", "logvar": "log_variance"}
+    gives["pixels"] = "pixels"
+    for component in data["components"].values():
+        for given in component["inputs"]:
+            del given["meaning"]
+            given["feed"] = dict(feeds[given["name"]])
+        component["outputs"] = [
+            {"source": source, "rate": rate, "gives": gives[source.partition(".")[2]]}
+            for rate, sources in component["outputs"].items()
+            for source in sources
+        ]
+        component["passes"] = ""  # format 1 wrote them in another way
+        size = {"float16": 2, "float32": 4}[component["precision"]]
+        for block in component["blocks"]:
+            block["weight_bytes"] = {component["precision"]: size * block["parameters"]}
+    for gone in ("timesteps", "merged_steps"):
+        del sampler[gone]
+    if data["text"] is not None:
+        score = data["text"].pop("aesthetic_score")
+        label = "aesthetic score:"
+        data["text"]["suffixes"] = [] if score is None else [{"label": label, "text": f" {label} {score:.1f}."}]
+        data["text"]["cleaning"] = "web-captions"
+    if data["decoding"] is not None:
+        data["decoding"] = {"stages": _stages(data["decoding"], data["geometry"]["frames"])}
+    return data | {"format_version": 2}
+
+
+def _stages(decoding: Data, frames: int) -> list[Data]:
+    """Chunks of latents, then groups of frames."""
+    together = int(decoding["frames_per_call"])
+    chunks = [{"takes": c["latents"], "gives": c["frames"], "function": c["function"]} for c in decoding["chunks"]]
+    groups = [
+        {"takes": together, "gives": min(together, frames - start), "function": "base"}
+        for start in range(0, frames, together)
+    ]
+    return [
+        {"rate": "chunk", "layout": "clip", "pieces": chunks},
+        {"rate": "frames", "layout": "frames", "pieces": groups},
+    ]
+
+
+_STEPS: Mapping[int, Callable[[Data], Data]] = {1: _from_1}
+"""From each older version to the next."""

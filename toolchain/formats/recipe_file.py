@@ -1,0 +1,104 @@
+"""Recipes as files: found by path or shipped name, read, overridden key by key, validated."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from toolchain.errors import RecipeError
+from toolchain.formats.recipe import Recipe
+from toolchain.formats.yaml_text import UniqueKeyLoader
+from toolchain.validation import explain
+
+
+def shipped() -> dict[str, Path]:
+    """The recipes that come with this package, by name."""
+    import recipes
+
+    folder = Path(next(iter(recipes.__path__)))
+    return {p.stem: p for p in sorted(folder.glob("*.yaml"))}
+
+
+def find_recipe(name: str | Path) -> Path:
+    """The recipe file that a path or a shipped name means.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    path = Path(name)
+    known = shipped()
+    if path.is_file():
+        return path
+    stem = path.name.removesuffix(".yaml") if len(path.parts) == 1 else ""
+    if stem in known:
+        return known[stem]
+    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    hint = f"did you mean '{close[0]}'?" if close else f"shipped recipes: {', '.join(known)}"
+    raise RecipeError(f"recipe '{name}' is neither a file nor a shipped recipe; {hint}")
+
+
+def load_recipe(name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Load a recipe by path or shipped name, with ``a.b=value`` overrides applied.
+
+    Raises:
+        RecipeError: names the key, what is wrong with it, and the key that was meant where one is close.
+    """
+    path = find_recipe(name)
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeyLoader)
+    except yaml.MarkedYAMLError as e:
+        line = f":{e.problem_mark.line + 1}" if e.problem_mark else ""
+        raise RecipeError(f"{path}{line}: not YAML: {e.problem}") from e
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise RecipeError(f"{path}: cannot be read: {e}") from e
+    if not isinstance(data, dict):
+        raise RecipeError(f"{path}: expected keys and values; see 'sora-compile schema recipe'")
+    for override in overrides:
+        _override(data, override)
+    return parse_recipe(data)
+
+
+def parse_recipe(data: Mapping[str, Any]) -> Recipe:
+    """A recipe from plain data, as YAML gives it.
+
+    Raises:
+        RecipeError: as :func:`load_recipe`.
+    """
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as e:
+        raise RecipeError(explain(e, Recipe)) from e
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"--set {override}: expected key=value, such as sampler.steps=20")
+    try:
+        value = yaml.load(text, Loader=UniqueKeyLoader)
+    except yaml.YAMLError as e:
+        raise RecipeError(f"--set {override}: the value is not YAML") from e
+    *parents, last = key.split(".")
+    place: Any = data
+    for i, part in enumerate(parents):
+        if isinstance(place, list):
+            if not part.isdigit() or int(part) >= len(place):
+                raise RecipeError(f"--set {override}: '{part}' is not an index into a list of {len(place)}")
+            place = place[int(part)]
+        elif isinstance(place, dict):
+            if isinstance(place.get(part), str) and part == "target":
+                place[part] = {"name": place[part]}
+            place = place.setdefault(part, {})
+        if not isinstance(place, (dict, list)):
+            raise RecipeError(f"--set {override}: '{'.'.join(parents[: i + 1])}' has no keys in it")
+    if isinstance(place, dict):
+        place[last] = value
+    elif last.isdigit() and int(last) < len(place):
+        place[int(last)] = value
+    else:
+        raise RecipeError(f"--set {override}: '{last}' is not an index into a list of {len(place)}")
