@@ -20,6 +20,7 @@ from toolchain.build import entries as describe
 from toolchain.formats.bundle import Bundle
 from toolchain.formats.recipe import Recipe, SamplerRecipe
 from toolchain.formats.recipe_file import parse_recipe
+from toolchain.models.family import find_family
 from toolchain.player import Player
 
 ROOT = Path(__file__).parents[2]
@@ -119,7 +120,7 @@ def player(bundle: Bundle) -> Callable[..., Player]:
 
     def make(recipe: Recipe | None = None, *, bundle: Bundle = bundle, **listeners: Any) -> Player:
         if recipe is not None:
-            bundle = edited(bundle, sampler=describe.sampler(recipe))
+            bundle = edited(bundle, sampler=describe.sampler(recipe, find_family(recipe.model)))
         return Player(bundle, **listeners)
 
     return make
