@@ -19,8 +19,8 @@ from pydantic import Field
 from torch import fx
 
 from toolchain.errors import LoweringError
-from toolchain.ir.graph import Graph, copy_module, leaf_function, leaf_of, propagate_shapes
-from toolchain.ir.passes import Pass, PassConfig, PassResult
+from toolchain.ir.graph import Graph, copy_module, describe_target, leaf_function, leaf_of, propagate_shapes
+from toolchain.ir.passes import Pass, PassConfig
 
 FUNCTION = "merged"
 
@@ -48,6 +48,12 @@ def unmerge_frames(x: torch.Tensor, frames: int) -> torch.Tensor:
     return both[:, : frames * tokens] if frames % 2 else both
 
 
+def _stream_shape(node: fx.Node) -> tuple[int, ...]:
+    """Shape of what an attention takes first; empty where that is no value of the graph."""
+    stream = node.args[0] if node.args else None
+    return tuple(stream.meta["val"].shape) if isinstance(stream, fx.Node) else ()
+
+
 class TokenMergeConfig(PassConfig):
     where: tuple[Literal["self_attention", "cross_attention"], ...] = Field(
         default=("self_attention", "cross_attention"),
@@ -58,9 +64,14 @@ class TokenMergeConfig(PassConfig):
 
 
 class TokenMerge(Pass):
-    """Add the function ``merged``: ``base`` with merging around its attentions."""
+    """Add the function ``merged``: ``base`` with merging around its attentions.
+
+    The stream that an attention takes first must be ``[B, T·S, C]`` with all tokens of a frame side by side, T being
+    the component's ``dims["T"]`` and T·S its ``dims["N"]``.
+    """
 
     name = "token-merge"
+    provides = (FUNCTION,)
     Config = TokenMergeConfig
     config: TokenMergeConfig
 
@@ -69,10 +80,19 @@ class TokenMerge(Pass):
             raise LoweringError(f"the graph has a function '{FUNCTION}' already; list the pass once")
         if "T" not in graph.dims:
             raise LoweringError("the component has no frames to merge")
-        if not self._sites(graph.functions["base"]):
+        sites = self._sites(graph.functions["base"])
+        if not sites:
             raise LoweringError(f"the graph has no {' or '.join(self.config.where)}")
+        frames, tokens = graph.dims["T"], graph.dims.get("N")
+        for node in sites:
+            shape = _stream_shape(node)
+            if len(shape) != 3 or shape[1] != tokens or shape[1] % frames:
+                raise LoweringError(
+                    f"'{node.name}' ({describe_target(node)}): its stream is {list(shape)}; merging needs [B, T·S, C] "
+                    f"with T = {frames} frames one after the other and T·S = {tokens or 'dims N, which is missing'}"
+                )
 
-    def call(self, graph: Graph) -> PassResult:
+    def call(self, graph: Graph) -> Graph:
         frames = graph.dims["T"]
         gm = copy_module(graph.functions["base"])
         for node in self._sites(gm):
@@ -92,7 +112,7 @@ class TokenMerge(Pass):
             del node.meta["val"]
         gm.recompile()
         propagate_shapes(gm, graph.inputs)
-        return PassResult(dataclasses.replace(graph, functions={**graph.functions, FUNCTION: gm}), True)
+        return dataclasses.replace(graph, functions={**graph.functions, FUNCTION: gm})
 
     def ensures(self, graph: Graph) -> None:
         gm = graph.functions[FUNCTION]

@@ -5,14 +5,40 @@ from __future__ import annotations
 import difflib
 from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, BeforeValidator, ByteSize, Field, TypeAdapter, ValidationError, WithJsonSchema
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    Field,
+    PlainSerializer,
+    TypeAdapter,
+    ValidationError,
+    WithJsonSchema,
+)
 
 
 def _bytes(value: Any) -> Any:
     return int(TypeAdapter(ByteSize).validate_python(value)) if isinstance(value, str) else value
 
 
-Bytes = Annotated[int, BeforeValidator(_bytes), Field(ge=1), WithJsonSchema({"type": ["string", "integer"]})]
+UNITS = {"GB": 10**9, "MB": 10**6, "KB": 10**3}
+
+
+def size_text(count: int) -> str | int:
+    """A number of bytes as people write it, ``200MB`` or ``2.5GB``, where that is exact; else the number."""
+    for unit, factor in UNITS.items():
+        if count >= factor and count * 10 % factor == 0:
+            return f"{count / factor:g}{unit}" if count < 1000 * factor else f"{count // factor}{unit}"
+    return count
+
+
+Bytes = Annotated[
+    int,
+    BeforeValidator(_bytes),
+    Field(ge=1),
+    PlainSerializer(size_text, return_type=str | int, when_used="json"),
+    WithJsonSchema({"type": ["string", "integer"]}),
+]
 """A size: a number of bytes, or text such as ``200MB``."""
 
 

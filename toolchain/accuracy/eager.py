@@ -64,7 +64,7 @@ class EagerPipeline:
         self.steps = plan_steps(family.timesteps(self.recipe), own.leap, merged_steps=own.merged_steps)
         graph = capture_forms(definitions["transformer"].forms[0])
         for rewrite in build.components["transformer"].passes.rewrites:
-            graph = rewrite(graph).graph
+            graph = rewrite(graph)
         read = weights["transformer"].__getitem__
         parameters = {name: weight.source.value(read) for name, weight in graph.weights.items()}
         self._functions = {name: materialise(gm, parameters) for name, gm in graph.functions.items()}

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from toolchain.errors import RecipeError
 from toolchain.formats.recipe import Recipe
-from toolchain.formats.yaml_text import UniqueKeyLoader
+from toolchain.ir.yaml_text import UniqueKeyLoader
 from toolchain.validation import explain
 
 

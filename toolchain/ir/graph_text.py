@@ -82,3 +82,10 @@ def leaves_text(gm: fx.GraphModule) -> str:
             }
             lines.append(f"{name}: {type(part).__name__} {plain_attributes(part)} {weights}")
     return "\n".join(lines)
+
+
+def definition_text(graph: Graph) -> str:
+    """All that a graph says, as text: its functions, leaves, and where its weights come from and how they are kept."""
+    parts = [graph_text(graph), *(leaves_text(gm) for gm in graph.functions.values())]
+    parts += [f"{name} = {weight}" for name, weight in graph.weights.items()]
+    return "\n".join(parts)

@@ -6,7 +6,7 @@ import dataclasses
 
 from toolchain.errors import LoweringError
 from toolchain.ir.graph import Graph, Leaf, leaf_of
-from toolchain.ir.passes import Pass, PassConfig, PassResult
+from toolchain.ir.passes import Pass, PassConfig
 from toolchain.ir.weights import Weight
 
 
@@ -21,13 +21,13 @@ class Legalise(Pass):
     Config = LegaliseConfig
     config: LegaliseConfig
 
-    def call(self, graph: Graph) -> PassResult:
+    def call(self, graph: Graph) -> Graph:
         graph = graph.copy()
         weights = dict(graph.weights)
         replaced: dict[str, Leaf] = {}
         for rule in self.config.rules:
             replaced |= _apply(graph, rule, weights)
-        return PassResult(dataclasses.replace(graph, weights=weights), bool(replaced))
+        return dataclasses.replace(graph, weights=weights)
 
 
 def _apply(graph: Graph, rule: str, weights: dict[str, Weight]) -> dict[str, Leaf]:

@@ -140,14 +140,14 @@ def lower_graph(
     graph = capture_forms(forms).stored_as(target.storage)
     listener.graph(graph.component, "capture", graph)
     for rewrite in passes.rewrites:
-        graph = rewrite(graph).graph
-        listener.graph(graph.component, rewrite.name, graph)
+        graph = rewrite(graph)
+        listener.graph(graph.component, rewrite.name, graph, str(rewrite))
     _check_storages(graph, target)
-    legal = Legalise(LegaliseConfig(rules=target.rules))(graph).graph
+    legal = Legalise(LegaliseConfig(rules=target.rules))(graph)
     listener.graph(graph.component, "legalise", legal)
-    cut = passes.partition(legal).graph
-    listener.graph(graph.component, passes.partition.name, cut)
-    return cut, passes.partition(graph).graph
+    cut = passes.partition(legal)
+    listener.graph(graph.component, passes.partition.name, cut, str(passes.partition))
+    return cut, passes.partition(graph)
 
 
 def _check_storages(graph: Graph, target: Target) -> None:

@@ -12,7 +12,9 @@ from typing import Any
 
 from toolchain.errors import CheckpointError, RecipeError
 from toolchain.formats.recipe import ComponentRecipe, Recipe
-from toolchain.ir.passes import Pipeline, find_pass
+from toolchain.formats.schedule import MERGED
+from toolchain.ir.passes import Pipeline, find_pass, passes_providing
+from toolchain.ir.pipeline_text import parse_pipeline
 from toolchain.ir.target import Target, find_target
 from toolchain.models.family import Configs, ModelFamily, find_family
 from toolchain.weights.checkpoint import Checkpoint, local_path, open_checkpoint, read_config
@@ -89,18 +91,23 @@ def load_pipeline(recipe: Recipe, component: str, family: ModelFamily) -> Pipeli
     """A component's passes; where none of them partitions, the family's default partition is added.
 
     Raises:
-        RecipeError: a pass is unknown, its options are wrong, or a partition is not the last.
+        RecipeError: a pass is unknown, its options are wrong, a partition is not the last, or a function that the
+            sampler asks for is provided by none.
     """
     key = f"{component}.passes"
     specs = recipe.components()[component].passes
     passes = [find_pass(s.name, s.options, f"{key}.{i}") for i, s in enumerate(specs)]
-    if any(p.name == "partition" for p in passes[:-1]):
-        raise RecipeError(f"{key}: 'partition' must be the last pass, and be listed once")
-    if not passes or passes[-1].name != "partition":
-        passes.append(find_pass("partition", {}, key))
-    if component == "transformer" and recipe.sampler.merged_steps and not any(p.name == "token-merge" for p in passes):
-        raise RecipeError(f"sampler.merged_steps: needs 'token-merge' in {key}")
-    return Pipeline(tuple(passes[:-1]), passes[-1])
+    cuts = [p for p in passes if p.phase == "partition"]
+    if len(cuts) > 1 or (cuts and passes[-1] is not cuts[0]):
+        raise RecipeError(f"{key}: '{cuts[0].name}' must be the last pass, and be listed once")
+    if not cuts:
+        ((name, options),) = parse_pipeline(family.default_partition(component))
+        cuts = [find_pass(name, options, key)]
+    pipeline = Pipeline(tuple(p for p in passes if p.phase == "rewrite"), cuts[0])
+    if component == "transformer" and recipe.sampler.merged_steps and MERGED not in pipeline.provides:
+        those = ", ".join(f"'{name}'" for name in passes_providing(MERGED)) or "no installed pass"
+        raise RecipeError(f"sampler.merged_steps: needs a pass that provides '{MERGED}' in {key}: {those} does")
+    return pipeline
 
 
 def _configuration(component: str, part: ComponentRecipe, base: Path) -> Mapping[str, Any]:
