@@ -235,9 +235,7 @@ def test_options_have_a_version() -> None:
     assert str(error.value) == (
         "transformer.passes.0.cut-in-one: options are of version 4, this sora-compile knows 3; update it"
     )
-    with pytest.raises(
-        RecipeError, match=r"^passes\.0\.token-merge: options are of version 2, this sora-compile knows 1"
-    ):
+    with pytest.raises(RecipeError, match=r"^passes\.0\.token-merge: options are of version 2, .* knows 1"):
         find_pass("token-merge", {"version": 2}, "passes.0")
 
 
