@@ -20,7 +20,7 @@ from toolchain.ir.yaml_text import UniqueKeyLoader
 Options = dict[str, Any]
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 KEY = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)\s*=\s*")
-WORD = re.compile(r"[A-Za-z_*][\w.*/+-]*")
+WORD = re.compile(r"[A-Za-z_][\w.*/+-]*")
 CLOSING = {"[": "]", "{": "}"}
 BETWEEN = re.compile(r"[\s,]*")
 
