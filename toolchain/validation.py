@@ -27,8 +27,10 @@ UNITS = {"GB": 10**9, "MB": 10**6, "KB": 10**3}
 def size_text(count: int) -> str | int:
     """A number of bytes as people write it, ``200MB`` or ``2.5GB``, where that is exact; else the number."""
     for unit, factor in UNITS.items():
-        if count >= factor and count * 10 % factor == 0:
-            return f"{count / factor:g}{unit}" if count < 1000 * factor else f"{count // factor}{unit}"
+        tenths, rest = divmod(count * 10, factor)
+        text = f"{tenths // 10}{unit}" if tenths % 10 == 0 else f"{tenths // 10}.{tenths % 10}{unit}"
+        if tenths >= 10 and rest == 0 and _bytes(text) == count:
+            return text
     return count
 
 
