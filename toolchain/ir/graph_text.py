@@ -7,7 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import fx, nn
 
-from toolchain.ir.graph import Graph, describe_target, output_node, plain_attributes
+from toolchain.ir.graph import Graph, describe_target, output_node
+from toolchain.ir.leaves import plain_attributes
 
 _DTYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from toolchain.errors import ResourceError
 from toolchain.ir.blocks import Block, Port
+from toolchain.ir.leaves import LegalForm
 
 STEP = "__"
 """Between the name of a step of a block's graph and an operator's, in the names of an artifact's values."""
@@ -104,9 +105,9 @@ class Target(abc.ABC):
         return str(self.config.precision)
 
     @property
-    @abc.abstractmethod
-    def rules(self) -> tuple[str, ...]:
-        """Legalisation rules that the target needs (see ``toolchain.ir.legalise``)."""
+    def forms(self) -> tuple[LegalForm, ...]:
+        """Legal forms that the target needs leaves to have, in the order in which they are applied."""
+        return ()
 
     @abc.abstractmethod
     def lower(self, block: Block, weights: Mapping[str, torch.Tensor], out: Path) -> Artifact:

@@ -12,7 +12,7 @@ from toolchain.errors import CheckpointError, RecipeError
 from toolchain.formats.recipe import ComponentRecipe, Recipe
 from toolchain.ir.blocks import Block, extract_blocks
 from toolchain.ir.graph import Graph, capture, with_function
-from toolchain.ir.legalise import Legalise, LegaliseConfig
+from toolchain.ir.legalise import legalise
 from toolchain.ir.passes import Pass
 from toolchain.ir.target import Target
 from toolchain.listener import Listener
@@ -169,7 +169,7 @@ def _lower(
 def lower_graph(
     forms: Forms, passes: tuple[Pass, ...], target: Target, listener: Listener | None = None
 ) -> tuple[Graph, Graph]:
-    """Capture and run the passes, ``legalise`` with the target's rules before ``partition``.
+    """Capture and run the passes, ``legalise`` with the target's forms before ``partition``.
 
     Returns:
         The partitioned graph, and the same without legalisation.
@@ -184,7 +184,7 @@ def lower_graph(
     for rewrite in rewrites:
         graph = rewrite(graph).graph
         listener.graph(graph.component, rewrite.name, graph)
-    legal = Legalise(LegaliseConfig(rules=target.rules))(graph).graph
+    legal = legalise(graph, target.forms)
     listener.graph(graph.component, "legalise", legal)
     cut = partition(legal).graph
     listener.graph(graph.component, partition.name, cut)
