@@ -29,6 +29,7 @@ import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from support import FACTS, GOLDEN, RECIPE, Cut, command, write_checkpoint, write_project  # noqa: E402
 
+from toolchain.ir.leaves import LegalForm  # noqa: E402
 from toolchain.models.open_sora_v1_2.stdit3 import STDiT3, STDiT3Config  # noqa: E402
 
 
@@ -129,10 +130,10 @@ def project(tmp_path: Path, one_pair: tuple[dict[str, Any], dict[str, torch.Tens
 
 @pytest.fixture(scope="session")
 def cut_small(one_pair: tuple[dict[str, Any], dict[str, torch.Tensor]]) -> Callable[..., Cut]:
-    """Cut the model of one pair, at the sizes of the small recipe, for a target's rules."""
+    """Cut the model of one pair, at the sizes of the small recipe, with a target's legal forms."""
 
-    def make(rules: tuple[str, ...], **options: Any) -> Cut:
-        return Cut(*one_pair, rules, **({"frames": 5} | options))
+    def make(forms: tuple[LegalForm, ...], **options: Any) -> Cut:
+        return Cut(*one_pair, forms, **({"frames": 5} | options))
 
     return make
 

@@ -20,7 +20,8 @@ from passes.partition import Partition, PartitionConfig
 from passes.token_merge import TokenMerge
 from toolchain.ir.blocks import Block, Port, extract_blocks
 from toolchain.ir.graph import capture
-from toolchain.ir.legalise import Legalise, LegaliseConfig
+from toolchain.ir.leaves import LegalForm
+from toolchain.ir.legalise import legalise
 from toolchain.models.open_sora_v1_2.stdit3 import LoweredSTDiT3, STDiT3, STDiT3Config, position_scale
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -68,7 +69,7 @@ class Cut:
         self,
         config: Mapping[str, Any],
         weights: Mapping[str, torch.Tensor],
-        rules: tuple[str, ...],
+        forms: tuple[LegalForm, ...],
         *,
         frames: int,
         conditions: bool = False,
@@ -85,7 +86,7 @@ class Cut:
         cut = Partition(PartitionConfig.model_validate(partition))
         self._weights = weights
         self.references = extract_blocks(cut(graph).graph)
-        self.blocks = extract_blocks(cut(Legalise(LegaliseConfig(rules=rules))(graph).graph).graph)
+        self.blocks = extract_blocks(cut(legalise(graph, forms)).graph)
         scale = position_scale(model.config, 8 * height, 48)
         tables = {
             "pos_embed": model.pos_embed(hp=height // 2, wp=3, scale=scale),

@@ -186,7 +186,7 @@ FAULTS = {
 def healthy(cut_small: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The target, the model cut into blocks, its lowered pair and where the pair's weights lie."""
     target = CoreMLTarget(CoreMLConfig(precision="float16"))
-    cut = cut_small(target.rules, frames=5)
+    cut = cut_small(target.forms, frames=5)
     block = cut.block("pair_0")
     folder = tmp_path_factory.mktemp("healthy")
     unique = unique_weights(block)
@@ -239,7 +239,7 @@ def test_a_healthy_package_has_no_culprit(healthy: Any, function: str) -> None:
 
 @pytest.mark.parametrize("target", [ExecuTorchTarget(), OnnxTarget()], ids=lambda t: t.name)
 def test_other_targets_show_every_step(target: Target, cut_small: Any, tmp_path: Path) -> None:
-    cut = cut_small(target.rules, frames=5)
+    cut = cut_small(target.forms, frames=5)
     block = cut.block("pair_0")
     path = target.lower(block, cut.weights(block), tmp_path / f"pair_0{target.suffix}").path
     for function in ("base", "merged"):

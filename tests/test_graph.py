@@ -16,12 +16,14 @@ from torch import nn
 
 from passes.partition import Partition, PartitionConfig
 from passes.token_merge import TokenMerge
+from targets.forms.attention import ATTENTION_IN_BATCHES
+from targets.forms.gelu import GELU_FORMULA
+from targets.forms.patch_embedding import PATCHES_BY_LINEAR
 from toolchain.errors import LoweringError
 from toolchain.ir.blocks import Block, extract_blocks, table_nodes
 from toolchain.ir.graph import (
     Graph,
     Input,
-    Leaf,
     LoweredForm,
     WeightSource,
     capture,
@@ -31,11 +33,12 @@ from toolchain.ir.graph import (
     wire,
 )
 from toolchain.ir.graph_text import graph_text
-from toolchain.ir.legalise import Legalise, LegaliseConfig
+from toolchain.ir.leaves import Leaf, LegalForm
+from toolchain.ir.legalise import legalise
 from toolchain.models.open_sora_v1_2.stdit3 import LoweredSTDiT3, STDiT3, STDiT3Config, position_scale
 
 GEOMETRY = {"batch": 2, "frames": 3, "height": 4, "width": 6, "height_px": 32, "width_px": 48}
-RULES = ("patch-linear", "bmm", "gelu-formula")
+FORMS = (PATCHES_BY_LINEAR, ATTENTION_IN_BATCHES, GELU_FORMULA)
 
 
 def captured(config: STDiT3Config, **options: Any) -> Graph:
@@ -159,9 +162,12 @@ import resource, sys, time
 import torch
 from passes.partition import Partition
 from passes.token_merge import TokenMerge
+from targets.forms.attention import ATTENTION_IN_BATCHES
+from targets.forms.gelu import GELU_FORMULA
+from targets.forms.patch_embedding import PATCHES_BY_LINEAR
 from toolchain.ir.blocks import extract_blocks
 from toolchain.ir.graph import capture
-from toolchain.ir.legalise import Legalise, LegaliseConfig
+from toolchain.ir.legalise import legalise
 from toolchain.models.open_sora_v1_2.stdit3 import LoweredSTDiT3, STDiT3, STDiT3Config
 
 def peak():
@@ -176,7 +182,7 @@ with torch.device("meta"):
     model = STDiT3(STDiT3Config())
 graph = capture(LoweredSTDiT3(model, batch=2, frames=20, height=24, width=24, height_px=192, width_px=192))
 graph = TokenMerge()(graph).graph
-graph = Legalise(LegaliseConfig(rules=("patch-linear", "bmm", "gelu-formula")))(graph).graph
+graph = legalise(graph, (PATCHES_BY_LINEAR, ATTENTION_IN_BATCHES, GELU_FORMULA))
 blocks = extract_blocks(Partition()(graph).graph)
 structures = {b.structure() for b in blocks if b.name.startswith("pair")}
 print(len(blocks), sum(b.parameters for b in blocks), len(structures), peak() - before, time.perf_counter() - start)
@@ -209,7 +215,7 @@ def test_text_of_the_graph(graph: Graph) -> None:
 def described(config: dict[str, Any]) -> str:
     """Everything about a graph that cache keys are made of."""
     graph = TokenMerge()(captured(STDiT3Config.from_json(config))).graph
-    cut = Partition()(Legalise(LegaliseConfig(rules=RULES))(graph).graph).graph
+    cut = Partition()(legalise(graph, FORMS)).graph
     return "\n".join([graph_text(graph), graph_text(cut), *(b.structure() for b in extract_blocks(cut))])
 
 
@@ -238,9 +244,9 @@ def test_pairs_share_their_structure(small_config: STDiT3Config) -> None:
     assert first == second
 
 
-def legal(path: str, rule: str) -> Callable[[Any], object]:
-    """Puts the leaf at ``path`` into its form under ``rule``."""
-    return lambda model: model.set_submodule(path, model.get_submodule(path).legal(rule).leaf)
+def legal(path: str, form: LegalForm) -> Callable[[Any], object]:
+    """Puts the leaf at ``path`` into a legal form."""
+    return lambda model: model.set_submodule(path, form.make(model.get_submodule(path)).leaf)
 
 
 def other_mlp(model: Any) -> None:
@@ -254,8 +260,8 @@ def other_mlp(model: Any) -> None:
         lambda m: setattr(m.spatial_blocks[1].norm1, "eps", 1e-5),
         lambda m: setattr(m.spatial_blocks[1].attn.q_norm, "eps", 1e-5),
         lambda m: setattr(m.temporal_blocks[1].cross_attn, "heads", 8),
-        legal("temporal_blocks.1.cross_attn", "bmm"),
-        legal("temporal_blocks.1.mlp", "gelu-formula"),
+        legal("temporal_blocks.1.cross_attn", ATTENTION_IN_BATCHES),
+        legal("temporal_blocks.1.mlp", GELU_FORMULA),
         lambda m: setattr(m.spatial_blocks[1].attn, "q_norm", nn.Identity()),
         other_mlp,
     ],
@@ -270,23 +276,6 @@ def test_another_geometry_is_another_structure(small_config: STDiT3Config) -> No
     graphs = [captured(small_config), captured(small_config, frame_conditions=True)]
     digests = [{b.structure() for b in extract_blocks(Partition()(g).graph) if "pair" in b.name} for g in graphs]
     assert not digests[0] & digests[1]
-
-
-# --- legal forms -------------------------------------------------------------------------------------
-
-
-def test_legalise_leaves_its_argument_alone(graph: Graph) -> None:
-    before, classes = graph_text(graph), [type(m) for m in graph.functions["base"].modules()]
-    result = Legalise(LegaliseConfig(rules=RULES))(graph)
-    assert result.modified
-    assert graph_text(graph) == before
-    assert [type(m) for m in graph.functions["base"].modules()] == classes
-    legal = result.graph.functions["base"]
-    attention = [leaf for n in legal.graph.nodes if "attention" in (leaf := leaf_of(legal, n) or Leaf()).kind]
-    assert {a.kernel for a in attention} == {"bmm"}
-    assert result.graph.weights["x_embedder.proj.weight"] == WeightSource("x_embedder.proj.weight", (64, 16))
-    assert not Legalise(LegaliseConfig(rules=RULES))(result.graph).modified
-    assert not Legalise()(graph).modified
 
 
 # --- blocks, one after the other ---------------------------------------------------------------------
@@ -306,30 +295,30 @@ def run_in_order(
     return values[f"{blocks[-1].name}.{blocks[-1].outputs[0].name}"]
 
 
-CUTS: list[tuple[dict[str, Any], int, tuple[str, ...], bool]] = [
+CUTS: list[tuple[dict[str, Any], int, tuple[LegalForm, ...], bool]] = [
     ({}, 2, (), False),
     ({}, 2, (), True),
-    ({}, 2, RULES, False),
-    ({"layers_per_block": 2}, 1, RULES, True),
+    ({}, 2, FORMS, False),
+    ({"layers_per_block": 2}, 1, FORMS, True),
     ({"blocks": 1}, 1, (), False),
-    ({"max_bytes": "600kB"}, 2, RULES, False),
-    ({"max_bytes": "300kB"}, 4, RULES, False),
-    ({"max_bytes": "300kB"}, 4, RULES, True),
+    ({"max_bytes": "600kB"}, 2, FORMS, False),
+    ({"max_bytes": "300kB"}, 4, FORMS, False),
+    ({"max_bytes": "300kB"}, 4, FORMS, True),
 ]
 
 
-@pytest.mark.parametrize(("options", "layers", "rules", "conditions"), CUTS, ids=str)
+@pytest.mark.parametrize(("options", "layers", "forms", "conditions"), CUTS, ids=str)
 def test_blocks_in_order_are_the_model(
     small_config: STDiT3Config,
     small_model: Any,
     small_weights: dict[str, torch.Tensor],
     options: dict[str, Any],
     layers: int,
-    rules: tuple[str, ...],
+    forms: tuple[LegalForm, ...],
     conditions: bool,
 ) -> None:
     graph = TokenMerge()(captured(small_config, frame_conditions=conditions)).graph
-    graph = Legalise(LegaliseConfig(rules=rules))(graph).graph
+    graph = legalise(graph, forms)
     graph = Partition(PartitionConfig.model_validate(options))(graph).graph
     blocks = extract_blocks(graph)
     assert len(blocks) == 3 + layers

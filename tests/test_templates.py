@@ -43,7 +43,7 @@ def content(path: Path) -> dict[str, str]:
 def case(request: pytest.FixtureRequest, cut_small: Any) -> tuple[Target, Any]:
     """A target, and a model cut for it."""
     target = TARGETS[request.param]
-    return target, cut_small(target.rules, frames=2)
+    return target, cut_small(target.forms, frames=2)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from toolchain.models.open_sora_v1_2.attention import AttentionLeaf
+from targets.forms.attention import attend_in_batches
+from toolchain.ir.contracts import AttentionLeaf
 from toolchain.models.open_sora_v1_2.stdit3 import STDiT3
 from training.autoencoder import cached, load_vae
 from training.grammar import FRAMES, KINDS, LONG_FRAMES, SIZE, Scene, render, split
@@ -115,7 +116,7 @@ def train_transformer(folder: Path, seed: int, plan: Plan, device: str) -> Flow:
     null = flow.model.y_embedder.y_embedding
     for module in flow.modules():
         if isinstance(module, AttentionLeaf):
-            module.kernel = "bmm"  # its backward pass is the faster on CPUs, in bfloat16 by far
+            module.kernel = attend_in_batches  # its backward pass is the faster on CPUs, in bfloat16 by far
 
     def loss(rng: random.Random, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         long = rng.randrange(LONG_EVERY) == 0

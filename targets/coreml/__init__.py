@@ -9,8 +9,12 @@ from typing import Literal
 
 import torch
 
+from targets.forms.gelu import GELU_FORMULA
+from targets.forms.patch_embedding import PATCHES_BY_LINEAR
+from targets.forms.residual_stream import SMALL_RESIDUAL_STREAM
 from targets.streams import quiet
 from toolchain.ir.blocks import Block, Port
+from toolchain.ir.leaves import LegalForm
 from toolchain.ir.target import (
     Artifact,
     Engine,
@@ -31,9 +35,9 @@ class CoreMLTarget(Target):
     Config = CoreMLConfig
 
     @property
-    def rules(self) -> tuple[str, ...]:
-        shape = ("patch-linear", "gelu-formula")
-        return (*shape, "float16") if self.precision == "float16" else shape
+    def forms(self) -> tuple[LegalForm, ...]:
+        always = (PATCHES_BY_LINEAR, GELU_FORMULA)
+        return (*always, SMALL_RESIDUAL_STREAM) if self.precision == "float16" else always
 
     def lower(self, block: Block, weights: Mapping[str, torch.Tensor], out: Path) -> Artifact:
         with quiet():

@@ -8,8 +8,13 @@ from typing import Literal
 
 import torch
 
+from targets.forms.attention import ATTENTION_IN_BATCHES
+from targets.forms.conv3d import CONV3D_BY_TAPS
+from targets.forms.gelu import GELU_SIGMOID
+from targets.forms.patch_embedding import PATCHES_BY_LINEAR
 from targets.streams import quiet
 from toolchain.ir.blocks import Block, Port
+from toolchain.ir.leaves import LegalForm
 from toolchain.ir.target import Artifact, Engine, Target, TargetConfig, Template, package_versions
 
 
@@ -23,8 +28,8 @@ class ExecuTorchTarget(Target):
     Config = ExecuTorchConfig
 
     @property
-    def rules(self) -> tuple[str, ...]:
-        return "patch-linear", "bmm", "gelu-sigmoid", "conv3d-taps"
+    def forms(self) -> tuple[LegalForm, ...]:
+        return PATCHES_BY_LINEAR, ATTENTION_IN_BATCHES, GELU_SIGMOID, CONV3D_BY_TAPS
 
     def lower(self, block: Block, weights: Mapping[str, torch.Tensor], out: Path) -> Artifact:
         with quiet():

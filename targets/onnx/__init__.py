@@ -22,10 +22,6 @@ class OnnxTarget(Target):
     suffix = ""
     Config = OnnxConfig
 
-    @property
-    def rules(self) -> tuple[str, ...]:
-        return ()
-
     def lower(self, block: Block, weights: Mapping[str, torch.Tensor], out: Path) -> Artifact:
         with quiet():
             from targets.onnx.lower import lower

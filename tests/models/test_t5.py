@@ -15,12 +15,15 @@ from safetensors.torch import load_file
 from torch import nn
 
 from passes.partition import Partition
+from targets.forms.attention import ATTENTION_IN_BATCHES, attend_in_batches
+from targets.forms.gelu import GELU_FORMULA, GELU_SIGMOID, gelu_formula, gelu_sigmoid
+from targets.forms.residual_stream import RESIDUAL_SCALE, SMALL_RESIDUAL_STREAM
 from toolchain.ir.blocks import extract_blocks
-from toolchain.ir.graph import Graph, Leaf, capture
-from toolchain.ir.legalise import Legalise, LegaliseConfig
-from toolchain.models.open_sora_v1_2.gelu import gelu_sigmoid
+from toolchain.ir.graph import Graph, capture
+from toolchain.ir.leaves import Leaf, LegalForm
+from toolchain.ir.legalise import legalise
 from toolchain.models.open_sora_v1_2.t5 import TIED, LoweredT5, T5Config, T5Encoder
-from toolchain.models.open_sora_v1_2.t5_leaves import RESIDUAL_SCALE, BiasedAttention, GatedMlp, PositionBias
+from toolchain.models.open_sora_v1_2.t5_leaves import BiasedAttention, GatedMlp, PositionBias
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 META = json.loads((GOLDEN / "t5.json").read_text())
@@ -55,12 +58,15 @@ def captured(config: T5Config, prompts: int, length: int, weights: dict[str, tor
     return graph
 
 
-def legalised(model: nn.Module, rule: str) -> Any:
-    """A copy of ``model`` with every leaf in its form under ``rule``."""
+def legalised(model: nn.Module, *forms: LegalForm) -> Any:
+    """A copy of ``model`` with every leaf in its legal forms."""
     model = copy.deepcopy(model)
-    for path, leaf in [(p, m) for p, m in model.named_modules(remove_duplicate=False) if isinstance(m, Leaf)]:
-        if (legal := leaf.legal(rule)) is not None:
-            model.set_submodule(path, legal.leaf)
+    for form in forms:
+        for path, leaf in [(p, m) for p, m in model.named_modules(remove_duplicate=False) if isinstance(m, Leaf)]:
+            if leaf.is_a(form.of):
+                legal = form.make(leaf)
+                assert legal is not None
+                model.set_submodule(path, legal.leaf)
     return model
 
 
@@ -231,21 +237,21 @@ def test_all_layers_are_of_one_structure(weights: dict[str, torch.Tensor], model
 # --- legal forms -------------------------------------------------------------------------------------
 
 
-def test_bmm_form_is_golden(weights: dict[str, torch.Tensor]) -> None:
+def test_batched_attention_is_golden(weights: dict[str, torch.Tensor]) -> None:
     golden = load_file(GOLDEN / "t5_case_L24.safetensors")
-    graph = Legalise(LegaliseConfig(rules=("bmm",)))(captured(CONFIG, 3, 24, weights)).graph
+    graph = legalise(captured(CONFIG, 3, 24, weights), (ATTENTION_IN_BATCHES,))
     leaves = [m for m in graph.functions["base"].modules() if isinstance(m, BiasedAttention)]
     assert len(leaves) == 3
-    assert all(leaf.kernel == "bmm" and leaf.legal("bmm") is None for leaf in leaves)
+    assert {leaf.kernel for leaf in leaves} == {attend_in_batches}
     (y,) = graph.functions["base"](golden["in.input_ids"].int(), golden["in.attention_mask"].float())
     assert_close(y, golden["y"][:, 0])
 
 
-@pytest.mark.parametrize("rule", ["gelu-formula", "gelu-sigmoid"])
-def test_written_out_gelu_is_golden(model: Any, rule: str) -> None:
+@pytest.mark.parametrize(("form", "gelu"), [(GELU_FORMULA, gelu_formula), (GELU_SIGMOID, gelu_sigmoid)])
+def test_written_out_gelu_is_golden(model: Any, form: LegalForm, gelu: Any) -> None:
     golden = load_file(GOLDEN / "t5_case_L24.safetensors")
-    legal = legalised(model, rule)
-    assert [m.gelu for m in legal.modules() if isinstance(m, GatedMlp)] == [rule] * 3
+    legal = legalised(model, form)
+    assert [m.gelu for m in legal.modules() if isinstance(m, GatedMlp)] == [gelu] * 3
     assert_close(legal(golden["in.input_ids"], golden["in.attention_mask"]), golden["y"][:, 0])
 
 
@@ -258,7 +264,7 @@ def test_sigmoid_gelu_is_gelu() -> None:
 
 def test_float16_form_keeps_the_output_and_scales_the_stream(model: Any) -> None:
     golden = load_file(GOLDEN / "t5_case_L24.safetensors")
-    legal = legalised(legalised(legalised(model, "float16"), "bmm"), "gelu-sigmoid")
+    legal = legalised(model, SMALL_RESIDUAL_STREAM, ATTENTION_IN_BATCHES, GELU_SIGMOID)
     streams: list[torch.Tensor] = []
     legal.encoder.block[1].register_forward_hook(lambda *a: streams.append(a[-1]))
     assert_close(legal(golden["in.input_ids"], golden["in.attention_mask"]), golden["y"][:, 0])
@@ -277,7 +283,7 @@ def test_float16_form_survives_a_stream_beyond_float16(model: Any, growth: float
     def error(m: nn.Module) -> float:
         return float((m.half()(ids, mask).float() - want).norm() / want.norm())
 
-    assert error(legalised(big, "float16")) < 2e-2
+    assert error(legalised(big, SMALL_RESIDUAL_STREAM)) < 2e-2
     plain = error(copy.deepcopy(big))
     assert plain < 2e-2 if growth == 1.0 else not plain < 0.5  # "not <" as it may be nan
 

@@ -13,11 +13,14 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from targets.forms.attention import ATTENTION_IN_BATCHES
+from targets.forms.conv3d import CONV3D_BY_TAPS
+from toolchain.ir.contracts import AttentionLeaf, channels_to_frames
 from toolchain.ir.graph import Graph, LoweredForm, capture, compute_nodes, leaf_of
-from toolchain.ir.legalise import Legalise, LegaliseConfig
-from toolchain.models.open_sora_v1_2.attention import AttentionLeaf
+from toolchain.ir.leaves import LegalForm
+from toolchain.ir.legalise import legalise
 from toolchain.models.open_sora_v1_2.vae import OpenSoraVAE, OpenSoraVAEConfig
-from toolchain.models.open_sora_v1_2.vae_conv import CausalConv3d, channels_to_frames
+from toolchain.models.open_sora_v1_2.vae_conv import CausalConv3d
 from toolchain.models.open_sora_v1_2.vae_lowered import (
     LoweredSpatialDecoder,
     LoweredSpatialEncoder,
@@ -28,7 +31,7 @@ from toolchain.models.open_sora_v1_2.vae_lowered import (
 GOLDEN = Path(__file__).parents[1] / "golden"
 TOLERANCE = 1e-5
 CASES = (1, 17, 22, 34)
-RULES = ("bmm", "conv3d-taps")
+FORMS = (ATTENTION_IN_BATCHES, CONV3D_BY_TAPS)
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -222,7 +225,7 @@ def test_official_config_loads_and_variants_are_refused(facts: dict[str, Any]) -
 
 
 def taps_of(conv: CausalConv3d) -> nn.Module:
-    legal = conv.legal("conv3d-taps")
+    legal = CONV3D_BY_TAPS.make(conv)
     assert legal is not None and legal.sources is not None
     assert all(p.is_meta for p in legal.leaf.parameters())
     state = conv.state_dict()
@@ -247,10 +250,6 @@ def test_taps_compute_what_conv3d_does(conv: CausalConv3d, batch: int) -> None:
     for frames in (2, 3, 6):
         x = torch.randn(batch, 3, frames, 4, 5)
         assert relative(taps(x), conv(x)) < 1e-6
-
-
-def test_no_other_rule_changes_a_convolution() -> None:
-    assert CausalConv3d(3, 5, 3).legal("bmm") is None
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -295,15 +294,15 @@ def with_weights(graph: Graph, weights: Tensors) -> nn.Module:
     return gm.load_state_dict(values, strict=True, assign=True) and gm
 
 
-@pytest.mark.parametrize("rules", [(), RULES], ids=["as written", "legalised"])
+@pytest.mark.parametrize("legal_forms", [(), FORMS], ids=["as written", "legalised"])
 @pytest.mark.parametrize("name", NAMES)
 def test_captured_form_computes_what_the_model_does(
-    model: OpenSoraVAE, weights: Tensors, name: str, rules: tuple[str, ...]
+    model: OpenSoraVAE, weights: Tensors, name: str, legal_forms: tuple[LegalForm, ...]
 ) -> None:
     with torch.device("meta"):
         skeleton = OpenSoraVAE(model.config)
     graph = capture(forms(skeleton)[name])
-    graph = Legalise(LegaliseConfig(rules=rules))(graph).graph
+    graph = legalise(graph, legal_forms)
     x = torch.randn(graph.inputs[0].shape, generator=torch.Generator().manual_seed(0))
     got = with_weights(graph, weights)(x)
     expected = eager(model, name, x)
@@ -328,11 +327,13 @@ class Ranks(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
 
-@pytest.mark.parametrize("rules", [(), RULES], ids=["as written", "legalised"])
+@pytest.mark.parametrize("legal_forms", [(), FORMS], ids=["as written", "legalised"])
 @pytest.mark.parametrize("name", NAMES)
-def test_no_tensor_has_more_than_five_dimensions(full_size: OpenSoraVAE, name: str, rules: tuple[str, ...]) -> None:
+def test_no_tensor_has_more_than_five_dimensions(
+    full_size: OpenSoraVAE, name: str, legal_forms: tuple[LegalForm, ...]
+) -> None:
     """Core ML knows no sixth, and its norm adds one for the groups."""
-    graph = Legalise(LegaliseConfig(rules=rules))(capture(forms(full_size)[name])).graph
+    graph = legalise(capture(forms(full_size)[name]), legal_forms)
     with Ranks() as ranks:
         graph.functions["base"](torch.empty(graph.inputs[0].shape, device="meta"))
     assert ranks.most <= 5

@@ -17,8 +17,9 @@ from passes.partition import Partition, PartitionConfig
 from passes.token_merge import TokenMerge
 from toolchain.errors import LoweringError
 from toolchain.ir.blocks import Block, extract_blocks
-from toolchain.ir.graph import Graph, Input, Leaf, LoweredForm, capture, compute_nodes, wire
+from toolchain.ir.graph import Graph, Input, LoweredForm, capture, compute_nodes, wire
 from toolchain.ir.graph_text import graph_text
+from toolchain.ir.leaves import Leaf
 from toolchain.models.open_sora_v1_2.stdit3 import LoweredSTDiT3, STDiT3, STDiT3Config
 
 TINY = {"hidden_size": 8, "num_heads": 2, "caption_channels": 4, "model_max_length": 3}

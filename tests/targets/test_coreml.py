@@ -33,13 +33,13 @@ def odd(target: CoreMLTarget, cut_small: Any, coreml_bundle: Any) -> tuple[Any, 
     """Five frames in float16, as the command built them."""
     manifest = json.loads((coreml_bundle.path / "manifest.json").read_text())
     blocks = manifest["components"]["transformer"]["blocks"]
-    return cut_small(target.rules, frames=5), {b["name"]: coreml_bundle.path / b["artifact"] for b in blocks}
+    return cut_small(target.forms, frames=5), {b["name"]: coreml_bundle.path / b["artifact"] for b in blocks}
 
 
 @pytest.fixture(scope="module")
 def even(target: CoreMLTarget, cut_small: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, Path]]:
     """Two frames in float16, the first given as condition; lowered here."""
-    cut = cut_small(target.rules, frames=2, conditions=True)
+    cut = cut_small(target.forms, frames=2, conditions=True)
     folder = tmp_path_factory.mktemp("even")
     artifacts = {b.name: target.lower(b, cut.weights(b), folder / f"{b.name}.mlpackage") for b in cut.blocks}
     assert {n: a.functions for n, a in artifacts.items() if "pair" in n} == {"pair_0": ("base", "merged")}
@@ -132,7 +132,7 @@ def test_ports_are_float16_but_for_exact_ones(case: Any) -> None:
 
 def test_float32(cut_small: Any, tmp_path: Path) -> None:
     target = CoreMLTarget(CoreMLConfig(precision="float32"))
-    cut = cut_small(target.rules)
+    cut = cut_small(target.forms)
     for name in ("caption", "embed", "final"):
         block = cut.block(name)
         artifact = target.lower(block, cut.weights(block), tmp_path / f"{name}.mlpackage")
@@ -153,7 +153,7 @@ from safetensors.torch import load_file
 from targets.coreml import CoreMLTarget
 weights = {{k: v for k, v in load_file(support.GOLDEN / "stdit3_weights.safetensors").items()
            if "_blocks." not in k or "_blocks.0." in k}}
-cut = support.Cut(support.FACTS["config"] | {{"depth": 1}}, weights, CoreMLTarget().rules, frames=5)
+cut = support.Cut(support.FACTS["config"] | {{"depth": 1}}, weights, CoreMLTarget().forms, frames=5)
 for name in ("pair_0", "caption"):
     block = cut.block(name)
     CoreMLTarget().lower(block, cut.weights(block), Path(sys.argv[1]) / f"{{name}}.mlpackage")
@@ -181,7 +181,7 @@ def test_bytes_are_the_same_in_other_processes(tmp_path: Path) -> None:
 
 
 def test_check_finds_a_missing_function(target: CoreMLTarget, odd: Any, cut_small: Any) -> None:
-    plain = cut_small(target.rules, merged=False).block("pair_0")
+    plain = cut_small(target.forms, merged=False).block("pair_0")
     with pytest.raises(
         LoweringError, match=r"'pair_0': package has functions \['base', 'merged'\], expected \['base'\]"
     ):
@@ -189,13 +189,13 @@ def test_check_finds_a_missing_function(target: CoreMLTarget, odd: Any, cut_smal
 
 
 def test_check_finds_another_shape(target: CoreMLTarget, odd: Any, cut_small: Any) -> None:
-    taller = cut_small(target.rules, height=6).block("final")
+    taller = cut_small(target.forms, height=6).block("final")
     with pytest.raises(LoweringError, match=r"'final', function 'base': inputs are .*\(2, 30, 64\).* expected .*45"):
         target.check(odd[1]["final"], taller)
 
 
 def test_check_finds_another_port(target: CoreMLTarget, odd: Any, cut_small: Any) -> None:
-    conditioned = cut_small(target.rules, conditions=True).block("final")
+    conditioned = cut_small(target.forms, conditions=True).block("final")
     with pytest.raises(LoweringError, match=r"'final', function 'base': inputs are .* expected .*x_mask"):
         target.check(odd[1]["final"], conditioned)
 

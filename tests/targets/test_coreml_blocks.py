@@ -65,7 +65,7 @@ def relative_error(results: Mapping[str, torch.Tensor], expected: Mapping[str, t
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 def test_blocks_of_the_golden_transformer(cut_small: Any, tmp_path: Path, precision: Any) -> None:
     target = CoreMLTarget(CoreMLConfig(precision=precision))
-    cut = cut_small(target.rules, frames=5, conditions=precision == "float32")
+    cut = cut_small(target.forms, frames=5, conditions=precision == "float32")
     held = []
     for block in cut.blocks:
         artifact = target.lower(block, cut.weights(block), tmp_path / f"{block.name}.mlpackage")
@@ -209,7 +209,7 @@ COMPRESSIONS = {
 @pytest.fixture(scope="module")
 def dense(cut_small: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Block, dict[str, torch.Tensor]]:
     """The golden model's pair in float16 as a plain package, whose function is ``main``; and inputs of it."""
-    cut = cut_small(CoreMLTarget().rules, frames=2, merged=False)
+    cut = cut_small(CoreMLTarget().forms, frames=2, merged=False)
     block = cut.block("pair_0")
     folder = tmp_path_factory.mktemp("dense")
     path = _convert(block, "base", cut.weights(block), "float16", folder / "pair.mlpackage")

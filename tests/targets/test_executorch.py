@@ -17,7 +17,8 @@ from passes.partition import Partition
 from targets.executorch import ExecuTorchTarget
 from toolchain.errors import LoweringError
 from toolchain.ir.blocks import Block, extract_blocks
-from toolchain.ir.graph import Input, Leaf, LoweredForm, capture, wire
+from toolchain.ir.graph import Input, LoweredForm, capture, wire
+from toolchain.ir.leaves import Leaf
 from toolchain.models.open_sora_v1_2.stdit3 import STDiT3, STDiT3Config
 
 pytestmark = pytest.mark.slow
@@ -36,7 +37,7 @@ def odd(target: ExecuTorchTarget, cut_small: Any, executorch_bundle: Any) -> tup
     """Five frames, as the command built them."""
     manifest = json.loads((executorch_bundle.path / "manifest.json").read_text())
     blocks = manifest["components"]["transformer"]["blocks"]
-    return cut_small(target.rules, frames=5), {b["name"]: executorch_bundle.path / b["artifact"] for b in blocks}
+    return cut_small(target.forms, frames=5), {b["name"]: executorch_bundle.path / b["artifact"] for b in blocks}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def even(
     target: ExecuTorchTarget, cut_small: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Any, dict[str, Path]]:
     """Two frames, the first given as condition; lowered here."""
-    cut = cut_small(target.rules, frames=2, conditions=True)
+    cut = cut_small(target.forms, frames=2, conditions=True)
     folder = tmp_path_factory.mktemp("even")
     artifacts = {b.name: target.lower(b, cut.weights(b), folder / f"{b.name}.pte") for b in cut.blocks}
     assert {n: a.functions for n, a in artifacts.items() if "pair" in n} == {"pair_0": ("base", "merged")}
@@ -94,7 +95,7 @@ def test_weights_are_stored_once(target: ExecuTorchTarget, tmp_path: Path) -> No
     half = {"frames": 4, "max_bytes": "4.5MB"}  # the spatial half of a pair takes half the time of a whole one
     sizes = {}
     for merged in (True, False):
-        cut = Cut(config, weights, target.rules, merged=merged, **half)
+        cut = Cut(config, weights, target.forms, merged=merged, **half)
         block = cut.block("pair_0_spatial")
         sizes[merged] = target.lower(block, cut.weights(block), tmp_path / f"{merged}.pte").path.stat().st_size
     assert sizes[False] >= 4 * block.parameters
@@ -105,13 +106,13 @@ def test_weights_are_stored_once(target: ExecuTorchTarget, tmp_path: Path) -> No
 
 
 def test_check_finds_a_missing_function(target: ExecuTorchTarget, odd: Any, cut_small: Any) -> None:
-    plain = cut_small(target.rules, merged=False).block("pair_0")
+    plain = cut_small(target.forms, merged=False).block("pair_0")
     with pytest.raises(LoweringError, match=r"block 'pair_0': program has \['base', 'merged'\], expected \['base'\]"):
         target.check(odd[1]["pair_0"], plain)
 
 
 def test_check_finds_another_shape(target: ExecuTorchTarget, odd: Any, cut_small: Any) -> None:
-    taller = cut_small(target.rules, height=6).block("final")
+    taller = cut_small(target.forms, height=6).block("final")
     with pytest.raises(LoweringError, match="block 'final', function 'base': program's shapes are"):
         target.check(odd[1]["final"], taller)
 

@@ -21,7 +21,7 @@ import toolchain
 from targets.onnx import OnnxTarget
 from targets.onnx import weights as store
 from toolchain.errors import LoweringError
-from toolchain.ir.graph import Leaf
+from toolchain.ir.leaves import Leaf
 from toolchain.ir.target import unique_weights
 
 pytestmark = pytest.mark.slow
@@ -55,13 +55,13 @@ def lowered(cut: Any, folder: Path) -> Lowered:
 @pytest.fixture(scope="module")
 def odd(cut_small: Any, tmp_path_factory: pytest.TempPathFactory) -> Lowered:
     """Five frames."""
-    return lowered(cut_small(TARGET.rules, frames=5), tmp_path_factory.mktemp("odd"))
+    return lowered(cut_small(TARGET.forms, frames=5), tmp_path_factory.mktemp("odd"))
 
 
 @pytest.fixture(scope="module")
 def even(cut_small: Any, tmp_path_factory: pytest.TempPathFactory) -> Lowered:
     """Two frames, the first given as condition."""
-    return lowered(cut_small(TARGET.rules, frames=2, conditions=True), tmp_path_factory.mktemp("even"))
+    return lowered(cut_small(TARGET.forms, frames=2, conditions=True), tmp_path_factory.mktemp("even"))
 
 
 @pytest.fixture(params=["odd", "even"])
@@ -267,7 +267,7 @@ def test_an_operator_without_a_translation_names_block_function_and_operator(tmp
 
 
 def test_check_finds_a_missing_function(odd: Lowered, cut_small: Any) -> None:
-    plain = cut_small(TARGET.rules, merged=False).block("pair_0")
+    plain = cut_small(TARGET.forms, merged=False).block("pair_0")
     with pytest.raises(
         LoweringError, match=r"block 'pair_0': folder has functions \['base', 'merged'\], expected \['b"
     ):
@@ -275,7 +275,7 @@ def test_check_finds_a_missing_function(odd: Lowered, cut_small: Any) -> None:
 
 
 def test_check_finds_another_shape(odd: Lowered, cut_small: Any) -> None:
-    taller = cut_small(TARGET.rules, height=6).block("final")
+    taller = cut_small(TARGET.forms, height=6).block("final")
     with pytest.raises(LoweringError, match=r"'final', function 'base': inputs are .*\(2, 30, 64\).* expected .*45"):
         TARGET.check(odd[1]["final"], taller)
 

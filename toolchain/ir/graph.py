@@ -19,6 +19,7 @@ from torch import fx, nn
 
 from toolchain.errors import LoweringError
 from toolchain.ir.feeds import Feed, Given
+from toolchain.ir.leaves import Leaf, plain_attributes
 from toolchain.ir.storage import Storage
 from toolchain.ir.weights import Weight, WeightSource
 
@@ -71,36 +72,6 @@ class Input:
     rate: Rate = "step"
     dtype: torch.dtype = torch.float32
     exact: bool = False
-
-
-class Leaf(nn.Module):
-    """A module that capture does not look into.
-
-    ``kind`` is what passes match on (``self_attention``, ``cross_attention``, …); it is the only thing
-    that they know of a model.
-    """
-
-    kind: ClassVar[str] = ""
-
-    @property
-    def output_scale(self) -> float:
-        """What a legal form's output is multiplied with against the plain form's."""
-        return 1.0
-
-    def legal(self, rule: str) -> LegalLeaf | None:
-        """The form of this leaf that obeys ``rule`` (a target's need, as ``bmm``), or None if it does already."""
-        return None
-
-
-@dataclass(frozen=True)
-class LegalLeaf:
-    """A leaf's legal form, and where its parameters come from; sources name the old leaf's parameters.
-
-    ``sources`` is None for a form that shares the old leaf's parameters.
-    """
-
-    leaf: Leaf
-    sources: Mapping[str, WeightSource] | None = None
 
 
 @dataclass(frozen=True)
@@ -273,16 +244,6 @@ def _computation_key(gm: fx.GraphModule, node: fx.Node) -> object:
     weights = tuple(tuple(p.shape) for p in module.parameters())
     arguments = fx.node.map_arg((node.args, node.kwargs), lambda n: (tuple(n.meta["val"].shape), n.meta["val"].dtype))
     return parts, weights, str(arguments)
-
-
-def plain_attributes(module: nn.Module) -> dict[str, object]:
-    """A module's numbers, strings and tuples: what distinguishes it besides its weights and parts."""
-    plain = (bool, int, float, str, tuple)
-    return {
-        k: v
-        for k, v in sorted(vars(module).items())
-        if not k.startswith("_") and k != "training" and isinstance(v, plain)
-    }
 
 
 def _first_line(error: Exception) -> str:

@@ -8,7 +8,8 @@ import torch
 from torch import fx, nn
 
 from toolchain.ir.dtypes import dtype_of
-from toolchain.ir.graph import Graph, describe_target, output_node, plain_attributes
+from toolchain.ir.graph import Graph, describe_target, output_node
+from toolchain.ir.leaves import plain_attributes
 
 
 def graph_text(graph: Graph) -> str:

@@ -1,62 +1,85 @@
-"""The pass that gives every leaf the form a target needs; targets name the rules, leaves know the forms."""
+"""Gives every leaf of a graph the forms that a target needs; run by the pipeline, before ``partition``."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+
+from torch import nn
 
 from toolchain.errors import LoweringError
-from toolchain.ir.graph import Graph, Leaf, leaf_of
-from toolchain.ir.passes import Pass, PassConfig
-from toolchain.ir.weights import Weight
+from toolchain.ir.graph import Graph, leaf_of
+from toolchain.ir.leaves import Leaf, LegalForm, LegalLeaf
+from toolchain.ir.weights import Weight, WeightSource
 
 
-class LegaliseConfig(PassConfig):
-    rules: tuple[str, ...] = ()
+def legalise(graph: Graph, forms: Sequence[LegalForm]) -> Graph:
+    """The graph with each leaf in the legal forms of its kind and traits, applied in order.
+
+    Weights follow: the result's say where the new leaves' parameters come from. ``graph`` stays as it is.
+
+    Raises:
+        LoweringError: a form does not know a leaf that it is for, or does not say where its parameters come
+            from; names the leaf, its kind and the form.
+    """
+    graph = graph.copy()
+    weights = dict(graph.weights)
+    for form in forms:
+        _apply(graph, form, weights)
+    return dataclasses.replace(graph, weights=weights)
 
 
-class Legalise(Pass):
-    """Replace each leaf by its form under the configured rules, and say where its weights come from."""
-
-    name = "legalise"
-    Config = LegaliseConfig
-    config: LegaliseConfig
-
-    def call(self, graph: Graph) -> Graph:
-        graph = graph.copy()
-        weights = dict(graph.weights)
-        replaced: dict[str, Leaf] = {}
-        for rule in self.config.rules:
-            replaced |= _apply(graph, rule, weights)
-        return dataclasses.replace(graph, weights=weights)
-
-
-def _apply(graph: Graph, rule: str, weights: dict[str, Weight]) -> dict[str, Leaf]:
-    replaced: dict[str, Leaf] = {}
+def _apply(graph: Graph, form: LegalForm, weights: dict[str, Weight]) -> None:
+    replaced: dict[str, Leaf] = {}  # functions share leaves, so they share their legal form
     for gm in graph.functions.values():
         for node in gm.graph.nodes:
             leaf, path = leaf_of(gm, node), str(node.target)
-            if leaf is None:
+            if leaf is None or not (path in replaced or leaf.is_a(form.of)):
                 continue
-            if path not in replaced:  # functions share leaves, so they share their legal form
-                legal = leaf.legal(rule)
-                if legal is None:
-                    continue
-                replaced[path] = legal.leaf
-                if legal.sources is not None:
-                    _replace_sources(weights, path, legal.sources)
+            if path not in replaced:
+                replaced[path] = _legal(leaf, form, weights, path, f"{graph.component}: legal form '{form.name}'")
             gm.set_submodule(path, replaced[path])
         gm.recompile()
-    return replaced
 
 
-def _replace_sources(weights: dict[str, Weight], path: str, sources: object) -> None:
-    assert isinstance(sources, dict)
+def _legal(leaf: Leaf, form: LegalForm, weights: dict[str, Weight], path: str, where: str) -> Leaf:
+    """The leaf at ``path`` in its legal form; ``weights`` are brought up to it."""
+    legal = form.make(leaf)
+    place = f"'{path}' ({leaf.kind or type(leaf).__name__})"
+    if legal is None:
+        raise LoweringError(f"{where} has no answer for {place}, though it is for '{form.of}'")
+    _check_sources(leaf, legal, f"{where} of {place}")
+    if legal.sources is not None:
+        _replace_sources(weights, path, legal.sources, where)
+    return legal.leaf
+
+
+def _check_sources(leaf: Leaf, legal: LegalLeaf, where: str) -> None:
+    """Hold that every parameter of a legal form comes from one of the leaf's own."""
+    own, needed = _tensor_names(leaf), _tensor_names(legal.leaf)
+    if legal.sources is None:
+        if foreign := needed - own:
+            raise LoweringError(f"{where}: gives no sources, but the leaf has no {', '.join(sorted(foreign))}")
+        return
+    if different := needed ^ set(legal.sources):
+        raise LoweringError(f"{where}: its parameters and their sources differ: {', '.join(sorted(different))}")
+    if unknown := {name for source in legal.sources.values() for name in source.tensors} - own:
+        raise LoweringError(f"{where}: its sources name what the leaf lacks: {', '.join(sorted(unknown))}")
+
+
+def _tensor_names(module: nn.Module) -> set[str]:
+    return {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
+
+
+def _replace_sources(weights: dict[str, Weight], path: str, sources: Mapping[str, WeightSource], where: str) -> None:
     prefix = f"{path}."
     old = {k: weights.pop(k) for k in list(weights) if k.startswith(prefix)}
     for name, source in sources.items():
+        if len(source.tensors) != 1:
+            raise LoweringError(f"{where}: '{path}': '{name}' must come from one of the leaf's parameters")
         (own,) = source.tensors
         whole = old[prefix + own]
         if whole.source.is_part:
-            raise LoweringError(f"'{path}' was legalised twice: '{own}' is already a part of a tensor")
+            raise LoweringError(f"{where}: '{path}' was legalised before: '{own}' is a part of a tensor")
         composed = dataclasses.replace(source, tensors=whole.source.tensors, concat=whole.source.concat)
         weights[prefix + name] = dataclasses.replace(whole, source=composed)

@@ -15,6 +15,7 @@ from toolchain import plugins
 from toolchain.errors import LoweringError, ResourceError
 from toolchain.ir.blocks import Block, Port
 from toolchain.ir.dtypes import DTYPES, DType
+from toolchain.ir.leaves import LegalForm
 from toolchain.ir.storage import PLAIN, Storage
 
 STEP = "__"
@@ -129,9 +130,9 @@ class Target(abc.ABC):
         return DTYPES["float32" if port.exact else self.precision]
 
     @property
-    @abc.abstractmethod
-    def rules(self) -> tuple[str, ...]:
-        """Legalisation rules that the target needs (see ``toolchain.ir.legalise``)."""
+    def forms(self) -> tuple[LegalForm, ...]:
+        """Legal forms that the target needs leaves to have, in the order in which they are applied."""
+        return ()
 
     @abc.abstractmethod
     def lower(self, block: Block, weights: Mapping[str, torch.Tensor], out: Path) -> Artifact:

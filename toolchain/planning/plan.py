@@ -10,7 +10,7 @@ from toolchain.errors import RecipeError
 from toolchain.formats.recipe import Recipe
 from toolchain.ir.blocks import Block, BlockPair, extract_blocks
 from toolchain.ir.graph import Graph, capture, with_function
-from toolchain.ir.legalise import Legalise, LegaliseConfig
+from toolchain.ir.legalise import legalise
 from toolchain.ir.passes import Pipeline
 from toolchain.ir.target import Target
 from toolchain.listener import Listener
@@ -127,7 +127,7 @@ def capture_forms(forms: Forms) -> Graph:
 def lower_graph(
     forms: Forms, passes: Pipeline, target: Target, listener: Listener | None = None
 ) -> tuple[Graph, Graph]:
-    """Capture and run the passes, ``legalise`` with the target's rules before the partition.
+    """Capture and run the passes, ``legalise`` with the target's forms before the partition.
 
     Returns:
         The partitioned graph, and the same without legalisation.
@@ -143,7 +143,7 @@ def lower_graph(
         graph = rewrite(graph)
         listener.graph(graph.component, rewrite.name, graph, str(rewrite))
     _check_storages(graph, target)
-    legal = Legalise(LegaliseConfig(rules=target.rules))(graph)
+    legal = legalise(graph, target.forms)
     listener.graph(graph.component, "legalise", legal)
     cut = passes.partition(legal)
     listener.graph(graph.component, passes.partition.name, cut, str(passes.partition))

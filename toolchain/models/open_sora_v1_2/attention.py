@@ -1,55 +1,15 @@
-"""Attention as it is lowered: two kernels of the same arithmetic, query/key norm and rotary embedding.
-
-Which kernel a leaf uses is its ``kernel`` attribute; targets choose with a legalisation pass.
-
-- ``sdpa``: ``scaled_dot_product_attention`` on ``[G, h, N, d]``; Core ML has it as one fused operator.
-- ``bmm``: batched matrix products on ``[G·h, N, d]``; XNNPACK delegates these, but no rank-4 product.
-"""
+"""Attention of the transformer: query/key norm, rotary embedding, and the leaves that attend."""
 
 from __future__ import annotations
 
-import copy
-from typing import Literal
-
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from toolchain.ir.graph import Leaf, LegalLeaf
-
-Kernel = Literal["sdpa", "bmm"]
+from toolchain.ir.contracts import AttentionLeaf
 
 MASKED = -30000.0
 """Additive bias of a masked key: its softmax weight is exactly zero in float32 and float16, and unlike
 -inf it stays finite in every runtime."""
-
-
-def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, kernel: Kernel
-) -> torch.Tensor:
-    """Scaled dot-product attention.
-
-    Args:
-        q: ``[G, N, h, d]`` (groups that attend separately, tokens, heads, head size).
-        k, v: ``[G, M, h, d]``.
-        bias: added to the scores, ``[G, 1, 1, M]`` or broadcastable, or None.
-
-    Returns:
-        ``[G, N, h·d]``.
-    """
-    g, n, heads, d = q.shape
-    m = k.shape[1]
-    q, k, v = (x.permute(0, 2, 1, 3) for x in (q, k, v))
-    if kernel == "sdpa":
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    else:
-        q = q.reshape(g * heads, n, d) * d**-0.5
-        scores = torch.bmm(q, k.reshape(g * heads, m, d).transpose(1, 2))
-        if bias is not None:
-            scores = (scores.reshape(g, heads, n, m) + bias).reshape(g * heads, n, m)
-        weights = torch.softmax(scores, dim=-1)
-        out = torch.bmm(weights, v.reshape(g * heads, m, d)).reshape(g, heads, n, d)
-    return out.permute(0, 2, 1, 3).reshape(g, n, heads * d)
 
 
 def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
@@ -78,19 +38,6 @@ class RMSNorm(nn.Module):
         return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + self.eps) * self.weight
 
 
-class AttentionLeaf(Leaf):
-    """A leaf that attends; ``kernel`` says how."""
-
-    kernel: Kernel = "sdpa"
-
-    def legal(self, rule: str) -> LegalLeaf | None:
-        if rule != "bmm" or self.kernel == "bmm":
-            return None
-        other = copy.copy(self)
-        other.kernel = "bmm"
-        return LegalLeaf(other)
-
-
 class SelfAttention(AttentionLeaf):
     """Attention among the tokens of one group, with fused qkv and optional query/key norm."""
 
@@ -112,7 +59,7 @@ class SelfAttention(AttentionLeaf):
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        out: torch.Tensor = self.proj(attend(q, k, v, None, self.kernel))
+        out: torch.Tensor = self.proj(self.kernel(q, k, v, None))
         return out
 
 
@@ -161,5 +108,5 @@ class CrossAttention(AttentionLeaf):
         q = self.q_linear(x).reshape(b, n, self.heads, d)
         kv = self.kv_linear(text)
         k, v = (kv[:, :, i * c : (i + 1) * c].reshape(b, length, self.heads, d) for i in range(2))
-        out: torch.Tensor = self.proj(attend(q, k, v, text_bias, self.kernel))
+        out: torch.Tensor = self.proj(self.kernel(q, k, v, text_bias))
         return out

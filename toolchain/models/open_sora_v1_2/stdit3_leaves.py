@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from toolchain.ir.graph import Leaf, LegalLeaf, leaf_function
-from toolchain.ir.weights import WeightSource
+from toolchain.ir.contracts import GeluLeaf, PatchEmbedLeaf
+from toolchain.ir.graph import leaf_function
+from toolchain.ir.leaves import Leaf
 from toolchain.models.open_sora_v1_2.attention import MASKED
-from toolchain.models.open_sora_v1_2.gelu import GELUS
 from toolchain.models.open_sora_v1_2.modulation import modulate, per_token
 
 
@@ -67,14 +66,12 @@ class TextBias(Leaf):
         return ((1.0 - mask) * MASKED).reshape(mask.shape[0], 1, 1, mask.shape[1])
 
 
-class PatchEmbed(Leaf):
+class PatchEmbed(PatchEmbedLeaf):
     """Cuts frames into patches and projects each.
 
     The kernel covers one patch and the stride is the patch, so the official convolution is a matrix
     product over the patch's pixels.
     """
-
-    kind = "patch_embed"
 
     def __init__(self, channels: int, dim: int, patch: tuple[int, int, int]) -> None:
         super().__init__()
@@ -83,32 +80,8 @@ class PatchEmbed(Leaf):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` ``[B, C_in, T, H, W]``, padded with zeros right and below, to tokens ``[B, T·S, C]``."""
-        tokens = F.linear(frame_patches(x, self.patch), self.proj.weight.flatten(1), self.proj.bias)
-        return tokens.reshape(x.shape[0], -1, tokens.shape[-1])
-
-    def legal(self, rule: str) -> LegalLeaf | None:
-        if rule != "patch-linear":
-            return None
-        weight = self.proj.weight.flatten(1)
-        sources = {
-            "proj.weight": WeightSource(("proj.weight",), tuple(weight.shape)),
-            "proj.bias": WeightSource(("proj.bias",), tuple(weight.shape[:1])),
-        }
-        return LegalLeaf(PatchLinear(weight.shape[1], weight.shape[0], self.patch), sources)
-
-
-class PatchLinear(Leaf):
-    """``PatchEmbed`` with its weight stored as the matrix that it is."""
-
-    kind = "patch_embed"
-
-    def __init__(self, pixels: int, dim: int, patch: int) -> None:
-        super().__init__()
-        self.patch = patch
-        self.proj = nn.Linear(pixels, dim, device="meta")
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        tokens: torch.Tensor = self.proj(frame_patches(x, self.patch))
+        patches = frame_patches(x, self.patch)
+        tokens = F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)  # a linear layer's is flat already
         return tokens.reshape(x.shape[0], -1, tokens.shape[-1])
 
 
@@ -167,11 +140,10 @@ class ModulationProjection(Leaf):
         return out
 
 
-class Mlp(Leaf):
+class Mlp(GeluLeaf):
     """Linear, tanh-GELU, linear."""
 
     kind = "mlp"
-    gelu = ""
 
     def __init__(self, dim: int, hidden: int, out: int) -> None:
         super().__init__()
@@ -179,15 +151,8 @@ class Mlp(Leaf):
         self.fc2 = nn.Linear(hidden, out)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.fc2(GELUS[self.gelu](self.fc1(x)))
+        out: torch.Tensor = self.fc2(self.gelu(self.fc1(x)))
         return out
-
-    def legal(self, rule: str) -> LegalLeaf | None:
-        if rule not in GELUS or self.gelu:
-            return None
-        other = copy.copy(self)
-        other.gelu = rule
-        return LegalLeaf(other)
 
 
 class FinalLayer(Leaf):

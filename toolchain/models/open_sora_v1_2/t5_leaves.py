@@ -1,55 +1,25 @@
 """The leaves of the T5 encoder: token table, relative positions, mask, attention, norm and gated MLP.
 
-Every leaf that writes to the residual stream, or reads it, has a ``scale``: the stream it stands in is
-the true one times ``scale``. It is 1 unless a target asks for the rule ``float16``; see
-:class:`ResidualLeaf`.
+The residual stream of a trained T5 leaves float16's range in its deeper blocks. But it is a sum of what the
+token table, the attentions and the MLPs add to it, and is read through norms alone, which do not see a
+common factor. So every writer can add its value times a ``scale``, and the encoder's output stays what it
+was; see :class:`~toolchain.ir.contracts.ResidualLeaf`.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from toolchain.ir.graph import Leaf, LegalLeaf
-from toolchain.models.open_sora_v1_2.attention import MASKED, AttentionLeaf, RMSNorm, attend
-from toolchain.models.open_sora_v1_2.gelu import GELUS
-
-RESIDUAL_SCALE = 2.0**-6
-"""Scale of the residual stream in the float16 form: room for 4.2e6 instead of 65504. A power of two, so
-that scaling rounds nothing."""
+from toolchain.ir.contracts import AttentionLeaf, GeluLeaf, ResidualLeaf
+from toolchain.ir.leaves import Leaf
+from toolchain.models.open_sora_v1_2.attention import MASKED, RMSNorm
 
 SMALLEST_PEAK = 2.0**-14
 """The smallest normal float16 number; keeps the reciprocal of a row's peak finite."""
-
-
-class ResidualLeaf(Leaf):
-    """A leaf that writes to or reads from the residual stream.
-
-    The stream of a trained T5 leaves float16's range in its deeper blocks. But it is a sum of what the
-    token table, the attentions and the MLPs add to it, and is read through norms alone, which do not see
-    a common factor. So with the rule ``float16`` every writer adds ``RESIDUAL_SCALE`` times its value,
-    and the encoder's output stays what it was. The rule is for all leaves of a graph or for none.
-    """
-
-    scale: float = 1.0
-
-    @property
-    def output_scale(self) -> float:
-        return self.scale
-
-    def legal(self, rule: str) -> LegalLeaf | None:
-        if rule != "float16" or self.scale != 1.0:
-            return super().legal(rule)
-        other = copy.copy(self)
-        other.scale = RESIDUAL_SCALE
-        return LegalLeaf(other)
-
-    def scaled(self, x: torch.Tensor) -> torch.Tensor:
-        return x if self.scale == 1.0 else x * self.scale
 
 
 class TokenEmbedding(ResidualLeaf):
@@ -123,8 +93,8 @@ class BiasedAttention(ResidualLeaf, AttentionLeaf):
         """``q``, ``k``, ``v`` ``[B, L, h·d]``, ``bias`` ``[B, h, L, L]``, to ``[B, L, h·d]``."""
         b, n, inner = q.shape
         d = inner // self.heads
-        q, k, v = (x.reshape(b, n, self.heads, d) for x in (q * d**0.5, k, v))  # takes back what attend() divides by
-        return self.scaled(attend(q, k, v, bias, self.kernel))
+        q, k, v = (x.reshape(b, n, self.heads, d) for x in (q * d**0.5, k, v))  # takes back what the kernel divides by
+        return self.scaled(self.kernel(q, k, v, bias))
 
 
 class Norm(RMSNorm, ResidualLeaf):
@@ -148,16 +118,10 @@ class Norm(RMSNorm, ResidualLeaf):
         return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + eps) * self.weight
 
 
-"""The activation by rule. Core ML's converter and XNNPACK's delegate both compute the exact GELU whatever
-approximation the operator asks for, which is up to 5e-4 off. Core ML recognises the formula; XNNPACK takes
-the sigmoid form whole (it has no third power) and runs it as fast as its own GELU."""
-
-
-class GatedMlp(ResidualLeaf):
+class GatedMlp(ResidualLeaf, GeluLeaf):
     """Two linears, one through tanh-GELU to gate the other, and a third back."""
 
     kind = "mlp"
-    gelu: str = ""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -167,12 +131,5 @@ class GatedMlp(ResidualLeaf):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[B, L, C]`` to ``[B, L, C]``; scaled before the product, the first place where it can overflow."""
-        out: torch.Tensor = self.wo(GELUS[self.gelu](self.wi_0(x)) * self.scaled(self.wi_1(x)))
+        out: torch.Tensor = self.wo(self.gelu(self.wi_0(x)) * self.scaled(self.wi_1(x)))
         return out
-
-    def legal(self, rule: str) -> LegalLeaf | None:
-        if rule not in GELUS or self.gelu:
-            return super().legal(rule)
-        other = copy.copy(self)
-        other.gelu = rule
-        return LegalLeaf(other)

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from toolchain.ir.graph import Leaf
-from toolchain.models.open_sora_v1_2.attention import AttentionLeaf, attend
+from toolchain.ir.contracts import AttentionLeaf
+from toolchain.ir.leaves import Leaf
 
 
 def group_norm(x: torch.Tensor, norm: nn.GroupNorm) -> torch.Tensor:
@@ -46,7 +46,7 @@ class PixelAttention(AttentionLeaf):
         n, c, height, width = x.shape
         tokens = group_norm(x, self.group_norm).reshape(n, c, height * width).transpose(1, 2)
         q, k, v = (to(tokens).reshape(n, height * width, 1, c) for to in (self.to_q, self.to_k, self.to_v))
-        out: torch.Tensor = self.to_out[0](attend(q, k, v, None, self.kernel))
+        out: torch.Tensor = self.to_out[0](self.kernel(q, k, v, None))
         return x + out.transpose(1, 2).reshape(n, c, height, width)
 
 
