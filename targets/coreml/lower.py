@@ -16,9 +16,9 @@ from coremltools.converters.mil.mil.passes.defs.quantization import FP16ComputeP
 from targets.coreml.canonical import canonicalise
 from targets.exporting import export, reason
 from targets.streams import quiet
-from toolchain.ir.dtypes import FLOAT16_MAX
 from toolchain.errors import LoweringError
 from toolchain.ir.blocks import Block, Port
+from toolchain.ir.dtypes import FLOAT16_MAX
 from toolchain.ir.target import Artifact, distinct_functions
 from toolchain.system.memory import release
 

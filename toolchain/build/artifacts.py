@@ -12,14 +12,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from toolchain.ir.blocks import Block
-from toolchain.weights.digests import block_digest
 from toolchain.errors import LoweringError, PrecisionError
+from toolchain.ir.blocks import Block
+from toolchain.ir.target import Artifact, Template, UnboundTemplateError, distinct_functions, unique_weights
 from toolchain.planning.plan import ComponentPlan
 from toolchain.system.memory import release
 from toolchain.system.store import Entry, Made, Store, code_version, key_of
-from toolchain.ir.target import Artifact, Template, UnboundTemplateError, distinct_functions, unique_weights
 from toolchain.weights.block_weights import BlockWeights
+from toolchain.weights.digests import block_digest
 
 ARTIFACT_STEM = "artifact"
 """How an artifact is called in its entry of the store, without the target's suffix."""

@@ -9,18 +9,18 @@ from typing import Any, cast
 
 import torch
 
-from toolchain.formats import manifest as m
-from toolchain.ir.blocks import Block
-from toolchain.models.family import ModelFamily
 from toolchain.build.gate import Passed
-from toolchain.ir.dtypes import PortType
-from toolchain.ir.feeds import Given
-from toolchain.planning.plan import ComponentPlan, Plan
-from toolchain.planning.resolve import ResolvedBuild
+from toolchain.formats import manifest as m
 from toolchain.formats.manifest import GateMode
 from toolchain.formats.recipe import Recipe
 from toolchain.formats.schedule import plan_steps
+from toolchain.ir.blocks import Block
+from toolchain.ir.dtypes import PortType
+from toolchain.ir.feeds import Given
 from toolchain.ir.target import Target
+from toolchain.models.family import ModelFamily
+from toolchain.planning.plan import ComponentPlan, Plan
+from toolchain.planning.resolve import ResolvedBuild
 from toolchain.version import VERSION
 
 

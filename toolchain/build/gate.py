@@ -10,21 +10,21 @@ from typing import Any
 import torch
 
 from toolchain.accuracy import goldens
-from toolchain.formats import manifest as m
-from toolchain.ir.dtypes import FLOAT16_MAX
-from toolchain.ir.blocks import Block, BlockPair, scales
+from toolchain.accuracy.metrics import measure, require, worst
+from toolchain.accuracy.references import Case, References
 from toolchain.build.artifacts import ARTIFACT_STEM, Builder
 from toolchain.build.tables import table_digests
 from toolchain.errors import AccuracyError, LoweringError, RecipeError
-from toolchain.accuracy.metrics import measure, require, worst
+from toolchain.formats import manifest as m
+from toolchain.formats.recipe import Recipe
+from toolchain.ir.blocks import Block, BlockPair, scales
+from toolchain.ir.dtypes import FLOAT16_MAX
 from toolchain.ir.graph import Graph
+from toolchain.ir.target import Engine, EngineUnavailableError, Target
 from toolchain.listener import Listener
 from toolchain.planning.plan import Plan
 from toolchain.system.memory import release
-from toolchain.formats.recipe import Recipe
-from toolchain.accuracy.references import Case, References
 from toolchain.system.store import Entry, Made, key_of
-from toolchain.ir.target import Engine, EngineUnavailableError, Target
 
 GOLDENS = "goldens.safetensors"
 CROWDED = 0.5
@@ -47,9 +47,7 @@ class ComponentGate:
         tables: the component's values known at build time.
     """
 
-    def __init__(
-        self, builder: Builder, planned: Plan, tables: Mapping[str, torch.Tensor], listener: Listener
-    ) -> None:
+    def __init__(self, builder: Builder, planned: Plan, tables: Mapping[str, torch.Tensor], listener: Listener) -> None:
         self._builder, self._recipe, self._tables, self._listener = builder, planned.recipe, tables, listener
         self._family = planned.resolved.family
         self._table_digests = table_digests(tables)

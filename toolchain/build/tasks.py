@@ -18,15 +18,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from toolchain.ir.blocks import Block
 from toolchain.build.artifacts import Builder
-from toolchain.weights.digests import tensor_digests
 from toolchain.errors import ResourceError
+from toolchain.formats.recipe import Recipe
+from toolchain.ir.blocks import Block
 from toolchain.planning.plan import Plan, plan_resolved
 from toolchain.planning.resolve import resolve
 from toolchain.system.memory import free_bytes, keep_none
-from toolchain.formats.recipe import Recipe
 from toolchain.system.store import Entry, Store
+from toolchain.weights.digests import tensor_digests
 
 PROCESS_BYTES = 900_000_000
 """What a process needs with torch and a converter loaded, measured with Core ML's."""
