@@ -50,11 +50,11 @@ def main() -> None:
         loads: dict[str, float] = {}
         for precision in PRECISIONS:
             recipe = parse_recipe(RECIPE | {"target": {"name": "coreml", "precision": precision}})
-            lowering = plan(recipe).components["transformer"]
-            index = next(i for i, b in enumerate(lowering.blocks) if b.name.startswith("pair"))
-            block, eager = lowering.blocks[index], lowering.reference[index]
+            part = plan(recipe).components["transformer"]
+            pair = next(p for p in part.pairs if p.name.startswith("pair"))
+            block, eager = pair.lowered, pair.plain
             generator = torch.Generator().manual_seed(0)
-            weights = {k: value(s.tensor, tuple(s.shape), generator) for k, s in sorted(eager.weights.items())}
+            weights = {k: value(w.source.tensors[0], w.shape, generator) for k, w in sorted(eager.weights.items())}
             inputs = {p.name: torch.randn(p.shape, generator=generator) for p in eager.inputs}
             if precision == PRECISIONS[0]:
                 module = eager.module("base", weights)
@@ -64,9 +64,9 @@ def main() -> None:
                         return dict(zip((p.name for p in eager.outputs), module(*inputs.values()), strict=True))
 
                 calls["eager"] = run_eager
-            artifact = lowering.target.lower(block, weights, Path(tmp) / f"{precision}.mlpackage")
+            artifact = part.target.lower(block, weights, Path(tmp) / f"{precision}.mlpackage")
             loads[precision], engine = timed(
-                lambda a=artifact, b=block, t=lowering.target: t.engine(a.path, b.inputs, b.outputs)
+                lambda a=artifact, b=block, t=part.target: t.engine(a.path, b.inputs, b.outputs)
             )
             calls[precision] = lambda e=engine, i=inputs: e("base", i)
         shapes = ", ".join(f"{p.name} {list(p.shape)}" for p in block.inputs)

@@ -24,12 +24,13 @@ TARGETS = ("executorch", "coreml")
 
 
 def plan(component: str, target: str) -> tuple[Any, Any]:
-    """The shipped full-size recipe's plan with one text encoder layer, and the lowering of a component."""
+    """The model family, and a component's plan: of the shipped full-size recipe, with one text encoder layer."""
     import toolchain
 
     name = {"executorch": "open-sora-v1.2-android", "coreml": "open-sora-v1.2-iphone-15-pro"}[target]
     recipe = toolchain.load_recipe(name, ["text_encoder.config.num_layers=1", "transformer.config.depth=1"])
-    return recipe, toolchain.plan(recipe).components[component]
+    planned = toolchain.plan(recipe)
+    return planned.resolved.family, planned.components[component]
 
 
 def distinct(component: str, target: str) -> list[str]:
@@ -47,38 +48,37 @@ def one(component: str, name: str, target: str) -> dict[str, Any]:
     from toolchain.accuracy.metrics import measure
     from toolchain.accuracy.references import run_eager
     from toolchain.ir.target import EngineUnavailableError
-    from toolchain.models.family import sample_input
     from toolchain.system.memory import keep_none, release
 
     keep_none()  # as a build does
-    recipe, lowering = plan(component, target)
-    index = [b.name for b in lowering.blocks].index(name)
-    block, eager = lowering.blocks[index], lowering.reference[index]
-    names = {s.tensor for s in eager.weights.values()}
-    shapes = {n: s for n, s in lowering.definition.expected.items() if n in names}
+    family, part = plan(component, target)
+    pair = next(p for p in part.pairs if p.name == name)
+    block, eager = pair.lowered, pair.plain
+    names = {n for w in eager.weights.values() for n in w.source.tensors}
+    shapes = {n: s for n, s in part.definition.expected.items() if n in names}
 
     def weights_of(b: Any) -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(0)
         tensors = {n: value(n, s, generator) for n, s in sorted(shapes.items())}
-        return {k: s.of(tensors[s.tensor]).contiguous() for k, s in b.weights.items()}
+        return {k: w.source.value(tensors.__getitem__).contiguous() for k, w in b.weights.items()}
 
     with tempfile.TemporaryDirectory() as tmp:
         began = time.perf_counter()
-        artifact = lowering.target.lower(block, weights_of(block), Path(tmp) / f"block{lowering.target.suffix}")
+        artifact = part.target.lower(block, weights_of(block), Path(tmp) / f"block{part.target.suffix}")
         release()
-        lowering.target.check(artifact.path, block)
+        part.target.check(artifact.path, block)
         seconds = time.perf_counter() - began
         path = artifact.path
         files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
         result: dict[str, Any] = {"seconds": seconds, "bytes": sum(f.stat().st_size for f in files), "error": None}
         try:
-            engine = lowering.target.engine(path, block.inputs, block.outputs)
+            engine = part.target.engine(path, block.inputs, block.outputs)
         except EngineUnavailableError:
             return result
         generator = torch.Generator().manual_seed(1)
-        specs = {i.name: i for graph in lowering.graphs for i in graph.inputs}
+        specs = {i.name: i for graph in part.graphs for i in graph.inputs}
         inputs = {
-            p.name: sample_input(specs[p.name], recipe, generator)
+            p.name: family.sample_input(specs[p.name], generator)
             if block.sources[p.name].startswith("inputs.")
             else torch.randn(p.shape, generator=generator)
             for p in block.inputs

@@ -64,14 +64,15 @@ def main() -> None:
     folder, pairs = Path(sys.argv[1]), int(sys.argv[2])
     target = ["target={name: coreml, precision: float32}", "transformer.checkpoint=checkpoint/transformer"]
     recipe = toolchain.load_recipe(folder / "recipe.yaml", target)
-    lowering = toolchain.plan(recipe, base=folder).components["transformer"]
+    part = toolchain.plan(recipe, base=folder).components["transformer"]
     checkpoint = open_checkpoint("checkpoint/transformer", folder)
     started = time.perf_counter()
-    whole = [{k: v.clone() for k, v in read_named(checkpoint, lowering.definition).items()} for _ in range(MODELS)]
+    expected = part.definition.expected
+    whole = [{k: v.clone() for k, v in read_named(checkpoint, expected).items()} for _ in range(MODELS)]
     loaded = time.perf_counter()
     out = folder / "published"
     out.mkdir()
-    for block in [b for b in lowering.blocks if "merged" in b.functions and b.name.startswith("pair")][:pairs]:
+    for block in [b for b in part.blocks if "merged" in b.functions and b.name.startswith("pair")][:pairs]:
         weights = dict(BlockWeights(block, checkpoint, {}))
         for function in ("base", "merged"):
             convert(block, function, weights, out / f"{block.name}_{function}.mlpackage")

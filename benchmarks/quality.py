@@ -31,9 +31,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import toolchain
 from benchmarks.sheet import animation, contact_sheet, curve
+from toolchain.build.entries import sampler
 from toolchain.errors import ResourceError
+from toolchain.formats.bundle import RECIPE_FILE
 from toolchain.formats.manifest import Manifest
 from toolchain.formats.schedule import PRESETS, DynamicLeap, StaticLeap, Step
+from toolchain.models.family import find_family
 from toolchain.player.sampler import initial_noise
 from toolchain.player.video import to_bytes
 from training.grammar import Scene, split
@@ -69,11 +72,12 @@ COLUMNS = dict.fromkeys(ATTRIBUTES, "{:.1%}") | {
 """What is shown of :func:`figures`, and how. Flicker and motion: mean second and first differences over time."""
 
 
-def with_setting(manifest: Manifest, setting: Setting) -> Manifest:
-    """The manifest with another schedule; the player reads nothing else."""
-    leap = None if setting.leap is None else setting.leap.resolve(len(manifest.sampler.timesteps))
-    sampler = manifest.sampler.model_copy(update={"leap": leap, "merged_steps": setting.merged})
-    return manifest.model_copy(update={"sampler": sampler})
+def with_setting(bundle: toolchain.Bundle, setting: Setting) -> Manifest:
+    """A bundle's manifest with its recipe's steps under another setting; the player reads nothing else."""
+    recipe = toolchain.load_recipe(bundle.path / RECIPE_FILE)
+    own = recipe.sampler.model_copy(update={"leap": setting.leap, "merged_steps": setting.merged})
+    entry = sampler(recipe.model_copy(update={"sampler": own}), find_family(recipe.model))
+    return bundle.manifest.model_copy(update={"sampler": entry})
 
 
 @dataclass
@@ -87,7 +91,7 @@ class Video:
 
 def player(bundle: toolchain.Bundle, setting: Setting) -> toolchain.Player:
     """A player of the bundle's artifacts under a setting."""
-    return toolchain.Player(dataclasses.replace(bundle, manifest=with_setting(bundle.manifest, setting)))
+    return toolchain.Player(dataclasses.replace(bundle, manifest=with_setting(bundle, setting)))
 
 
 def make(player: toolchain.Player, scene: Scene, seed: int) -> Video:

@@ -26,7 +26,6 @@ import toolchain
 from targets.onnx import OnnxTarget
 from targets.onnx import lower as stages
 from targets.onnx import weights as store
-from toolchain.models.family import sample_input
 
 FEW = ["text_encoder.config.num_layers=1", "transformer.config.depth=1"]
 """One layer stands for all."""
@@ -44,31 +43,34 @@ class Case:
 
     def weights(self, block: Any) -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(0)
-        needed = {s.tensor for s in self.eager.weights.values()}
+        needed = {n for w in self.eager.weights.values() for n in w.source.tensors}
         tensors = {n: value(n, s, generator) for n, s in sorted(self.shapes.items()) if n in needed}
-        return {k: s.of(tensors[s.tensor]).contiguous() for k, s in block.weights.items()}
+        return {k: w.source.value(tensors.__getitem__).contiguous() for k, w in block.weights.items()}
 
 
 def cases(recipe_name: str, only: list[str]) -> Iterator[Case]:
     """One block of every structure, in the order in which they run."""
     full = [] if recipe_name == "tiny" else FEW
     recipe = toolchain.load_recipe(recipe_name, ["target=onnx", *full])
-    for component, lowering in toolchain.plan(recipe).components.items():
-        specs = {i.name: i for graph in lowering.graphs for i in graph.inputs}
+    planned = toolchain.plan(recipe)
+    family = planned.resolved.family
+    for component, part in planned.components.items():
+        specs = {i.name: i for graph in part.graphs for i in graph.inputs}
         seen = set()
-        for block, eager in zip(lowering.blocks, lowering.reference, strict=True):
+        for pair in part.pairs:
+            block, eager = pair.lowered, pair.plain
             name = f"{component}/{block.name}"
             if block.structure() in seen or not any(name.startswith(o) for o in only):
                 continue
             seen.add(block.structure())
             generator = torch.Generator().manual_seed(1)
             inputs = {
-                p.name: sample_input(specs[p.name], recipe, generator)
+                p.name: family.sample_input(specs[p.name], generator)
                 if block.sources[p.name].startswith("inputs.")
                 else torch.randn(p.shape, generator=generator)
                 for p in block.inputs
             }
-            yield Case(name, block, eager, lowering.definition.expected, inputs)
+            yield Case(name, block, eager, part.definition.expected, inputs)
 
 
 def measure(case: Case, model: Any, folder: Path, runs: int, expected: Mapping[str, torch.Tensor]) -> dict[str, float]:

@@ -126,13 +126,13 @@ class Cut:
 def official_weights(block: Block, expected: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
     """Weights as a trained model's, by their official names, whose shapes are ``expected``."""
     generator = torch.Generator().manual_seed(0)
-    names = sorted({s.tensor for s in block.weights.values()})
+    names = sorted({n for w in block.weights.values() for n in w.source.tensors})
     return {n: synthetic.value(n, expected[n], generator) for n in names}
 
 
 def own_weights(block: Block, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Weights with official names, by the names of ``block``."""
-    return {k: s.of(weights[s.tensor]).contiguous() for k, s in block.weights.items()}
+    return {k: w.source.value(weights.__getitem__).contiguous() for k, w in block.weights.items()}
 
 
 def sample(block: Block, function: str) -> dict[str, torch.Tensor]:

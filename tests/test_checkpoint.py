@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from toolchain.errors import CheckpointError
-from toolchain.weights.checkpoint import Checkpoint, local_path, match, open_checkpoint
+from toolchain.weights.checkpoint import Checkpoint, local_path, match, open_checkpoint, read_config
 from toolchain.weights.digests import checkpoint_digest, tensor_digests
 
 WEIGHTS = {
@@ -126,7 +126,7 @@ def test_paths_are_looked_for_beside_the_recipe_and_then_here(tmp_path: Path, mo
 def test_shipped_checkpoints_belong_to_the_package(tmp_path: Path) -> None:
     checkpoint = open_checkpoint("shipped://tiny/transformer", tmp_path)
     assert "rope.freqs" in checkpoint.infos()
-    config = checkpoint.config()
+    config = read_config(checkpoint.root)
     assert config is not None and config["depth"] == 4
 
 
@@ -147,13 +147,13 @@ def test_digest_is_of_the_content(tmp_path: Path) -> None:
 
 def test_config_is_read_beside_the_weights(tmp_path: Path) -> None:
     save_file(WEIGHTS, tmp_path / "model.safetensors")
-    assert open_checkpoint(".", tmp_path).config() is None
+    assert read_config(open_checkpoint(".", tmp_path).root) is None
     (tmp_path / "config.json").write_text('{"depth": 3}')
-    assert open_checkpoint(".", tmp_path).config() == {"depth": 3}
+    assert read_config(open_checkpoint(".", tmp_path).root) == {"depth": 3}
     for wrong in ("[1]", "{", "\xff"):
         (tmp_path / "config.json").write_bytes(wrong.encode("latin-1"))
         with pytest.raises(CheckpointError, match=r"config\.json"):
-            open_checkpoint(".", tmp_path).config()
+            read_config(open_checkpoint(".", tmp_path).root)
 
 
 # --- what is not there -------------------------------------------------------------------------------
@@ -343,7 +343,7 @@ def test_hub_locations_are_pinned_to_a_commit(hub: Path, location: str, commit: 
     checkpoint = open_checkpoint(location, hub)
     pinned = f"hf://owner/name@{commit}" + (f"/{folder}" if folder else "")
     assert checkpoint.location == pinned
-    assert checkpoint.config() == {"commit": commit, "folder": folder}
+    assert read_config(checkpoint.root) == {"commit": commit, "folder": folder}
     assert same(checkpoint, WEIGHTS if commit == COMMIT else {"other": torch.zeros(2)})
     assert open_checkpoint(pinned, hub).location == pinned
 

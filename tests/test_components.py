@@ -17,16 +17,20 @@ import toolchain
 from benchmarks import synthetic
 from toolchain.accuracy import metrics as gate
 from toolchain.accuracy.references import References, run_eager
-from toolchain.build.compile import pin, resolve
+from toolchain.build.pinning import pin, pinned_recipe
 from toolchain.errors import RecipeError
 from toolchain.formats.recipe import Recipe
 from toolchain.formats.recipe_file import load_recipe, parse_recipe
-from toolchain.ir.blocks import Block
+from toolchain.ir.blocks import BlockPair
+from toolchain.ir.feeds import Constant
 from toolchain.ir.graph import Graph
-from toolchain.models.family import MEANINGS, chunk_functions, define, frames_per_call, sample_input
+from toolchain.ir.storage import FLOAT16, FLOAT32
+from toolchain.models.family import ModelFamily, find_family
 from toolchain.models.open_sora_v1_2.t5 import T5Config
 from toolchain.models.open_sora_v1_2.vae import OpenSoraVAE, OpenSoraVAEConfig
-from toolchain.planning.plan import Lowering, Plan
+from toolchain.models.open_sora_v1_2.vae_config import chunk_functions
+from toolchain.planning.plan import ComponentPlan, Plan, plan_resolved
+from toolchain.planning.resolve import resolve
 from toolchain.system.store import Store
 from toolchain.weights.block_weights import BlockWeights, read_named
 from toolchain.weights.checkpoint import Checkpoint, open_checkpoint
@@ -85,6 +89,10 @@ def tiny(*overrides: str) -> Recipe:
     return load_recipe("tiny", overrides)
 
 
+def family_of(recipe: Recipe) -> ModelFamily:
+    return find_family(recipe.model)
+
+
 # --- chunks and groups -------------------------------------------------------------------------------
 
 
@@ -107,7 +115,23 @@ def test_chunk_functions(frames: int, functions: dict[str, tuple[int, int]]) -> 
     found = chunk_functions(chunks)
     assert found == functions
     assert set(found.values()) == set(chunks)
-    assert sum(n for n, _ in chunks) == tiny(f"video.frames={frames}").video.latent_frames
+    recipe = tiny(f"video.frames={frames}")
+    assert sum(n for n, _ in chunks) == family_of(recipe).geometry(recipe, {"transformer": {}}).latent_frames
+    temporal, _ = family_of(recipe).stages(recipe, {})
+    assert (temporal.rate, temporal.layout) == ("chunk", "clip")
+    assert [(p.takes, p.gives) for p in temporal.pieces] == list(chunks)
+    assert all(functions[p.function] == (p.takes, p.gives) for p in temporal.pieces)
+
+
+def frames_per_call(recipe: Recipe) -> int:
+    """Frames that the spatial VAE takes at once; all groups together give the video's."""
+    _, spatial = family_of(recipe).stages(recipe, {})
+    assert (spatial.rate, spatial.layout) == ("frames", "frames")
+    assert {p.function for p in spatial.pieces} == {"base"}
+    (together,) = {p.takes for p in spatial.pieces}
+    assert [p.gives for p in spatial.pieces[:-1]] == [together] * (len(spatial.pieces) - 1)
+    assert sum(p.gives for p in spatial.pieces) == recipe.video.frames
+    return together
 
 
 @pytest.mark.parametrize(("frames", "group"), [(1, 1), (17, 1), (22, 2), (34, 2), (51, 3), (68, 4), (102, 3), (204, 4)])
@@ -206,8 +230,22 @@ def test_text_and_transformer_must_fit() -> None:
 )
 def test_a_configuration_that_cannot_be(component: str, config: dict[str, Any], said: str) -> None:
     with pytest.raises(RecipeError) as error:
-        define(component, small_recipe(), config, 24)
+        family_of(small_recipe()).define(small_recipe(), whole_configs() | {component: config})
     assert str(error.value).startswith(said)
+
+
+def whole_configs() -> dict[str, dict[str, Any]]:
+    t5 = {"feed_forward_proj": "gated-gelu", "model_type": "t5"}
+    return CONFIGS | {"text_encoder": CONFIGS["text_encoder"] | t5}
+
+
+def test_latents_of_other_channels_do_not_fit() -> None:
+    recipe, configs = small_recipe(), whole_configs()
+    assert list(family_of(recipe).define(recipe, configs)) == ["text_encoder", "transformer", "vae"]
+    configs["transformer"] = configs["transformer"] | {"in_channels": 16}
+    with pytest.raises(RecipeError) as error:
+        family_of(recipe).define(recipe, configs)
+    assert str(error.value) == "vae.config: its latents have 4 channels, the transformer takes 16 (in_channels)"
 
 
 # --- what is written down ----------------------------------------------------------------------------
@@ -215,8 +253,8 @@ def test_a_configuration_that_cannot_be(component: str, config: dict[str, Any], 
 
 def resolved(plan: Plan, source: Path) -> Recipe:
     """The recipe that a bundle of this plan would hold."""
-    checkpoints = {n: open_checkpoint(part.checkpoint, source) for n, part in plan.recipe.components().items()}
-    return resolve(plan, checkpoints, {n: pin(c, None, Store()) for n, c in checkpoints.items()})
+    whole = plan_resolved(resolve(plan.recipe, source, checkpoints=True))
+    return pinned_recipe(whole, {n: pin(c.checkpoint, None, Store()) for n, c in whole.resolved.components.items()})
 
 
 def structures(plan: Plan) -> dict[str, list[tuple[str, str, str]]]:
@@ -259,7 +297,12 @@ def test_precision_by_component(source: Path) -> None:
         "transformer": "float16",
         "vae": "float32",
     }
-    assert {n: part.bytes_per_weight for n, part in parts.items()} == {"text_encoder": 2, "transformer": 2, "vae": 4}
+    storages = {n: {w.storage for b in part.blocks for w in b.weights.values()} for n, part in parts.items()}
+    assert storages == {"text_encoder": {FLOAT16}, "transformer": {FLOAT16}, "vae": {FLOAT32}}
+    bytes_ = {n: 4 if part.target.precision == "float32" else 2 for n, part in parts.items()}
+    assert {n: part.weight_bytes for n, part in parts.items()} == {
+        n: bytes_[n] * part.parameters for n, part in parts.items()
+    }
 
 
 def test_a_precision_that_the_target_lacks(source: Path) -> None:
@@ -279,6 +322,9 @@ def test_precision_is_recorded(source: Path, tmp_path: Path) -> None:
         ports = [p for b in part.blocks for p in (*b.inputs, *b.outputs)]
         exact = {p.source for b in part.blocks for p in b.inputs if p.source in ("inputs.timestep", "inputs.fps")}
         assert exact == ({"inputs.timestep", "inputs.fps"} if name == "transformer" else set())
+        assert [b.weight_bytes for b in part.blocks] == [
+            {part.precision: b.parameters * (2 if part.precision == "float16" else 4)} for b in part.blocks
+        ]
         dtypes = {p.dtype for p in ports if getattr(p, "source", None) not in exact}
         assert dtypes == {part.precision}
         assert {i.dtype for i in part.inputs} <= {part.precision, "float32"}
@@ -322,11 +368,11 @@ def test_the_encoder_and_the_decoder_have_references(source: Path) -> None:
     part = toolchain.plan(recipe, base=source).components["vae"]
     checkpoint = open_checkpoint("vae", source)
     for graph in part.graphs:
-        blocks = [b for b in part.reference if b.name in graph.blocks()]
+        blocks = [p.plain for p in part.pairs if p.name in graph.blocks()]
 
         def inputs(function: str, run: int, graph: Graph = graph) -> dict[str, torch.Tensor]:
             generator = torch.Generator().manual_seed(run)
-            return {spec.name: sample_input(spec, recipe, generator) for spec in graph.inputs_of(function)}
+            return {spec.name: family_of(recipe).sample_input(spec, generator) for spec in graph.inputs_of(function)}
 
         references = References(blocks, list(graph.functions), inputs, 2, {}, lambda b: BlockWeights(b, checkpoint, {}))
         for block in blocks:
@@ -344,14 +390,14 @@ def test_the_encoder_lowers(source: Path, tmp_path: Path) -> None:
     recipe = small_recipe(text_encoder=None, vae={"encoder": True, "frames_per_call": 17}, video=video)
     part = toolchain.plan(recipe, base=source).components["vae"]
     checkpoint = open_checkpoint("vae", source)
-    spatial, temporal = [(b, r) for b, r in zip(part.blocks, part.reference, strict=True) if "encode" in b.rate]
+    spatial, temporal = [p for p in part.pairs if "encode" in p.lowered.rate]
     pixels = torch.rand(17, 3, 32, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
     scaling = part.definition.config["spatial_scaling"]
-    mean = run_through_the_gate(part, *spatial, {"pixels": pixels}, checkpoint, tmp_path)["mean"]
+    mean = run_through_the_gate(part, spatial, {"pixels": pixels}, checkpoint, tmp_path)["mean"]
     x_z = mean.transpose(0, 1)[None] * scaling
-    moments = run_through_the_gate(part, *temporal, {"x_z": x_z}, checkpoint, tmp_path)
+    moments = run_through_the_gate(part, temporal, {"x_z": x_z}, checkpoint, tmp_path)
     model = OpenSoraVAE(OpenSoraVAEConfig.from_json(part.definition.config)).eval()
-    model.load_state_dict(read_named(checkpoint, part.definition))
+    model.load_state_dict(read_named(checkpoint, part.definition.expected))
     with torch.no_grad():
         expected = model.encode(pixels.transpose(0, 1)[None])
     found = (moments["mean"] - model.shift) / model.scale
@@ -359,14 +405,14 @@ def test_the_encoder_lowers(source: Path, tmp_path: Path) -> None:
 
 
 def run_through_the_gate(
-    part: Lowering,
-    block: Block,
-    reference: Block,
+    part: ComponentPlan,
+    pair: BlockPair,
     inputs: dict[str, torch.Tensor],
     checkpoint: Checkpoint,
     folder: Path,
 ) -> dict[str, torch.Tensor]:
     """Lower a block, hold it against PyTorch on ``inputs``, and return what its artifact computes."""
+    block, reference = pair.lowered, pair.plain
     weights = dict(BlockWeights(block, checkpoint, {}))
     artifact = part.target.lower(block, weights, folder / f"{block.name}{part.target.suffix}")
     part.target.check(artifact.path, block)
@@ -386,12 +432,54 @@ def test_sample_inputs_are_such_as_a_run_has() -> None:
     for part in toolchain.plan(recipe).components.values():
         for graph in part.graphs:
             for spec in graph.inputs:
-                value = sample_input(spec, recipe, generator)
+                value = family_of(recipe).sample_input(spec, generator)
                 assert value.shape == spec.shape
                 assert value.dtype == spec.dtype
-                assert spec.name in MEANINGS
-                if spec.name == "timestep":
+                if spec.feed.kind == "timestep":
                     assert 0 <= value[0].item() <= 1000
-                elif spec.name == "mask":
+                elif spec.feed.kind == "constant":
+                    assert (spec.name, set(value.tolist())) == ("fps", {spec.feed.value})
+                    assert spec.feed.value == recipe.video.fps
+                elif spec.feed.kind == "frame_mask":
+                    assert set(value.unique().tolist()) <= {0.0, 1.0}
+                elif spec.feed.kind == "pixels":
+                    assert -1 <= float(value.min()) < float(value.max()) <= 1
+                elif spec.feed.kind == "token_ids":
+                    assert 0 <= int(value.min()) < int(value.max()) < 32
+                elif spec.feed.kind == "token_mask":
                     assert bool((value[:, 1:] <= value[:, :-1]).all())
                     assert value[0, 0] == 1
+
+
+def test_what_feeds_the_inputs() -> None:
+    recipe = tiny("vae.encoder=true", "transformer.frame_conditions=true", "video.fps=30")
+    parts = toolchain.plan(recipe).components
+    feeds = {n: [[(i.name, i.feed.kind) for i in g.inputs] for g in part.graphs] for n, part in parts.items()}
+    assert feeds == {
+        "text_encoder": [[("input_ids", "token_ids"), ("mask", "token_mask")]],
+        "transformer": [
+            [
+                ("x", "latents"),
+                ("timestep", "timestep"),
+                ("y", "text_embedding"),
+                ("mask", "token_mask"),
+                ("fps", "constant"),
+                ("x_mask", "frame_mask"),
+            ]
+        ],
+        "vae": [[("z", "frames")], [("x_z", "frames")], [("pixels", "pixels")], [("x_z", "frames")]],
+    }
+    gives = {n: [g.gives for g in part.graphs] for n, part in parts.items()}
+    assert gives == {
+        "text_encoder": [{"y": "text_embedding"}],
+        "transformer": [{"out": "prediction"}],
+        "vae": [
+            {"x_z": "frames"},
+            {"pixels": "pixels"},
+            {"mean": "mean", "logvar": "log_variance"},
+            {"mean": "mean", "logvar": "log_variance"},
+        ],
+    }
+    assert [i.feed for i in parts["transformer"].graphs[0].inputs if i.name == "fps"] == [Constant(value=30.0)]
+    one = toolchain.plan(tiny("video.frames=1")).components["transformer"].graphs[0]
+    assert [i.feed for i in one.inputs if i.name == "fps"] == [Constant(value=120.0)]  # as images were trained

@@ -15,7 +15,8 @@ from toolchain.accuracy.eager import EagerPipeline
 from toolchain.build import entries as describe
 from toolchain.formats.recipe import Recipe
 from toolchain.formats.recipe_file import load_recipe
-from toolchain.formats.schedule import Step
+from toolchain.formats.schedule import StaticLeap, Step, plan_steps
+from toolchain.models.family import find_family
 from toolchain.models.open_sora_v1_2.stdit3 import STDiT3, STDiT3Config
 from toolchain.models.open_sora_v1_2.t5 import T5Config, T5Encoder
 from toolchain.models.open_sora_v1_2.vae import OpenSoraVAE, OpenSoraVAEConfig
@@ -91,16 +92,20 @@ def test_transformer_is_the_model(timestep: float, pipeline: EagerPipeline, tran
     z, y = torch.randn(2, 4, 7, 5, 6, generator=generator), torch.randn(2, 24, 64, generator=generator)
     mask = (torch.arange(24) < 9).float()[None]
     t = torch.full((2,), timestep)
-    found = pipeline.functions["base"](z, t, y, torch.cat((mask, mask)), torch.full((2,), 8.0))[0]
-    assert relative(found, official(transformer, z, t, y, mask)) < 1e-5
+    given = {"latents": z, "timestep": torch.tensor(timestep), "text_embedding": y[:1], "token_mask": mask}
+    both = torch.cat((y[:1], transformer.y_embedder.y_embedding[None]))
+    found = pipeline.predict("base", given)
+    assert relative(found, official(transformer, z, t, both, mask)) < 1e-5
 
 
 def test_merged_is_another_function(pipeline: EagerPipeline) -> None:
-    assert list(pipeline.functions) == ["base", "merged"]
+    assert [s.function for s in pipeline.steps] == ["merged", "base", "base"]
     generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(2, 4, 7, 5, 6, generator=generator), torch.full((2,), 900.0)
-    text = torch.randn(2, 24, 64, generator=generator), torch.ones(2, 24), torch.full((2,), 8.0)
-    base, merged = (pipeline.functions[f](*inputs, *text)[0] for f in ("base", "merged"))
+    given = {"latents": torch.randn(2, 4, 7, 5, 6, generator=generator), "timestep": torch.tensor(900.0)}
+    given |= {"text_embedding": torch.randn(1, 24, 64, generator=generator), "token_mask": torch.ones(1, 24)}
+    base, merged = (pipeline.predict(f, given) for f in ("base", "merged"))
+    with pytest.raises(KeyError):
+        pipeline.predict("tail", given)
     assert relative(merged, base) > 1e-3
 
 
@@ -109,7 +114,9 @@ def test_text_encoder_is_the_model(prompt: str, pipeline: EagerPipeline) -> None
     config, weights = stored("text_encoder")
     model = T5Encoder(T5Config.from_json(config)).eval()
     model.load_state_dict(weights)
-    tokens = T5Tokenizer(TINY / "text_encoder/spiece.model")(prepare_prompt(prompt, score=6.5), 24)
+    tokens = T5Tokenizer(TINY / "text_encoder/spiece.model")(
+        prepare_prompt(prompt, [("aesthetic score:", " aesthetic score: 6.5.")]), 24
+    )
     y, mask = pipeline.encode(prompt)
     assert mask.tolist() == [list(tokens.mask)]
     assert relative(y, model(torch.tensor([tokens.ids]), torch.tensor([tokens.mask]))) < 1e-5
@@ -126,7 +133,7 @@ def test_video_is_the_latents_decoded(pipeline: EagerPipeline, vae: OpenSoraVAE)
 def test_denoising_follows_the_manifest(transformer: STDiT3) -> None:
     """The manifest's numbers and the model alone, written out as a device would."""
     pipeline = EagerPipeline(small_recipe("sampler.merged_steps=0", "sampler.leap=1"))
-    entry = describe.sampler(pipeline.recipe)
+    entry = describe.sampler(pipeline.recipe, find_family(pipeline.recipe.model))
     y, mask = pipeline.encode(PROMPT)
     both = torch.cat((y, transformer.y_embedder.y_embedding[None]))
     z = torch.from_numpy(initial_noise(3, (1, 4, 7, 5, 6)))
@@ -169,22 +176,23 @@ SAMPLERS = {
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_manifest_has_the_steps_that_are_made(name: str) -> None:
     recipe = load_recipe("tiny", [*SMALL, *(f"sampler.{k}={v}" for k, v in SAMPLERS[name].items())])
-    entry = describe.sampler(recipe)
+    family = find_family(recipe.model)
+    entry = describe.sampler(recipe, family)
     made: list[Step] = []
     calls: list[tuple[float, str]] = []
 
-    def steady(z_pair: torch.Tensor, t: float, _: torch.Tensor | None, merged: bool) -> torch.Tensor:
+    def steady(z_pair: torch.Tensor, step: Step, _: torch.Tensor | None) -> torch.Tensor:
         """The same velocity always, at which a dynamic rule leaps as soon as it may."""
-        calls.append((t, "merged" if merged else "base"))
+        calls.append((step.t, step.function))
         return torch.ones_like(z_pair)
 
+    own = recipe.sampler
     sample(
         steady,
         torch.zeros(1, 4, 7, 5, 6),
-        entry.timesteps,
+        plan_steps(family.timesteps(recipe), own.leap, merged_steps=own.merged_steps),
         guidance=entry.guidance,
-        leap=entry.leap,
-        merged_steps=entry.merged_steps,
+        leap=own.leap,
         on_step=lambda step, _: made.append(step),
     )
     planned = [(s.timestep, s.dt, s.leap) for s in entry.steps]
@@ -196,5 +204,36 @@ def test_manifest_has_the_steps_that_are_made(name: str) -> None:
     assert [(s.t, s.dt, s.leap) for s in made] == planned
     assert calls == [(s.timestep, s.function) for s in entry.steps[: len(calls)]]
     assert len(calls) == len(made)
-    assert entry.timesteps == list(recipe.timesteps())
-    assert sum(dt for _, dt, _ in planned) == pytest.approx(entry.timesteps[0] / 1000, abs=1e-6)
+    timesteps = family.timesteps(recipe)
+    assert [s.timestep for s in entry.steps] == list(timesteps[: len(entry.steps)])
+    assert len(entry.steps) == (own.leap.after + 1 if isinstance(own.leap, StaticLeap) else own.steps)
+    assert [s.function for s in entry.steps] == [
+        "merged" if i < own.merged_steps else "base" for i in range(own.steps)
+    ][: len(entry.steps)]
+    assert sum(dt for _, dt, _ in planned) == pytest.approx(timesteps[0] / 1000, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_playing_the_manifest_is_sampling_the_recipe(name: str) -> None:
+    """A player has the manifest's steps and its resolved rule alone; velocities that turn, and then settle."""
+    recipe = load_recipe("tiny", [*SMALL, *(f"sampler.{k}={v}" for k, v in SAMPLERS[name].items())])
+    family, own = find_family(recipe.model), recipe.sampler
+    entry = describe.sampler(recipe, family)
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.randn(2, 4, 7, 5, 6, generator=generator) for _ in range(2))
+    z = torch.zeros(1, 4, 7, 5, 6)
+
+    def run(steps: tuple[Step, ...], leap: Any) -> tuple[torch.Tensor, list[Step]]:
+        made: list[Step] = []
+
+        def turning(z_pair: torch.Tensor, step: Step, _: torch.Tensor | None) -> torch.Tensor:
+            return first + second / (1 + step.index) ** 3
+
+        final = sample(turning, z, steps, guidance=3.0, leap=leap, on_step=lambda s, _: made.append(s))
+        return final, made
+
+    played = tuple(Step(i, s.timestep, s.dt, s.function, s.leap) for i, s in enumerate(entry.steps))
+    planned = plan_steps(family.timesteps(recipe), own.leap, merged_steps=own.merged_steps)
+    from_manifest, from_recipe = run(played, entry.leap), run(planned, own.leap)
+    assert torch.equal(from_manifest[0], from_recipe[0])
+    assert from_manifest[1] == from_recipe[1]

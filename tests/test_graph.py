@@ -21,11 +21,11 @@ from targets.forms.gelu import GELU_FORMULA
 from targets.forms.patch_embedding import PATCHES_BY_LINEAR
 from toolchain.errors import LoweringError
 from toolchain.ir.blocks import Block, extract_blocks, table_nodes
+from toolchain.ir.feeds import FrameMask, Given, Latents
 from toolchain.ir.graph import (
     Graph,
     Input,
     LoweredForm,
-    WeightSource,
     capture,
     compute_nodes,
     leaf_function,
@@ -35,6 +35,7 @@ from toolchain.ir.graph import (
 from toolchain.ir.graph_text import graph_text
 from toolchain.ir.leaves import Leaf, LegalForm
 from toolchain.ir.legalise import legalise
+from toolchain.ir.weights import Weight, WeightSource
 from toolchain.models.open_sora_v1_2.stdit3 import LoweredSTDiT3, STDiT3, STDiT3Config, position_scale
 
 GEOMETRY = {"batch": 2, "frames": 3, "height": 4, "width": 6, "height_px": 32, "width_px": 48}
@@ -70,7 +71,7 @@ def test_nothing_is_allocated(graph: Graph, facts: dict[str, Any]) -> None:
     tensors = dict(gm.named_parameters()) | dict(gm.named_buffers())
     assert {t.device.type for t in tensors.values()} == {"meta"}
     assert {k: list(v.shape) for k, v in graph.weights.items()} == facts["keys"]
-    assert all(source == WeightSource(name, source.shape) for name, source in graph.weights.items())
+    assert all(weight == Weight(WeightSource((name,), weight.shape)) for name, weight in graph.weights.items())
     assert {n.meta["val"].device.type for n in gm.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)} == {
         "meta"
     }
@@ -105,7 +106,7 @@ def test_sizes_and_inputs(graph: Graph, small_config: STDiT3Config) -> None:
     assert [i.name for i in graph.inputs] == ["x", "timestep", "y", "mask", "fps"]
     assert {i.name for i in graph.inputs if i.exact} == {"timestep", "fps"}
     conditioned = captured(small_config, frame_conditions=True)
-    assert conditioned.inputs[-1] == Input("x_mask", (2, 3))
+    assert conditioned.inputs[-1] == Input("x_mask", (2, 3), FrameMask())
     assert "t0" in {n.meta.get("wire") for n in conditioned.functions["base"].graph.nodes}
 
 
@@ -120,7 +121,10 @@ class Toy(LoweredForm):
         self.output = output
 
     def inputs(self) -> tuple[Input, ...]:
-        return (Input("x", (2, 3)),)
+        return (Input("x", (2, 3), Latents()),)
+
+    def gives(self) -> dict[str, Given]:
+        return {"y": "prediction"}
 
     def dims(self) -> dict[str, int]:
         return {}
@@ -337,7 +341,7 @@ def test_blocks_in_order_are_the_model(
     values = {f"inputs.{k}": v for k, v in inputs.items()} | {f"tables.{k}": v for k, v in tables.items()}
 
     def weights(block: Block) -> dict[str, torch.Tensor]:
-        return {k: s.of(small_weights[s.tensor]) for k, s in block.weights.items()}
+        return {k: w.source.value(small_weights.__getitem__) for k, w in block.weights.items()}
 
     out = run_in_order(blocks, values, weights)
     video = {"height": torch.tensor([32.0]), "width": torch.tensor([48.0])}
@@ -349,8 +353,8 @@ def test_blocks_in_order_are_the_model(
 def test_blocks_hold_no_weights_of_their_own(small_config: STDiT3Config, small_weights: Any) -> None:
     graph = Partition(PartitionConfig())(captured(small_config)).graph
     block = next(b for b in extract_blocks(graph) if b.name == "pair_1")
-    weights = {k: s.of(small_weights[s.tensor]) for k, s in block.weights.items()}
-    assert all(s.tensor.split(".")[1] == "1" for s in block.weights.values())
+    weights = {k: w.source.value(small_weights.__getitem__) for k, w in block.weights.items()}
+    assert all(name.split(".")[1] == "1" for w in block.weights.values() for name in w.source.tensors)
     assert all(".0." in k for k in weights)  # numbered from 0 in every block
     module = block.module("base", weights)
     assert {t.device.type for t in module.parameters()} == {"cpu"}

@@ -10,6 +10,12 @@ from pathlib import Path
 import pytest
 
 CONVERTERS = ("coremltools", "executorch", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "onnxsim", "torchao")
+TIMESTEPS = """
+import toolchain
+from toolchain.models.family import find_family
+recipe = toolchain.load_recipe('tiny')
+assert len(find_family(recipe.model).timesteps(recipe)) == recipe.sampler.steps
+"""
 HEAVY = (*CONVERTERS, "torch", "transformers", "numpy", "huggingface_hub")
 
 
@@ -27,7 +33,9 @@ def loaded_after(code: str, cwd: Path, modules: tuple[str, ...] = HEAVY) -> str:
         "import toolchain",
         "import toolchain.cli",
         "import toolchain.formats.recipe, toolchain.formats.manifest, toolchain.formats.bundle, toolchain.errors",
-        "import toolchain\ntoolchain.load_recipe('tiny').timesteps()",
+        "import toolchain\ntoolchain.load_recipe('tiny')",
+        "import toolchain.player, toolchain.player.prompt, toolchain.player.tokenizer, toolchain.player.leap",
+        TIMESTEPS,
         "import toolchain.ui.console, toolchain.listener, toolchain.validation",
     ],
 )

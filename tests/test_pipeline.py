@@ -22,6 +22,7 @@ from toolchain.errors import BundleError, CheckpointError
 from toolchain.formats.manifest import Manifest
 from toolchain.formats.recipe_file import load_recipe, parse_recipe
 from toolchain.formats.schedule import PRESETS
+from toolchain.models.family import find_family
 from toolchain.weights.checkpoint import open_checkpoint
 from toolchain.weights.digests import checkpoint_digest, tensor_digests
 
@@ -81,8 +82,21 @@ def test_every_input_has_a_source_that_is_ready(built: Any) -> None:
             assert shape == needed["shape"]
             assert dtype == needed["dtype"] or needed["source"].startswith("tables.")  # tables are always float32
         ready |= {f"{name}.{o['name']}": (o["dtype"], o["shape"]) for o in blocks[name]["outputs"]}
-    results = component["outputs"]["step"]
-    assert [ready[r][1] for r in results] == [[2, 8, 5, 4, 6]]
+    results = component["outputs"]
+    assert results == [{"source": "final.out", "rate": "step", "gives": "prediction"}]
+    assert [ready[r["source"]][1] for r in results] == [[2, 8, 5, 4, 6]]
+
+
+@slow
+def test_every_input_says_what_feeds_it(built: Any) -> None:
+    inputs = manifest_of(built.path)["components"]["transformer"]["inputs"]
+    assert {i["name"]: (i["rate"], i["feed"]) for i in inputs} == {
+        "x": ("step", {"kind": "latents"}),
+        "timestep": ("step", {"kind": "timestep"}),
+        "y": ("prompt", {"kind": "text_embedding", "unconditional": "null_text"}),
+        "mask": ("prompt", {"kind": "token_mask"}),
+        "fps": ("step", {"kind": "constant", "value": 24.0}),
+    }
 
 
 @slow
@@ -90,6 +104,9 @@ def test_blocks_say_what_they_are(built: Any) -> None:
     manifest = manifest_of(built.path)
     limit = manifest["gate"]["limits"]
     for block in manifest["components"]["transformer"]["blocks"]:
+        bytes_ = {"float16": 2, "float32": 4}[manifest["components"]["transformer"]["precision"]]
+        stored = {manifest["components"]["transformer"]["precision"]: bytes_ * block["parameters"]}
+        assert block["weight_bytes"] == stored
         assert block["functions"] == (["base", "merged"] if block["name"] == "pair_0" else ["base"])
         assert (built.path / block["artifact"]).exists()
         assert all(f["path"].startswith(block["artifact"]) for f in block["files"])
@@ -123,9 +140,10 @@ def test_geometry_sampler_and_tools(built: Any) -> None:
     assert manifest["geometry"] == geometry | {"latent_frames": 5, "latent_height": 4, "latent_width": 6}
     dims = {"B": 2, "T": 5, "H": 4, "W": 6, "Hp": 2, "Wp": 3, "S": 6, "N": 30, "L": 12, "C": 64}
     assert manifest["components"]["transformer"]["dims"] == dims
-    schedule = load_recipe(built.project / "recipe.yaml").timesteps()
+    recipe = load_recipe(built.project / "recipe.yaml")
+    schedule = find_family(recipe.model).timesteps(recipe)
     sampler = manifest["sampler"]
-    assert (sampler["guidance"], sampler["merged_steps"]) == (7.0, 2)
+    assert sampler["guidance"] == 7.0
     assert sampler["leap"] == {"kind": "static", "after": 3}
     steps = sampler["steps"]
     assert [s["timestep"] for s in steps] == list(schedule[:4])  # three steps and the leap, of six
@@ -145,7 +163,8 @@ def test_timesteps_are_the_official_ones(recipe_data: dict[str, Any], key: str) 
     height, width = map(int, size.split("_")[-1].split("x"))
     recipe_data["video"] = {"frames": int(frames), "height": height, "width": width}
     recipe_data["sampler"] = {"steps": 30, "discrete_timesteps": discrete == "True"}
-    assert list(parse_recipe(recipe_data).timesteps()) == OFFICIAL[key]
+    recipe = parse_recipe(recipe_data)
+    assert list(find_family(recipe.model).timesteps(recipe)) == OFFICIAL[key]
 
 
 # --- building again ----------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from toolchain.errors import RecipeError
-from toolchain.formats.schedule import PRESETS, StaticLeap, Step, timesteps
+from toolchain.formats.schedule import PRESETS, StaticLeap, Step, plan_steps
+from toolchain.models.open_sora_v1_2.timesteps import timesteps
 from toolchain.player.sampler import gaussian, initial_noise, sample, step_noise
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -27,18 +28,18 @@ def run(data: dict[str, Any], denoiser: Callable[..., Any], **options: Any) -> t
     z_seen: list[Any] = []
     masks: list[Any] = []
 
-    def recorded(z_pair: Any, t: float, x_mask: Any, merged: bool) -> Any:
-        assert not merged
+    def recorded(z_pair: Any, step: Step, x_mask: Any) -> Any:
+        assert (step.function, step.index) == ("base", len(z_seen))
         assert (z_pair[:1] == z_pair[1:]).all()
         z_seen.append(z_pair[:1])
         masks.append(x_mask)
-        return denoiser(len(z_seen) - 1, z_pair, t, x_mask)
+        return denoiser(len(z_seen) - 1, z_pair, step.t, x_mask)
 
     schedule = timesteps(6, height=192, width=192, frames=51)
     assert schedule == tuple(data["timesteps"].flatten().tolist())
     if "in.mask" in data:
         options |= {"mask": data["in.mask"], "noise": lambda i: data["noise"][i]}
-    final = sample(recorded, data["in.z"], schedule, guidance=7.0, **options)
+    final = sample(recorded, data["in.z"], plan_steps(schedule), guidance=7.0, **options)
     return final, z_seen, masks
 
 
@@ -95,7 +96,8 @@ def test_leap_of_the_published_code(name: str) -> None:
     calls: list[np.ndarray[Any, Any]] = []
     made: list[Step] = []
 
-    def denoiser(z_pair: Any, t: float, x_mask: Any, merged: bool) -> Any:
+    def denoiser(z_pair: Any, step: Step, x_mask: Any) -> Any:
+        assert step.t == schedule[len(calls)]
         calls.append(z_pair[:1])
         return data["pred_cond_uncond"][len(calls) - 1]
 
@@ -103,7 +105,7 @@ def test_leap_of_the_published_code(name: str) -> None:
     z = sample(
         denoiser,
         data["z0"].numpy(),
-        schedule,
+        plan_steps(schedule, PRESETS["code"]),
         guidance=facts["cfg"],
         leap=PRESETS["code"],
         on_step=lambda step, _: made.append(step),
@@ -117,15 +119,16 @@ def test_leap_of_the_published_code(name: str) -> None:
 def test_static_leap_and_merged_steps() -> None:
     """A constant velocity of -z0 lands on 0 whatever the steps; the first two calls are merged."""
     z0 = np.ones((1, 4, 1, 2, 2), np.float32)
-    merged_seen: list[bool] = []
+    asked: list[str] = []
 
-    def denoiser(z_pair: Any, t: float, x_mask: Any, merged: bool) -> Any:
-        merged_seen.append(merged)
+    def denoiser(z_pair: Any, step: Step, x_mask: Any) -> Any:
+        asked.append(step.function)
         return -np.ones_like(z_pair)
 
     schedule = timesteps(10, height=192, width=192, frames=68)
-    z = sample(denoiser, z0, schedule, guidance=7.0, leap=StaticLeap(after=4), merged_steps=2)
-    assert merged_seen == [True, True, False, False, False]
+    steps = plan_steps(schedule, StaticLeap(after=4), merged_steps=2)
+    z = sample(denoiser, z0, steps, guidance=7.0, leap=StaticLeap(after=4))
+    assert asked == ["merged", "merged", "base", "base", "base"]
     np.testing.assert_allclose(z, 0, atol=1e-6)
 
 
@@ -133,19 +136,23 @@ def test_what_sample_refuses() -> None:
     z = np.zeros((2, 4, 3, 2, 2), np.float32)
 
     def attempt(z: Any = z, **options: Any) -> None:
-        sample(lambda pair, *_: pair, z, (1000.0, 500.0), guidance=7.0, **options)
+        sample(lambda pair, *_: pair, z, plan_steps((1000.0, 500.0)), guidance=7.0, **options)
 
     for options, message in (
         ({"leap": PRESETS["code"]}, "one at a time"),
         ({"leap": StaticLeap(after=2)}, "leap.after is 2"),
-        ({"merged_steps": 3}, "choose 0 to 2"),
         ({"mask": np.ones((2, 3), np.float32)}, "needs noise"),
         ({"mask": np.ones((1, 3), np.float32), "noise": lambda i: z}, "it must be \\(2, 3\\)"),
     ):
         with pytest.raises(RecipeError, match=message):
             attempt(**options)
     with pytest.raises(ValueError, match="the denoiser returned"):
-        sample(lambda pair, *_: pair[:1], z, (1000.0,), guidance=7.0)
+        sample(lambda pair, *_: pair[:1], z, plan_steps((1000.0,)), guidance=7.0)
+    for merged in (-1, 3):
+        with pytest.raises(RecipeError, match=f"merged_steps is {merged}; choose 0 to 2"):
+            plan_steps((1000.0, 500.0), merged_steps=merged)
+    with pytest.raises(RecipeError, match="there are no timesteps"):
+        plan_steps(())
 
 
 def philox4x32(counter: list[int], key: list[int]) -> list[int]:

@@ -18,7 +18,9 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors.numpy import load_file
 
 from toolchain.errors import RecipeError
-from toolchain.formats.schedule import PRESETS, DynamicLeap, Leap, LeapState, StaticLeap, plan_steps, timesteps
+from toolchain.formats.schedule import PRESETS, DynamicLeap, Leap, StaticLeap, plan_steps
+from toolchain.models.open_sora_v1_2.timesteps import timesteps
+from toolchain.player.leap import LeapState
 
 GOLDEN = Path(__file__).parent / "golden"
 OFFICIAL: dict[str, list[float]] = json.loads((GOLDEN / "rflow_timesteps.json").read_text())
@@ -235,7 +237,24 @@ def test_a_state_serves_one_sample() -> None:
         state.observe(0, v)
 
 
-def test_import_is_light() -> None:
-    code = "import sys, toolchain.formats.schedule; print([m for m in ('torch', 'numpy') if m in sys.modules])"
+@pytest.mark.parametrize("steps", [1, 7, 30])
+def test_merged_steps_are_the_first(steps: int) -> None:
+    schedule = timesteps(steps, height=192, width=192, frames=68)
+    for merged in (0, 1, steps):
+        plan = plan_steps(schedule, merged_steps=merged)
+        assert [s.function for s in plan] == ["merged"] * merged + ["base"] * (steps - merged)
+        assert [(s.index, s.t, s.dt) for s in plan] == [(s.index, s.t, s.dt) for s in plan_steps(schedule)]
+
+
+def test_merged_steps_past_a_leap_are_cut_with_it() -> None:
+    plan = plan_steps(SWIFT["192x192"], StaticLeap(after=4), merged_steps=10)
+    assert [(s.function, s.leap) for s in plan] == [("merged", False)] * 4 + [("merged", True)]
+
+
+@pytest.mark.parametrize(
+    "module", ["formats.schedule", "models.open_sora_v1_2.timesteps", "models.open_sora_v1_2.family", "player.leap"]
+)
+def test_import_is_light(module: str) -> None:
+    code = f"import sys, toolchain.{module}; print([m for m in ('torch', 'numpy') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"

@@ -113,13 +113,13 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Case
     @functools.cache
     def make(name: str, block_name: str) -> Case:
         component, _, own = block_name.partition("/")
-        lowering = plan(name).components[component]
-        pairs = zip(lowering.blocks, lowering.reference, strict=True)
-        block, plain = next((b, r) for b, r in pairs if b.name == own)
-        target, folder = lowering.target, tmp_path_factory.mktemp("case")
+        part = plan(name).components[component]
+        pair = next(p for p in part.pairs if p.name == own)
+        block, plain = pair.lowered, pair.plain
+        target, folder = part.target, tmp_path_factory.mktemp("case")
         unique = unique_weights(block, seed=3)
         template = target.bind(target.lower(block, unique, folder / f"template{target.suffix}"), unique)
-        return Case(target, block, plain, template, official_weights(block, lowering.definition.expected), folder)
+        return Case(target, block, plain, template, official_weights(block, part.definition.expected), folder)
 
     return make
 
@@ -171,13 +171,13 @@ def steps(block: Block) -> set[str]:
 
 @pytest.mark.parametrize("name", PRECISIONS)
 def test_every_kind_of_block_is_stamped_here(name: str) -> None:
-    for component, lowering in plan(name).components.items():
-        here = [b for b in lowering.blocks if f"{component}/{b.name}" in BLOCKS]
+    for component, part in plan(name).components.items():
+        here = [b for b in part.blocks if f"{component}/{b.name}" in BLOCKS]
         if component == "vae":
-            decoder = [b for b in lowering.blocks if "encoder" not in b.name]
+            decoder = [b for b in part.blocks if "encoder" not in b.name]
             assert set().union(*map(steps, decoder)) <= set().union(*map(steps, here))
         else:
-            assert sorted({b.structure() for b in lowering.blocks}) == sorted(b.structure() for b in here)
+            assert sorted({b.structure() for b in part.blocks}) == sorted(b.structure() for b in here)
 
 
 def test_stamped_is_direct_byte_for_byte(case: Case) -> None:

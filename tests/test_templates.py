@@ -11,14 +11,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from passes.partition import Partition
 from targets.coreml import CoreMLConfig, CoreMLTarget
 from targets.executorch import ExecuTorchTarget
 from targets.onnx import OnnxTarget
-from toolchain.build.artifacts import Builder, Source
-from toolchain.ir.blocks import Block
+from toolchain.build.artifacts import Builder
+from toolchain.formats.recipe import ComponentRecipe
+from toolchain.ir.blocks import Block, BlockPair
+from toolchain.ir.passes import Pipeline
 from toolchain.ir.target import Artifact, Target, UnboundTemplateError, unique_weights
 from toolchain.models.family import Definition
-from toolchain.planning.plan import Lowering
+from toolchain.planning.plan import ComponentPlan
+from toolchain.planning.resolve import ResolvedComponent
 from toolchain.system.store import Store
 from toolchain.weights.checkpoint import open_checkpoint
 from toolchain.weights.digests import tensor_digests
@@ -100,7 +104,7 @@ def test_another_checkpoint_lowers_nothing(case: Any, tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
     artifacts = []
     for checkpoint in (cut.weights(block), {k: v + 1 for k, v in cut.weights(block).items()}):
-        held = {s.tensor: checkpoint[k].reshape(s.shape) for k, s in block.weights.items()}
+        held = {name: checkpoint[k].reshape(w.shape) for k, w in block.weights.items() for name in w.source.tensors}
         builder = make_builder(Counting(target.config), block, held, tmp_path, store)
         artifacts += [builder.artifact(block), builder.artifact(block)]
     assert lowered == [block.name]
@@ -114,5 +118,7 @@ def make_builder(target: Target, block: Block, held: dict[str, torch.Tensor], fo
     save_file({k: v.clone() for k, v in held.items()}, folder / "model.safetensors")
     checkpoint = open_checkpoint(str(folder), folder)
     definition = Definition("transformer", {}, {}, ())
-    lowering = Lowering(definition, target, (), (), (block,), (block,), ())
-    return Builder(lowering, Source(checkpoint, tensor_digests(checkpoint)), store, direct=False)
+    part = ComponentRecipe(checkpoint=str(folder))
+    resolved = ResolvedComponent("transformer", part, {}, target, Pipeline((), Partition()), checkpoint)
+    plan = ComponentPlan(resolved, definition, (), (BlockPair(block, block),), ())
+    return Builder(plan, tensor_digests(checkpoint), store, direct=False)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from toolchain.errors import CheckpointError
+from toolchain.models.open_sora_v1_2.prompts import suffixes
 from toolchain.player.prompt import AFTER_MARKUP, AFTER_REPAIR, BEFORE_MARKUP, clean_text, prepare_prompt, strip_markup
 from toolchain.player.tokenizer import T5Tokenizer
 
@@ -80,20 +82,31 @@ def test_every_rule_says_why() -> None:
 # --- what is appended --------------------------------------------------------------------------------
 
 
+def prepared(prompt: str, **asked: Any) -> str:
+    """A prompt as Open-Sora's family asks for it."""
+    return prepare_prompt(prompt, [(s.label, s.text) for s in suffixes(**asked)])
+
+
 def test_score_is_appended_before_cleaning() -> None:
-    assert prepare_prompt("A Cat (sleeping)") == "a cat sleeping aesthetic score: 6.5."
+    assert prepared("A Cat (sleeping)") == "a cat sleeping aesthetic score: 6.5."
+    assert prepare_prompt("A Cat", [("(mood)", " (Calm)")]) == "a cat calm"
 
 
 def test_suffixes() -> None:
-    assert prepare_prompt("A cat", score=None) == "a cat"
-    assert prepare_prompt("A cat", flow=2, camera_motion="pan right") == (
+    assert suffixes(score=None) == ()
+    assert prepared("A cat", score=None) == prepare_prompt("A cat") == "a cat"
+    assert prepared("A cat", flow=2, camera_motion="pan right") == (
         "a cat aesthetic score: 6.5. motion score: 2.0. camera motion: pan right."
     )
 
 
 def test_a_suffix_that_is_there_is_kept() -> None:
-    assert prepare_prompt("A cat aesthetic score: 5.0.") == "a cat aesthetic score: 5.0."
-    assert prepare_prompt("A cat motion score: 9.", score=None, flow=1) == "a cat motion score: 9."
+    assert prepared("A cat aesthetic score: 5.0.") == "a cat aesthetic score: 5.0."
+    assert prepared("A cat motion score: 9.", score=None, flow=1) == "a cat motion score: 9."
+
+
+def test_a_prompt_that_is_not_cleaned() -> None:
+    assert prepare_prompt("A Cat (sleeping)", [("x:", " X: 1.")], "none") == "A Cat (sleeping) X: 1."
 
 
 # --- tokens ------------------------------------------------------------------------------------------
@@ -141,7 +154,7 @@ def test_tokens_are_hugging_faces(tokenizer: T5Tokenizer, tmp_path: Path) -> Non
     pick = random.Random(0)
     for i in range(150):
         text = "".join(pick.choice(words) + pick.choice([" ", "", "  ", ", "]) for _ in range(pick.randint(0, 6)))
-        text = prepare_prompt(text) if i % 2 else text
+        text = prepared(text) if i % 2 else text
         length = pick.choice([1, 20, 120])
         want = theirs(text, max_length=length, padding="max_length", truncation=True, return_attention_mask=True)
         got = tokenizer(text, length)

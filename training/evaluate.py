@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from toolchain.formats.schedule import timesteps
+from toolchain.formats.schedule import Step, plan_steps
 from toolchain.models.open_sora_v1_2.t5 import T5Encoder
+from toolchain.models.open_sora_v1_2.timesteps import timesteps
 from toolchain.models.open_sora_v1_2.vae import OpenSoraVAE
 from toolchain.player.sampler import initial_noise, sample
 from training.autoencoder import load_vae, reconstruction
@@ -50,11 +51,11 @@ class Videos:
         latent = (4, *self.vae.latent_size(frames, SIZE, SIZE))
         z = torch.from_numpy(np.concatenate([initial_noise(seed, (1, *latent)) for seed in seeds]))
 
-        def denoiser(z_pair: torch.Tensor, t: float, _: object, __: bool) -> torch.Tensor:
-            return self.flow.velocity(z_pair, torch.full((len(z_pair),), t / 1000.0), y, masks)
+        def denoiser(z_pair: torch.Tensor, step: Step, _: object) -> torch.Tensor:
+            return self.flow.velocity(z_pair, torch.full((len(z_pair),), step.t / 1000.0), y, masks)
 
         schedule = timesteps(STEPS, height=SIZE, width=SIZE, frames=frames)
-        return sample(denoiser, z, schedule, guidance=guidance)
+        return sample(denoiser, z, plan_steps(schedule), guidance=guidance)
 
     @torch.no_grad()
     def make(

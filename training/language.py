@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from toolchain.models.open_sora_v1_2.prompts import suffixes
 from toolchain.models.open_sora_v1_2.t5 import T5Encoder
 from toolchain.player.prompt import prepare_prompt
 from toolchain.player.tokenizer import T5Tokenizer
@@ -28,10 +29,15 @@ PROMPTS_A_BATCH = 64
 PIECES = 240
 
 
+def prepared(prompt: str) -> str:
+    """The text of a prompt as a bundle's player tokenizes it."""
+    return prepare_prompt(prompt, [(s.label, s.text) for s in suffixes()])
+
+
 def train_tokenizer(folder: Path, seed: int) -> None:
     """``spiece.model``: pieces of the grammar's prompts as the toolchain prepares them."""
     rng = random.Random(seed)
-    corpus = sorted({prepare_prompt(scene.varied(rng).worded(rng)) for scene in scenes() for _ in range(40)})
+    corpus = sorted({prepared(scene.varied(rng).worded(rng)) for scene in scenes() for _ in range(40)})
     words = sorted({word.strip(string.punctuation) for text in corpus for word in text.split()})
     # a piece must be part of two different words, else it is none: so all words come with endings, too
     inflected = [word + ending for word in words for ending in ("s", "ed", "ing")]
@@ -66,7 +72,7 @@ class Tokenized:
     def __call__(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         for prompt in prompts:
             if prompt not in self.known:
-                tokens = self.tokenizer(prepare_prompt(prompt), TEXT_TOKENS)
+                tokens = self.tokenizer(prepared(prompt), TEXT_TOKENS)
                 self.known[prompt] = tokens.ids, tokens.mask
         ids, mask = zip(*(self.known[p] for p in prompts), strict=True)
         return torch.tensor(ids), torch.tensor(mask, dtype=torch.float32)

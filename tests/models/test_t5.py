@@ -225,10 +225,10 @@ def test_all_layers_are_of_one_structure(weights: dict[str, torch.Tensor], model
     assert [embed.name, *(b.name for b in layers), final.name] == ["embed", "layer_0", "layer_1", "layer_2", "final"]
     assert len({b.structure() for b in layers}) == 1
     assert embed.sources["position_bias"] == "tables.position_bias"
-    assert not any("relative_attention_bias" in s.tensor for b in layers for s in b.weights.values())
+    assert not any("relative_attention_bias" in n for b in layers for w in b.weights.values() for n in w.source.tensors)
     for i, block in enumerate(layers):
         assert sorted(p.name for p in block.inputs) == ["attention_bias", "x"]
-        module = block.module("base", {k: weights[s.tensor] for k, s in block.weights.items()})
+        module = block.module("base", {k: w.source.value(weights.__getitem__) for k, w in block.weights.items()})
         args = {"x": torch.randn(1, 24, 48), "attention_bias": torch.randn(1, 6, 24, 24)}
         (out,) = module(*(args[p.name] for p in block.inputs))
         assert_close(out, model.encoder.block[i](args["x"], args["attention_bias"]), 1e-6)

@@ -229,7 +229,7 @@ def taps_of(conv: CausalConv3d) -> nn.Module:
     assert legal is not None and legal.sources is not None
     assert all(p.is_meta for p in legal.leaf.parameters())
     state = conv.state_dict()
-    legal.leaf.load_state_dict({k: s.of(state[s.tensor]) for k, s in legal.sources.items()}, assign=True)
+    legal.leaf.load_state_dict({k: s.value(state.__getitem__) for k, s in legal.sources.items()}, assign=True)
     return legal.leaf
 
 
@@ -290,7 +290,7 @@ NAMES = ("temporal decoder", "spatial decoder", "temporal encoder", "spatial enc
 def with_weights(graph: Graph, weights: Tensors) -> nn.Module:
     """The captured function with the checkpoint's numbers, through the graph's weight sources."""
     gm = graph.functions["base"]
-    values = {name: source.of(weights[source.tensor]) for name, source in graph.weights.items()}
+    values = {name: weight.source.value(weights.__getitem__) for name, weight in graph.weights.items()}
     return gm.load_state_dict(values, strict=True, assign=True) and gm
 
 
@@ -346,7 +346,7 @@ def test_full_size_is_captured_without_weights(full_size: OpenSoraVAE, name: str
     graph = capture(forms(full_size, 24, 24)[name])
     assert graph.component == "vae"
     assert all(p.is_meta for p in graph.functions["base"].parameters())
-    tensors = {s.tensor for s in graph.weights.values()}
+    tensors = {name for weight in graph.weights.values() for name in weight.source.tensors}
     half, part = name.split()
     own = "post_quant_conv." if part == "decoder" else "quant_conv."
     root = "spatial_vae.module." if half == "spatial" else "temporal_vae."

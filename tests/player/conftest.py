@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import toolchain
 from benchmarks import synthetic
@@ -21,6 +22,7 @@ from toolchain.formats.bundle import Bundle
 from toolchain.formats.recipe import Recipe, SamplerRecipe
 from toolchain.formats.recipe_file import parse_recipe
 from toolchain.models.family import find_family
+from toolchain.models.open_sora_v1_2.vae import OpenSoraVAE, OpenSoraVAEConfig
 from toolchain.player import Player
 
 ROOT = Path(__file__).parents[2]
@@ -140,6 +142,14 @@ def edit() -> Callable[..., Bundle]:
 def eager(source: Path) -> Callable[[Recipe], EagerPipeline]:
     """The recipe's pipeline in PyTorch."""
     return lambda recipe: EagerPipeline(recipe, source)
+
+
+@pytest.fixture(scope="session")
+def decoder(source: Path) -> OpenSoraVAE:
+    """The autoencoder by itself, loaded without the toolchain."""
+    model = OpenSoraVAE(OpenSoraVAEConfig.from_json(CONFIGS["vae"])).eval().requires_grad_(False)
+    model.load_state_dict(load_file(source / "vae/model.safetensors"))
+    return model
 
 
 @pytest.fixture(scope="session")

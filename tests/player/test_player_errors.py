@@ -17,17 +17,20 @@ import pytest
 
 import toolchain
 from toolchain.build import entries as describe
+from toolchain.build.tables import component_tables, write_tables
 from toolchain.cli import app
 from toolchain.errors import BundleError
 from toolchain.formats.bundle import Bundle, describe_file
 from toolchain.formats.recipe_file import parse_recipe
 from toolchain.ir.target import EngineUnavailableError
+from toolchain.planning.plan import plan_resolved
+from toolchain.planning.resolve import resolve
 from toolchain.player import Player
 
 
 def hollow_bundle(data: dict[str, Any], source: Path, folder: Path) -> Path:
     """A recipe's bundle with a few bytes for every artifact."""
-    planned = toolchain.plan(parse_recipe(data), base=source)
+    planned = plan_resolved(resolve(parse_recipe(data), source, checkpoints=True))
     folder.mkdir()
     (folder / "recipe.yaml").write_text("hollow")
     shutil.copy(source / "text_encoder/spiece.model", folder)
@@ -40,7 +43,9 @@ def hollow_bundle(data: dict[str, Any], source: Path, folder: Path) -> Path:
             path.write_bytes(f"not a program, but {block.name}".encode())
             files = [describe_file(path, folder)]
             entries.append(describe.block(block, files, tuple(block.functions), None, None, part.target, name))
-        components[name] = describe.component(part, entries, None, {})
+        tables = component_tables(part)
+        file = write_tables(tables, folder / name / "tables.safetensors", folder)
+        components[name] = describe.component(part, entries, file, tables)
     files = [describe_file(folder / name, folder) for name in ("spiece.model", "recipe.yaml")]
     manifest = describe.manifest(planned, components, *files)
     (folder / "manifest.json").write_text(describe.manifest_text(manifest))
@@ -163,7 +168,7 @@ def test_a_newer_manifest(more: dict[str, Any], hollow: Path, play: Callable[...
 PLACES: dict[str, Callable[[Any, str], object]] = {
     "artifact": lambda m, path: m["components"]["vae"]["blocks"][0].update(artifact=path),
     "file": lambda m, path: m["components"]["vae"]["blocks"][0]["files"][0].update(path=path),
-    "tables": lambda m, path: m["components"]["transformer"].update(tables_file=m["recipe"] | {"path": path}),
+    "tables": lambda m, path: m["components"]["transformer"]["tables_file"].update(path=path),
     "tokenizer": lambda m, path: m["text"]["tokenizer"].update(path=path),
     "recipe": lambda m, path: m["recipe"].update(path=path),
 }

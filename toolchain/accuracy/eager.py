@@ -93,7 +93,7 @@ class EagerPipeline:
         given = {"text_embedding": y, "token_mask": mask, "frame_mask": torch.ones(1, g.latent_frames)}
 
         def denoiser(z_pair: torch.Tensor, step: Step, _: torch.Tensor | None) -> torch.Tensor:
-            return self._predict(step.function, given | {"latents": z_pair, "timestep": torch.tensor(step.t)})
+            return self.predict(step.function, given | {"latents": z_pair, "timestep": torch.tensor(step.t)})
 
         own = self.recipe.sampler
         noise = torch.from_numpy(initial_noise(seed, shape))
@@ -105,7 +105,9 @@ class EagerPipeline:
         y, mask = self.encode(prompt)
         return self._models.decode(self.denoise(y, mask, seed))
 
-    def _predict(self, function: str, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    @torch.no_grad()
+    def predict(self, function: str, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """One call of the denoiser ``[2, C or 2C, T, H, W]``; ``given`` as for the player, by kind of feed."""
         inputs = [Fed(i.name, i.shape, i.feed) for i in self._inputs[function]]
         fed = feed_inputs(inputs, given, self._tables)
         result: torch.Tensor = self._functions[function](*(fed[i.name] for i in inputs))[self._prediction]

@@ -77,7 +77,7 @@ def load_bundle(path: str | Path) -> Bundle:
     try:
         data = json.loads(text)
         version = data.get("format_version", 1)
-        if not isinstance(version, int) or version < 1:
+        if type(version) is not int or version < 1:
             raise ValueError(f"format_version {version!r}")
         if version > FORMAT_VERSION:
             raise BundleError(

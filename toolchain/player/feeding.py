@@ -31,17 +31,16 @@ def feed_inputs(
         tables: the component's.
 
     Raises:
-        BundleError: nothing feeds an input, or what does has another shape.
+        BundleError: nothing feeds an input, or what does has another shape; there is no such table.
     """
     fed = {}
     for spec in inputs:
         value = _value(spec, given, tables)
-        try:
-            fed[spec.name] = value.expand(spec.shape)
-        except RuntimeError as e:
+        if value.shape not in ((), spec.shape, (1, *spec.shape[1:])):
             raise BundleError(
                 f"input '{spec.name}' is {list(spec.shape)}, but its {spec.feed.kind} is {list(value.shape)}"
-            ) from e
+            )
+        fed[spec.name] = value.expand(spec.shape)
     return fed
 
 
@@ -52,6 +51,14 @@ def _value(spec: Fed, given: Mapping[str, torch.Tensor], tables: Mapping[str, to
     if feed.kind not in given:
         raise BundleError(f"input '{spec.name}' wants {feed.kind}, which nothing gives here")
     value = given[feed.kind]
-    if isinstance(feed, TextEmbedding):
-        return torch.cat((value, tables[feed.unconditional].reshape(1, *value.shape[1:])))
-    return value
+    if not isinstance(feed, TextEmbedding):
+        return value
+    table = tables.get(feed.unconditional)
+    if table is None:
+        raise BundleError(f"input '{spec.name}' wants the table '{feed.unconditional}', which there is not")
+    if table.shape != value.shape[1:]:
+        raise BundleError(
+            f"input '{spec.name}': the table '{feed.unconditional}' is {list(table.shape)}, "
+            f"but its {feed.kind} is {list(value.shape)}"
+        )
+    return torch.cat((value, table[None]))
