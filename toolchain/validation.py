@@ -5,15 +5,44 @@ from __future__ import annotations
 import difflib
 from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, BeforeValidator, ByteSize, Field, TypeAdapter, ValidationError, WithJsonSchema
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    Field,
+    PlainSerializer,
+    TypeAdapter,
+    ValidationError,
+    WithJsonSchema,
+)
+
+_UNITS = {
+    f"{prefix}{unit}": base**i for base, unit in ((1000, "B"), (1024, "iB")) for i, prefix in enumerate("KMGTP", 1)
+}
 
 
 def _bytes(value: Any) -> Any:
     return int(TypeAdapter(ByteSize).validate_python(value)) if isinstance(value, str) else value
 
 
-Bytes = Annotated[int, BeforeValidator(_bytes), Field(ge=1), WithJsonSchema({"type": ["string", "integer"]})]
-"""A size: a number of bytes, or text such as ``200MB``."""
+def shortest_size(size: int) -> int | str:
+    """A size as people write it, ``200MB``, where that is exact and shorter; else the number of bytes itself."""
+    found: int | str = size
+    for unit, factor in _UNITS.items():
+        text = f"{size / factor:.6f}".rstrip("0").rstrip(".") + unit
+        if len(text) < len(str(found)) and not text.startswith("0") and _bytes(text) == size:
+            found = text
+    return found
+
+
+Bytes = Annotated[
+    int,
+    BeforeValidator(_bytes),
+    Field(ge=1),
+    PlainSerializer(shortest_size, when_used="json"),
+    WithJsonSchema({"type": ["string", "integer"]}),
+]
+"""A size: a number of bytes, or text such as ``200MB``. JSON has the shortest of the two."""
 
 
 def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
