@@ -15,7 +15,7 @@ from torch import fx
 
 from toolchain.errors import LoweringError
 from toolchain.ir.graph import Graph, compute_nodes
-from toolchain.ir.passes import Pass, PassConfig, PassResult
+from toolchain.ir.passes import Pass, PassConfig
 from toolchain.validation import Bytes
 
 Unit = tuple[str, ...]
@@ -40,6 +40,7 @@ class Partition(Pass):
     """Give every node its block (``meta["block"]``), in all functions alike."""
 
     name = "partition"
+    phase = "partition"
     Config = PartitionConfig
     config: PartitionConfig
 
@@ -47,7 +48,7 @@ class Partition(Pass):
         if graph.blocks():
             raise LoweringError("the graph is partitioned already; list the pass once")
 
-    def call(self, graph: Graph) -> PassResult:
+    def call(self, graph: Graph) -> Graph:
         graph = graph.copy()
         base = graph.functions["base"]
         units = list(dict.fromkeys(n.meta["unit"] for n in compute_nodes(base) if n.meta["rate"] != "build"))
@@ -61,7 +62,7 @@ class Partition(Pass):
         for gm in graph.functions.values():
             for node in compute_nodes(gm):
                 node.meta["block"] = "tables" if node.meta["rate"] == "build" else names[node.meta["unit"]]
-        return PassResult(graph, True)
+        return graph
 
     def ensures(self, graph: Graph) -> None:
         order = {name: i for i, name in enumerate(graph.blocks())}

@@ -20,7 +20,7 @@ from torch import fx
 
 from toolchain.errors import LoweringError
 from toolchain.ir.graph import Graph, copy_module, leaf_function, leaf_of, propagate_shapes
-from toolchain.ir.passes import Pass, PassConfig, PassResult
+from toolchain.ir.passes import Pass, PassConfig
 
 FUNCTION = "merged"
 
@@ -52,7 +52,6 @@ class TokenMergeConfig(PassConfig):
     where: tuple[Literal["self_attention", "cross_attention"], ...] = Field(
         default=("self_attention", "cross_attention"),
         min_length=1,
-        strict=False,  # a list in recipes, a tuple here
         description="Which attentions run on merged frames.",
     )
 
@@ -62,6 +61,7 @@ class TokenMerge(Pass):
 
     name = "token-merge"
     Config = TokenMergeConfig
+    provides = (FUNCTION,)
     config: TokenMergeConfig
 
     def requires(self, graph: Graph) -> None:
@@ -72,7 +72,7 @@ class TokenMerge(Pass):
         if not self._sites(graph.functions["base"]):
             raise LoweringError(f"the graph has no {' or '.join(self.config.where)}")
 
-    def call(self, graph: Graph) -> PassResult:
+    def call(self, graph: Graph) -> Graph:
         frames = graph.dims["T"]
         gm = copy_module(graph.functions["base"])
         for node in self._sites(gm):
@@ -92,7 +92,7 @@ class TokenMerge(Pass):
             del node.meta["val"]
         gm.recompile()
         propagate_shapes(gm, graph.inputs)
-        return PassResult(dataclasses.replace(graph, functions={**graph.functions, FUNCTION: gm}), True)
+        return dataclasses.replace(graph, functions={**graph.functions, FUNCTION: gm})
 
     def ensures(self, graph: Graph) -> None:
         gm = graph.functions[FUNCTION]

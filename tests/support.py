@@ -81,11 +81,11 @@ class Cut:
         sizes = {"batch": 2, "frames": frames, "height": height, "width": 6, "height_px": 8 * height, "width_px": 48}
         with torch.device("meta"):
             graph = capture(LoweredSTDiT3(STDiT3(model.config), **sizes, frame_conditions=conditions))
-        graph = TokenMerge()(graph).graph if merged else graph
+        graph = TokenMerge()(graph) if merged else graph
         cut = Partition(PartitionConfig.model_validate(partition))
         self._weights = weights
-        self.references = extract_blocks(cut(graph).graph)
-        self.blocks = extract_blocks(cut(Legalise(LegaliseConfig(rules=rules))(graph).graph).graph)
+        self.references = extract_blocks(cut(graph))
+        self.blocks = extract_blocks(cut(Legalise(LegaliseConfig(rules=rules))(graph)))
         scale = position_scale(model.config, 8 * height, 48)
         tables = {
             "pos_embed": model.pos_embed(hp=height // 2, wp=3, scale=scale),

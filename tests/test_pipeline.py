@@ -22,6 +22,7 @@ from toolchain.errors import BundleError, CheckpointError
 from toolchain.formats.manifest import Manifest
 from toolchain.formats.recipe import load_recipe, parse_recipe
 from toolchain.formats.schedule import PRESETS
+from toolchain.ir.legalise import Legalise, LegaliseConfig
 from toolchain.weights.checkpoint import open_checkpoint
 from toolchain.weights.digests import checkpoint_digest, tensor_digests
 
@@ -252,14 +253,16 @@ def test_graphs_are_shown_to_a_listener(project: Path) -> None:
         def __init__(self) -> None:
             self.seen: list[tuple[str, str, int]] = []
 
-        def graph(self, component: str, pass_name: str, graph: Any) -> None:
-            self.seen.append((component, pass_name, len(graph.functions)))
+        def graph(self, component: str, after: str, graph: Any) -> None:
+            self.seen.append((component, after, len(graph.functions)))
 
     notes = Notes()
     recipe = toolchain.load_recipe(project / "recipe.yaml")
     planned = toolchain.plan(recipe, base=project, listener=notes)
     assert [b.name for b in planned.blocks][-2:] == ["pair_0", "final"]
-    passes = [("capture", 1), ("token-merge", 2), ("legalise", 2), ("partition", 2)]
+    legalise = str(Legalise(LegaliseConfig(rules=planned.target.rules)))
+    assert legalise.startswith("legalise{rules=[")
+    passes = [("capture", 1), ("token-merge", 2), (legalise, 2), ("partition", 2)]
     assert notes.seen == [("transformer", name, functions) for name, functions in passes]
 
 

@@ -30,8 +30,25 @@ def find_pass(name: str, options: dict[str, Any], key: str) -> Pass:
     Raises:
         RecipeError: there is no such pass, or its options are wrong.
     """
-    cls = _load(PASSES, name, "pass", key)
-    return cls(_config(cls.Config, options, f"{key}.{name}"))  # type: ignore[no-any-return]
+    cls, key = _load(PASSES, name, "pass", key), f"{key}.{name}"
+    try:
+        return cls(cls.Config.read(options))  # type: ignore[no-any-return]
+    except ValidationError as e:
+        raise RecipeError(explain(e, cls.Config, key)) from e
+    except ValueError as e:
+        raise RecipeError(f"{key}: {e}") from e
+
+
+def passes_providing(function: str) -> list[str]:
+    """Names of the installed passes that add ``function`` to a graph."""
+    return sorted(e.name for e in entry_points(group=PASSES) if function in _provides(e))
+
+
+def _provides(entry: EntryPoint) -> tuple[str, ...]:
+    try:
+        return tuple(entry.load().provides)
+    except Exception:  # a plugin that is broken offers nothing; whoever names it is told why
+        return ()
 
 
 def find_target(name: str, options: dict[str, Any], key: str = "target") -> Target:

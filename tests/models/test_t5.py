@@ -214,7 +214,7 @@ def test_full_size_capture_allocates_nothing() -> None:
 
 
 def test_all_layers_are_of_one_structure(weights: dict[str, torch.Tensor], model: Any) -> None:
-    graph = Partition()(captured(CONFIG, 1, 24, weights)).graph
+    graph = Partition()(captured(CONFIG, 1, 24, weights))
     embed, *layers, final = extract_blocks(graph)
     assert [embed.name, *(b.name for b in layers), final.name] == ["embed", "layer_0", "layer_1", "layer_2", "final"]
     assert len({b.structure() for b in layers}) == 1
@@ -233,7 +233,7 @@ def test_all_layers_are_of_one_structure(weights: dict[str, torch.Tensor], model
 
 def test_bmm_form_is_golden(weights: dict[str, torch.Tensor]) -> None:
     golden = load_file(GOLDEN / "t5_case_L24.safetensors")
-    graph = Legalise(LegaliseConfig(rules=("bmm",)))(captured(CONFIG, 3, 24, weights)).graph
+    graph = Legalise(LegaliseConfig(rules=("bmm",)))(captured(CONFIG, 3, 24, weights))
     leaves = [m for m in graph.functions["base"].modules() if isinstance(m, BiasedAttention)]
     assert len(leaves) == 3
     assert all(leaf.kernel == "bmm" and leaf.legal("bmm") is None for leaf in leaves)

@@ -303,7 +303,7 @@ def test_captured_form_computes_what_the_model_does(
     with torch.device("meta"):
         skeleton = OpenSoraVAE(model.config)
     graph = capture(forms(skeleton)[name])
-    graph = Legalise(LegaliseConfig(rules=rules))(graph).graph
+    graph = Legalise(LegaliseConfig(rules=rules))(graph)
     x = torch.randn(graph.inputs[0].shape, generator=torch.Generator().manual_seed(0))
     got = with_weights(graph, weights)(x)
     expected = eager(model, name, x)
@@ -332,7 +332,7 @@ class Ranks(TorchDispatchMode):  # type: ignore[no-untyped-call]
 @pytest.mark.parametrize("name", NAMES)
 def test_no_tensor_has_more_than_five_dimensions(full_size: OpenSoraVAE, name: str, rules: tuple[str, ...]) -> None:
     """Core ML knows no sixth, and its norm adds one for the groups."""
-    graph = Legalise(LegaliseConfig(rules=rules))(capture(forms(full_size)[name])).graph
+    graph = Legalise(LegaliseConfig(rules=rules))(capture(forms(full_size)[name]))
     with Ranks() as ranks:
         graph.functions["base"](torch.empty(graph.inputs[0].shape, device="meta"))
     assert ranks.most <= 5

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +17,7 @@ from passes.token_merge import TokenMerge, TokenMergeConfig, merge_frames, unmer
 from toolchain.errors import LoweringError
 from toolchain.ir.graph import Graph, capture, leaf_of
 from toolchain.ir.graph_text import graph_text
+from toolchain.ir.pipeline_text import parse_pipeline
 from toolchain.models.open_sora_v1_2.stdit3 import LoweredSTDiT3, STDiT3, STDiT3Config
 
 SIZES: dict[str, int] = {"batch": 2, "frames": 3, "height": 4, "width": 6, "height_px": 32, "width_px": 48}
@@ -104,7 +104,7 @@ def recorded(model: Any, inputs: Mapping[str, torch.Tensor], function: str) -> R
     batch, _, frames, height, width = inputs["x"].shape
     sizes = {"batch": batch, "frames": frames, "height": height, "width": width}
     sizes |= {"height_px": int(inputs["height"]), "width_px": int(inputs["width"])}
-    merged = TokenMerge()(captured(model.config, **sizes)).graph
+    merged = TokenMerge()(captured(model.config, **sizes))
     run = Recorder(merged, function, LoweredSTDiT3(model, **sizes))
     mask = inputs["mask"].repeat(batch, 1).float()
     with torch.no_grad():
@@ -187,7 +187,7 @@ def merge_in_place(model: Any, where: tuple[str, ...], frames: int) -> list[Any]
 def test_merged_is_the_model_with_merged_attention(small_model: Any, frames: int, where: Any, conditions: bool) -> None:
     sizes = SIZES | {"frames": frames}
     graph = captured(small_model.config, frames=frames, frame_conditions=conditions)
-    graph = TokenMerge(TokenMergeConfig(where=where))(graph).graph
+    graph = TokenMerge(TokenMergeConfig(where=where))(graph)
     form = LoweredSTDiT3(small_model, **sizes, frame_conditions=conditions)
     generator = torch.Generator().manual_seed(frames)
     args = [torch.rand(i.shape, generator=generator).round(decimals=2) for i in form.inputs()]
@@ -219,22 +219,22 @@ def one_pair_graph(small_config: STDiT3Config) -> Graph:
 
 def test_text_before_and_after(one_pair_graph: Graph, hold_text: Callable[[str, str], None]) -> None:
     hold_text("captured", graph_text(one_pair_graph))
-    hold_text("token_merge", graph_text(TokenMerge()(one_pair_graph).graph))
+    hold_text("token_merge", graph_text(TokenMerge()(one_pair_graph)))
 
 
 def test_the_argument_is_left_alone(one_pair_graph: Graph) -> None:
     before, functions = graph_text(one_pair_graph), dict(one_pair_graph.functions)
     result = TokenMerge()(one_pair_graph)
-    assert result.modified
+    assert graph_text(result) != before
     assert graph_text(one_pair_graph) == before
     assert dict(one_pair_graph.functions) == functions
-    assert list(result.graph.functions) == ["base", "merged"]
-    assert result.graph.functions["base"] is functions["base"]
-    assert result.graph.weights == one_pair_graph.weights
+    assert list(result.functions) == ["base", "merged"]
+    assert result.functions["base"] is functions["base"]
+    assert result.weights == one_pair_graph.weights
 
 
 def test_merged_attention_sees_half_of_the_frames(one_pair_graph: Graph) -> None:
-    gm = TokenMerge()(one_pair_graph).graph.functions["merged"]
+    gm = TokenMerge()(one_pair_graph).functions["merged"]
     for node in gm.graph.nodes:
         leaf = leaf_of(gm, node)
         if leaf is not None and leaf.kind in ("self_attention", "cross_attention"):
@@ -246,7 +246,7 @@ def test_merged_attention_sees_half_of_the_frames(one_pair_graph: Graph) -> None
 
 def test_listed_twice(one_pair_graph: Graph) -> None:
     with pytest.raises(LoweringError, match=r"pass 'token-merge' on transformer: .*'merged' already; list the pass on"):
-        TokenMerge()(TokenMerge()(one_pair_graph).graph)
+        TokenMerge()(TokenMerge()(one_pair_graph))
 
 
 def test_a_component_without_frames(one_pair_graph: Graph) -> None:
@@ -275,7 +275,9 @@ def test_options_survive_json() -> None:
     assert TokenMergeConfig.model_validate_json(config.model_dump_json()) == config
     assert TokenMergeConfig.model_validate({"where": ["self_attention"]}) == config
     assert str(TokenMerge()) == "token-merge"
-    assert json.loads(str(TokenMerge(config)).removeprefix("token-merge")) == {"where": ["self_attention"]}
+    assert str(TokenMerge(config)) == "token-merge{where=self_attention}"
+    assert parse_pipeline(str(TokenMerge(config))) == (("token-merge", {"where": "self_attention"}),)
+    assert TokenMergeConfig.read({"where": "self_attention"}) == config
 
 
 @pytest.mark.parametrize("wrong", [{"where": []}, {"where": ["mlp"]}, {"were": ["self_attention"]}])

@@ -157,7 +157,7 @@ class Toy(LoweredForm):
 
 
 def toy_block(leaf: nn.Module, *shape: int) -> Block:
-    (block,) = extract_blocks(Partition()(capture(Toy(leaf, shape))).graph)
+    (block,) = extract_blocks(Partition()(capture(Toy(leaf, shape))))
     return block
 
 

@@ -48,8 +48,8 @@ class EagerPipeline:
         self.vae.load_state_dict(weights["vae"])
         definition = define("transformer", recipe, components["transformer"].definition.config)
         graph = capture(definition.forms[0].base)
-        for rewrite in load_passes(recipe, "transformer")[:-1]:
-            graph = rewrite(graph).graph
+        for rewrite in load_passes(recipe, "transformer").rewrites:
+            graph = rewrite(graph)
         self.tokens = graph.dims["L"]
         self.channels = int(definition.config["in_channels"])
         self.null_text = weights["transformer"]["y_embedder.y_embedding"][None]

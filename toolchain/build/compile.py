@@ -182,7 +182,7 @@ def resolve(planned: Plan, checkpoints: Mapping[str, Checkpoint], pins: Mapping[
             "sha256": pins[name],
             "config": describe.plain(lowering.definition.config),
             "precision": lowering.target.precision,
-            "passes": [{p.name: p.config.model_dump(mode="json", exclude_none=True)} for p in lowering.passes],
+            "passes": [{p.name: p.config.written(defaults=True)} for p in lowering.passes],
         }
     data["target"] = {"name": planned.target.name, **planned.target.config.model_dump(mode="json")}
     return Recipe.model_validate(data)

@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from toolchain.errors import RecipeError
+from toolchain.formats.pass_specs import Named, PassSpecs
 from toolchain.formats.schedule import PRESETS, Leap, timesteps
 from toolchain.validation import Bytes, explain
 
@@ -32,37 +33,6 @@ GATE_DEFAULTS = {"float32": 1e-3, "float16": 2e-2}
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-class Named(BaseModel):
-    """A pass or target by name, with options: ``partition``, or ``partition: {max_bytes: 200MB}``."""
-
-    model_config = ConfigDict(frozen=True, strict=True)
-    name: str
-    options: dict[str, Any] = Field(default_factory=dict)
-
-    @model_serializer
-    def _short(self) -> str | dict[str, Any]:
-        return {self.name: self.options} if self.options else self.name
-
-
-def _named(value: Any) -> Any:
-    if isinstance(value, str):
-        return Named(name=value)
-    if isinstance(value, dict) and len(value) == 1:
-        name, options = next(iter(value.items()))
-        if isinstance(name, str) and isinstance(options, dict | None):
-            return Named(name=name, options=options or {})
-    if isinstance(value, Named):
-        return value
-    raise ValueError("expected a name, or a name with options such as 'partition: {max_bytes: 200MB}'")
-
-
-PassSpec = Annotated[
-    Named,
-    BeforeValidator(_named),
-    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object", "minProperties": 1, "maxProperties": 1}]}),
-]
 
 
 class TargetSpec(Named):
@@ -171,7 +141,7 @@ class ComponentRecipe(Strict):
         default=None, description="The model's configuration; read beside the weights if absent."
     )
     precision: str | None = Field(default=None, description="The target's precision for this component alone.")
-    passes: list[PassSpec] = Field(default_factory=list, description="Graph passes, in order; 'partition' last.")
+    passes: PassSpecs = Field(default_factory=list, description="Graph passes, in order; the one that partitions last.")
 
 
 class TextEncoderRecipe(ComponentRecipe):
@@ -184,9 +154,9 @@ class TextEncoderRecipe(ComponentRecipe):
 
 
 class VaeRecipe(ComponentRecipe):
-    passes: list[PassSpec] = Field(
+    passes: PassSpecs = Field(
         default_factory=lambda: [Named(name="partition", options={"max_bytes": "200MB"})],
-        description="Graph passes, in order; 'partition' last.",
+        description="Graph passes, in order; the one that partitions last.",
     )
     frames_per_call: int | None = Field(
         default=None,
@@ -375,15 +345,20 @@ for _yaml in (_UniqueKeys, _Quoting):
     _yaml.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
 
 
+def _names_passes(key: str, text: str) -> bool:
+    """Whether a value is a text of passes, which YAML could take for something else: ``a{x={b: 1}}``."""
+    return key.split(".")[1:2] == ["passes"] and len(key.split(".")) <= 3 and text[:1] not in tuple("[{'\"")
+
+
 def _override(data: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise RecipeError(f"--set {override}: expected key=value, such as sampler.steps=20")
+    *parents, last = key.split(".")
     try:
-        value = yaml.load(text, Loader=_UniqueKeys)
+        value = text if _names_passes(key, text) else yaml.load(text, Loader=_UniqueKeys)
     except yaml.YAMLError as e:
         raise RecipeError(f"--set {override}: the value is not YAML") from e
-    *parents, last = key.split(".")
     place: Any = data
     for i, part in enumerate(parents):
         if isinstance(place, list):

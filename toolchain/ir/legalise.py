@@ -6,7 +6,7 @@ import dataclasses
 
 from toolchain.errors import LoweringError
 from toolchain.ir.graph import Graph, Leaf, WeightSource, leaf_of
-from toolchain.ir.passes import Pass, PassConfig, PassResult
+from toolchain.ir.passes import Pass, PassConfig
 
 
 class LegaliseConfig(PassConfig):
@@ -20,16 +20,15 @@ class Legalise(Pass):
     Config = LegaliseConfig
     config: LegaliseConfig
 
-    def call(self, graph: Graph) -> PassResult:
+    def call(self, graph: Graph) -> Graph:
         graph = graph.copy()
         weights = dict(graph.weights)
-        replaced: dict[str, Leaf] = {}
         for rule in self.config.rules:
-            replaced |= _apply(graph, rule, weights)
-        return PassResult(dataclasses.replace(graph, weights=weights), bool(replaced))
+            _apply(graph, rule, weights)
+        return dataclasses.replace(graph, weights=weights)
 
 
-def _apply(graph: Graph, rule: str, weights: dict[str, WeightSource]) -> dict[str, Leaf]:
+def _apply(graph: Graph, rule: str, weights: dict[str, WeightSource]) -> None:
     replaced: dict[str, Leaf] = {}
     for gm in graph.functions.values():
         for node in gm.graph.nodes:
@@ -45,7 +44,6 @@ def _apply(graph: Graph, rule: str, weights: dict[str, WeightSource]) -> dict[st
                     _replace_sources(weights, path, legal.sources)
             gm.set_submodule(path, replaced[path])
         gm.recompile()
-    return replaced
 
 
 def _replace_sources(weights: dict[str, WeightSource], path: str, sources: object) -> None:

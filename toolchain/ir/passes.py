@@ -1,27 +1,21 @@
-"""The protocol of a pass: Graph → Graph, with a frozen config that round-trips to text."""
+"""The protocol of a pass: Graph → Graph, with a frozen config that round-trips to text; and passes in a row."""
 
 from __future__ import annotations
 
 import abc
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
-
-from pydantic import BaseModel, ConfigDict
+from typing import Any, ClassVar, Literal
 
 from toolchain.errors import LoweringError
-from toolchain.ir.graph import Graph
+from toolchain.ir.graph import Graph, compute_nodes
+from toolchain.ir.graph_text import graph_text, leaves_text
+from toolchain.ir.pass_config import PassConfig
+from toolchain.ir.pipeline_text import pipeline_text
 
+__all__ = ["Pass", "PassConfig", "Phase", "Pipeline"]
 
-class PassConfig(BaseModel):
-    """Base of a pass's options: frozen and strict, so that its JSON is both cache key and record."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-@dataclass(frozen=True)
-class PassResult:
-    graph: Graph
-    modified: bool
+Phase = Literal["rewrite", "partition"]
 
 
 class Pass(abc.ABC):
@@ -34,15 +28,28 @@ class Pass(abc.ABC):
 
     name: ClassVar[str]
     Config: ClassVar[type[PassConfig]] = PassConfig
+    phase: ClassVar[Phase] = "rewrite"
+    """``partition`` for a pass that gives every node its block; a component has one such pass, and it is the last."""
+    provides: ClassVar[tuple[str, ...]] = ()
+    """Names of the functions that the pass adds to a graph, as ``merged``."""
 
     def __init__(self, config: PassConfig | None = None) -> None:
         self.config = config if config is not None else self.Config()
 
-    def __call__(self, graph: Graph) -> PassResult:
+    def __call__(self, graph: Graph) -> Graph:
+        """The rewritten graph.
+
+        Raises:
+            LoweringError: the graph does not fit, or the pass did not do what it says of itself.
+        """
+        before = _everything(graph)
         try:
             self.requires(graph)
             result = self.call(graph)
-            self.ensures(result.graph)
+            if _everything(graph) != before:
+                raise LoweringError("changed its argument; work on graph.copy()")
+            self._keeps_its_word(result)
+            self.ensures(result)
         except LoweringError as e:
             raise LoweringError(f"pass '{self.name}' on {graph.component}: {e}") from e
         return result
@@ -51,12 +58,48 @@ class Pass(abc.ABC):
         """Raise if ``graph`` lacks what the pass needs."""
 
     @abc.abstractmethod
-    def call(self, graph: Graph) -> PassResult:
+    def call(self, graph: Graph) -> Graph:
         """Return the rewritten graph; never edit ``graph`` itself."""
 
     def ensures(self, graph: Graph) -> None:
         """Raise if the pass did not do what it promises."""
 
     def __str__(self) -> str:
-        options = self.config.model_dump_json(exclude_defaults=True)
-        return self.name if options == "{}" else f"{self.name}{options}"
+        """The pass as a recipe may have it, with the options that are not as by default."""
+        return pipeline_text([(self.name, self.config.written(short=True))])
+
+    def _keeps_its_word(self, result: Graph) -> None:
+        for function in self.provides:
+            if function not in result.functions:
+                raise LoweringError(f"says that it provides '{function}' and did not add this function")
+        for function, gm in result.functions.items() if self.phase == "partition" else ():
+            for node in compute_nodes(gm):
+                if "block" not in node.meta:
+                    raise LoweringError(f"is the one that partitions and gave '{node.name}' of '{function}' no block")
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The passes of a component: those that rewrite its graph, in order, then the one that cuts it into blocks.
+
+    As text it is what :func:`~toolchain.ir.pipeline_text.parse_pipeline` reads.
+    """
+
+    rewrites: tuple[Pass, ...]
+    partition: Pass
+
+    def __iter__(self) -> Iterator[Pass]:
+        return iter((*self.rewrites, self.partition))
+
+    def __str__(self) -> str:
+        return " ".join(map(str, self))
+
+
+def _everything(graph: Graph) -> tuple[Any, ...]:
+    """All of a graph that an edit in place could change, as text."""
+    notes = [
+        [tuple(n.meta.get(k) for k in ("wire", "rate", "unit")) for n in gm.graph.nodes]
+        for gm in graph.functions.values()
+    ]
+    leaves = [leaves_text(gm) for gm in graph.functions.values()]
+    return graph_text(graph), leaves, str(notes), str(dict(graph.weights)), str(graph.inputs)

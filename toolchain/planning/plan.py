@@ -13,12 +13,12 @@ from toolchain.formats.recipe import ComponentRecipe, Recipe
 from toolchain.ir.blocks import Block, extract_blocks
 from toolchain.ir.graph import Graph, capture, with_function
 from toolchain.ir.legalise import Legalise, LegaliseConfig
-from toolchain.ir.passes import Pass
+from toolchain.ir.passes import Pipeline
 from toolchain.ir.target import Target
 from toolchain.listener import Listener
 from toolchain.models.family import Definition, Forms, define
 from toolchain.planning.residency import resident_blocks
-from toolchain.plugins import find_pass, find_target
+from toolchain.plugins import find_pass, find_target, passes_providing
 from toolchain.weights.checkpoint import local_path, read_config
 
 BYTES_PER_WEIGHT = {"float16": 2.0, "float32": 4.0}
@@ -35,7 +35,7 @@ class Lowering:
 
     definition: Definition
     target: Target
-    passes: tuple[Pass, ...]
+    passes: Pipeline
     graphs: tuple[Graph, ...]
     blocks: tuple[Block, ...]
     reference: tuple[Block, ...]
@@ -96,22 +96,25 @@ def _target(recipe: Recipe, name: str, part: ComponentRecipe) -> Target:
     return find_target(recipe.target.name, {**recipe.target.options, "precision": part.precision}, key=name)
 
 
-def load_passes(recipe: Recipe, component: str) -> tuple[Pass, ...]:
-    """A component's passes; ``partition`` is added with its defaults when it is not listed.
+def load_passes(recipe: Recipe, component: str) -> Pipeline:
+    """A component's passes; ``partition`` is added with its defaults when none that partitions is listed.
 
     Raises:
-        RecipeError: a pass is unknown, its options are wrong, or ``partition`` is not the last.
+        RecipeError: a pass is unknown, its options are wrong, the one that partitions is not the last,
+            or none provides a function that the sampler needs.
     """
     key = f"{component}.passes"
     specs = recipe.components()[component].passes
     passes = [find_pass(s.name, s.options, f"{key}.{i}") for i, s in enumerate(specs)]
-    if any(p.name == "partition" for p in passes[:-1]):
-        raise RecipeError(f"{key}: 'partition' must be the last pass, and be listed once")
-    if not passes or passes[-1].name != "partition":
+    for p in passes[:-1]:
+        if p.phase == "partition":
+            raise RecipeError(f"{key}: '{p.name}' must be the last pass, and be listed once")
+    if not passes or passes[-1].phase != "partition":
         passes.append(find_pass("partition", {}, key))
-    if component == "transformer" and recipe.sampler.merged_steps and not any(p.name == "token-merge" for p in passes):
-        raise RecipeError(f"sampler.merged_steps: needs 'token-merge' in {key}")
-    return tuple(passes)
+    if component == "transformer" and recipe.sampler.merged_steps and not any("merged" in p.provides for p in passes):
+        known = ", ".join(passes_providing("merged")) or "none"
+        raise RecipeError(f"sampler.merged_steps: needs a pass in {key} that provides 'merged'; installed: {known}")
+    return Pipeline(tuple(passes[:-1]), passes[-1])
 
 
 def _define(recipe: Recipe, base: Path) -> dict[str, Definition]:
@@ -152,7 +155,7 @@ def configuration(component: str, part: ComponentRecipe, base: Path) -> Mapping[
 
 
 def _lower(
-    definition: Definition, passes: tuple[Pass, ...], target: Target, listener: Listener, budget: int | None
+    definition: Definition, passes: Pipeline, target: Target, listener: Listener, budget: int | None
 ) -> Lowering:
     graphs: list[Graph] = []
     blocks: list[Block] = []
@@ -167,9 +170,9 @@ def _lower(
 
 
 def lower_graph(
-    forms: Forms, passes: tuple[Pass, ...], target: Target, listener: Listener | None = None
+    forms: Forms, passes: Pipeline, target: Target, listener: Listener | None = None
 ) -> tuple[Graph, Graph]:
-    """Capture and run the passes, ``legalise`` with the target's rules before ``partition``.
+    """Capture and run the passes, ``legalise`` with the target's rules before the one that partitions.
 
     Returns:
         The partitioned graph, and the same without legalisation.
@@ -180,12 +183,12 @@ def lower_graph(
         graph = with_function(graph, name, capture(form))
     graph = dataclasses.replace(graph, bytes_per_weight=BYTES_PER_WEIGHT[target.precision])
     listener.graph(graph.component, "capture", graph)
-    *rewrites, partition = passes
-    for rewrite in rewrites:
-        graph = rewrite(graph).graph
-        listener.graph(graph.component, rewrite.name, graph)
-    legal = Legalise(LegaliseConfig(rules=target.rules))(graph).graph
-    listener.graph(graph.component, "legalise", legal)
-    cut = partition(legal).graph
-    listener.graph(graph.component, partition.name, cut)
-    return cut, partition(graph).graph
+    for rewrite in passes.rewrites:
+        graph = rewrite(graph)
+        listener.graph(graph.component, str(rewrite), graph)
+    legalise = Legalise(LegaliseConfig(rules=target.rules))
+    legal = legalise(graph)
+    listener.graph(graph.component, str(legalise), legal)
+    cut = passes.partition(legal)
+    listener.graph(graph.component, str(passes.partition), cut)
+    return cut, passes.partition(graph)
