@@ -15,8 +15,8 @@ from torch import fx
 
 from passes.token_merge import TokenMerge, TokenMergeConfig, merge_frames, unmerge_frames
 from toolchain.errors import LoweringError
-from toolchain.ir.graph import Graph, capture, leaf_of
-from toolchain.ir.graph_text import graph_text
+from toolchain.ir.graph import Graph, Input, Leaf, LoweredForm, capture, leaf_of, wire
+from toolchain.ir.graph_text import function_text, graph_text
 from toolchain.ir.pipeline_text import parse_pipeline
 from toolchain.models.open_sora_v1_2.stdit3 import LoweredSTDiT3, STDiT3, STDiT3Config
 
@@ -284,3 +284,111 @@ def test_options_survive_json() -> None:
 def test_options_that_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         TokenMergeConfig.model_validate(wrong)
+
+
+# --- the layout that it needs ------------------------------------------------------------------------
+
+
+class Attend(Leaf):
+    """As much of an attention as the pass sees of one."""
+
+    kind = "self_attention"
+
+    def forward(self, x: torch.Tensor, frames: int) -> torch.Tensor:
+        return x
+
+
+class Widen(Attend):
+    def forward(self, x: torch.Tensor, frames: int) -> torch.Tensor:
+        return x.repeat_interleave(2, dim=1)
+
+
+class Layout(LoweredForm):
+    """One attention on a stream of any shape."""
+
+    component = "layout"
+
+    def __init__(self, call: Callable[[Leaf, torch.Tensor], torch.Tensor], leaf: Leaf, *shape: int, **dims: int):
+        super().__init__()
+        self.attend, self.call, self.shape, self.sizes = leaf, call, shape, dims
+
+    def inputs(self) -> tuple[Input, ...]:
+        return (Input("x", self.shape),)
+
+    def dims(self) -> dict[str, int]:
+        return self.sizes
+
+    def unit(self, path: str) -> tuple[str, ...]:
+        return (path,)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (wire(self.call(self.attend, x), "x"),)
+
+
+def by_keyword(leaf: Leaf, x: torch.Tensor) -> torch.Tensor:
+    out: torch.Tensor = leaf(x, frames=3)
+    return out
+
+
+TSC = {"T": 3, "S": 4, "N": 12}
+
+
+def test_a_layout_that_fits() -> None:
+    merged = TokenMerge()(capture(Layout(by_keyword, Attend(), 2, 12, 8, **TSC))).functions["merged"]
+    assert "frames=2" in function_text(merged, "merged")
+    without_n = {"T": 3, "S": 4}
+    assert "merged" in TokenMerge()(capture(Layout(by_keyword, Attend(), 2, 12, 8, **without_n))).functions
+
+
+NEEDED = "needed is [B, T·S, C] with T·S = 3·4, frame after frame"
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        (Layout(by_keyword, Attend(), 2, 3, 4, 8, **TSC), f"'attend' takes [2, 3, 4, 8]; {NEEDED}"),
+        (Layout(by_keyword, Attend(), 24, 8, **TSC), f"'attend' takes [24, 8]; {NEEDED}"),
+        (
+            Layout(by_keyword, Attend(), 2, 13, 8, **TSC),
+            f"'attend' takes [2, 13, 8], which 3 frames do not divide; {NEEDED}",
+        ),
+        (Layout(by_keyword, Attend(), 8, 3, 8, **TSC), f"'attend' takes [8, 3, 8]; {NEEDED}"),
+        (Layout(by_keyword, Widen(), 2, 12, 8, **TSC), f"'attend' gives [2, 24, 8]; {NEEDED}"),
+        (
+            Layout(by_keyword, Attend(), 2, 12, 8, **(TSC | {"N": 13})),
+            "the component has N=13 tokens; needed are T·S = 3·4",
+        ),
+        (
+            Layout(by_keyword, Attend(), 2, 12, 8, T=3, N=12),
+            "the component gives T (frames), but not S (tokens of a frame)",
+        ),
+        (
+            Layout(lambda leaf, x: leaf(x, 3), Attend(), 2, 12, 8, **TSC),
+            "'attend' has nothing for the keyword 'frames'; needed is T = 3",
+        ),
+        (
+            Layout(lambda leaf, x: leaf(x, frames=6), Attend(), 2, 12, 8, **TSC),
+            "'attend' has 6 for the keyword 'frames'; needed is T = 3",
+        ),
+        (
+            Layout(lambda leaf, x: leaf(x=x, frames=3), Attend(), 2, 12, 8, **TSC),
+            "'attend' does not take the stream as its first argument",
+        ),
+    ],
+    ids=[
+        "B,T,S,C",
+        "no batch",
+        "not divisible",
+        "other tokens",
+        "output",
+        "N",
+        "no S",
+        "position",
+        "frames",
+        "by name",
+    ],
+)
+def test_layouts_that_are_refused(form: Layout, message: str) -> None:
+    with pytest.raises(LoweringError) as raised:
+        TokenMerge()(capture(form))
+    assert str(raised.value) == f"pass 'token-merge' on layout: {message}"
