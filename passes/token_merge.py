@@ -12,6 +12,8 @@ alone.
 from __future__ import annotations
 
 import dataclasses
+import inspect
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -19,7 +21,7 @@ from pydantic import Field
 from torch import fx
 
 from toolchain.errors import LoweringError
-from toolchain.ir.graph import Graph, copy_module, describe_target, leaf_function, leaf_of, propagate_shapes
+from toolchain.ir.graph import Graph, copy_module, leaf_function, leaf_of, propagate_shapes
 from toolchain.ir.passes import Pass, PassConfig
 
 FUNCTION = "merged"
@@ -48,17 +50,10 @@ def unmerge_frames(x: torch.Tensor, frames: int) -> torch.Tensor:
     return both[:, : frames * tokens] if frames % 2 else both
 
 
-def _stream_shape(node: fx.Node) -> tuple[int, ...]:
-    """Shape of what an attention takes first; empty where that is no value of the graph."""
-    stream = node.args[0] if node.args else None
-    return tuple(stream.meta["val"].shape) if isinstance(stream, fx.Node) else ()
-
-
 class TokenMergeConfig(PassConfig):
     where: tuple[Literal["self_attention", "cross_attention"], ...] = Field(
         default=("self_attention", "cross_attention"),
         min_length=1,
-        strict=False,  # a list in recipes, a tuple here
         description="Which attentions run on merged frames.",
     )
 
@@ -66,13 +61,14 @@ class TokenMergeConfig(PassConfig):
 class TokenMerge(Pass):
     """Add the function ``merged``: ``base`` with merging around its attentions.
 
-    The stream that an attention takes first must be ``[B, T·S, C]`` with all tokens of a frame side by side, T being
-    the component's ``dims["T"]`` and T·S its ``dims["N"]``.
+    A component must give the sizes T (frames) and S (tokens of a frame), and N = T·S if at all. An attention must
+    take the stream first and give it back as ``[B, T·S, C]``, all tokens of a frame before those of the next; the
+    number of frames, where it must know, is its keyword ``frames``.
     """
 
     name = "token-merge"
-    provides = (FUNCTION,)
     Config = TokenMergeConfig
+    provides = (FUNCTION,)
     config: TokenMergeConfig
 
     def requires(self, graph: Graph) -> None:
@@ -83,21 +79,15 @@ class TokenMerge(Pass):
         sites = self._sites(graph.functions["base"])
         if not sites:
             raise LoweringError(f"the graph has no {' or '.join(self.config.where)}")
-        frames, tokens = graph.dims["T"], graph.dims.get("N")
+        _check_sizes(graph.dims)
         for node in sites:
-            shape = _stream_shape(node)
-            if len(shape) != 3 or shape[1] != tokens or shape[1] % frames:
-                raise LoweringError(
-                    f"'{node.name}' ({describe_target(node)}): its stream is {list(shape)}; merging needs [B, T·S, C] "
-                    f"with T = {frames} frames one after the other and T·S = {tokens or 'dims N, which is missing'}"
-                )
+            _check_layout(graph, node)
 
     def call(self, graph: Graph) -> Graph:
         frames = graph.dims["T"]
         gm = copy_module(graph.functions["base"])
         for node in self._sites(gm):
-            stream = node.args[0]
-            assert isinstance(stream, fx.Node)
+            stream = _stream(node)
             with gm.graph.inserting_before(node):
                 merged = gm.graph.call_function(merge_frames, (stream,), {"frames": frames})
             node.replace_input_with(stream, merged)
@@ -124,3 +114,33 @@ class TokenMerge(Pass):
     def _sites(self, gm: fx.GraphModule) -> list[fx.Node]:
         leaves = ((n, leaf_of(gm, n)) for n in gm.graph.nodes)
         return [n for n, leaf in leaves if leaf is not None and leaf.kind in self.config.where]
+
+
+def _stream(node: fx.Node) -> fx.Node:
+    if not node.args or not isinstance(node.args[0], fx.Node):
+        raise LoweringError(f"'{node.name}' does not take the stream as its first argument")
+    return node.args[0]
+
+
+def _check_sizes(dims: Mapping[str, int]) -> None:
+    if "S" not in dims:
+        raise LoweringError("the component gives T (frames), but not S (tokens of a frame)")
+    if dims.get("N", dims["T"] * dims["S"]) != dims["T"] * dims["S"]:
+        raise LoweringError(f"the component has N={dims['N']} tokens; needed are T·S = {dims['T']}·{dims['S']}")
+
+
+def _check_layout(graph: Graph, node: fx.Node) -> None:
+    """Refuse an attention whose stream is not ``[B, T·S, C]``, or that would not learn of the frames that are left."""
+    frames, tokens = graph.dims["T"], graph.dims["S"]
+    needed = f"needed is [B, T·S, C] with T·S = {frames}·{tokens}, frame after frame"
+    for what, value in (("takes", _stream(node)), ("gives", node)):
+        shape = list(value.meta["val"].shape)
+        if len(shape) != 3 or shape[1] != frames * tokens:
+            rest = f", which {frames} frames do not divide" if len(shape) == 3 and shape[1] % frames else ""
+            raise LoweringError(f"'{node.name}' {what} {shape}{rest}; {needed}")
+    leaf = leaf_of(graph.functions["base"], node)
+    if leaf is None or "frames" not in inspect.signature(leaf.forward).parameters:
+        return
+    given = node.kwargs.get("frames", "nothing")
+    if given != frames:
+        raise LoweringError(f"'{node.name}' has {given} for the keyword 'frames'; needed is T = {frames}")

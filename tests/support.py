@@ -18,11 +18,15 @@ from safetensors.torch import save_file
 from benchmarks import synthetic
 from passes.partition import Partition, PartitionConfig
 from passes.token_merge import TokenMerge
+from toolchain.formats.recipe import Recipe
 from toolchain.ir.blocks import Block, Port, extract_blocks
 from toolchain.ir.graph import capture
 from toolchain.ir.leaves import LegalForm
 from toolchain.ir.legalise import legalise
+from toolchain.ir.passes import Pipeline
+from toolchain.models.family import find_family
 from toolchain.models.open_sora_v1_2.stdit3 import LoweredSTDiT3, STDiT3, STDiT3Config, position_scale
+from toolchain.planning.resolve import load_pipeline
 
 GOLDEN = Path(__file__).parent / "golden"
 FACTS: dict[str, Any] = json.loads((GOLDEN / "stdit3_rflow.json").read_text())
@@ -82,11 +86,11 @@ class Cut:
         sizes = {"batch": 2, "frames": frames, "height": height, "width": 6, "height_px": 8 * height, "width_px": 48}
         with torch.device("meta"):
             graph = capture(LoweredSTDiT3(STDiT3(model.config), **sizes, frame_conditions=conditions))
-        graph = TokenMerge()(graph).graph if merged else graph
+        graph = TokenMerge()(graph) if merged else graph
         cut = Partition(PartitionConfig.model_validate(partition))
         self._weights = weights
-        self.references = extract_blocks(cut(graph).graph)
-        self.blocks = extract_blocks(cut(legalise(graph, forms)).graph)
+        self.references = extract_blocks(cut(graph))
+        self.blocks = extract_blocks(cut(legalise(graph, forms)))
         scale = position_scale(model.config, 8 * height, 48)
         tables = {
             "pos_embed": model.pos_embed(hp=height // 2, wp=3, scale=scale),
@@ -147,3 +151,8 @@ def _random(port: Port, generator: torch.Generator) -> torch.Tensor:
     if port.dtype.is_floating_point:
         return torch.randn(port.shape, generator=generator)
     return torch.randint(0, 30, port.shape, generator=generator, dtype=port.dtype)
+
+
+def load_passes(recipe: Recipe, component: str) -> Pipeline:
+    """A component's passes, as planning loads them."""
+    return load_pipeline(recipe, component, find_family(recipe.model))

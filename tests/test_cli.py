@@ -401,14 +401,20 @@ def test_plan(run_cli: Any, project: Path) -> None:
 
 @slow
 def test_graphs_are_printed_to_stderr(run_cli: Any, project: Path) -> None:
-    one = run_cli("plan", "recipe.yaml", "--json", "--print-after", "token-merge", cwd=project)
-    every = run_cli("plan", "recipe.yaml", "--json", "--print-after", "all", cwd=project)
+    passes = "token-merge{where=[cross_attention]} partition{max_bytes=200MB}"
+    asked = ("plan", "recipe.yaml", "--json", "--set", f"transformer.passes={passes}", "--print-after")
+    one = run_cli(*asked, "token-merge", cwd=project)
+    every = run_cli(*asked, "all", cwd=project)
     assert one.out == every.out and json.loads(one.out)
-    assert one.err.startswith("// after token-merge (transformer)\ngraph transformer B=2 T=5 ")
+    assert one.err.startswith("// after token-merge{where=cross_attention} (transformer)\ngraph transformer B=2 T=5 ")
     assert one.err.count("// after") == 1
     assert "\nmerged(%x : f32[2, 4, 5, 4, 6]" in one.err and "merge_frames(" in one.err
-    after = re.findall(r"// after (\S+) \(transformer\)", every.err)
-    assert after == ["capture", "token-merge", "legalise", "partition"]
+    assert re.findall(r"// after (.+) \(transformer\)", every.err) == [
+        "capture",
+        "token-merge{where=cross_attention}",
+        "legalise{rules=[patch-linear, bmm, gelu-sigmoid, conv3d-taps]}",
+        "partition{max_bytes=200MB}",
+    ]
     assert one.err in every.err
 
 

@@ -185,9 +185,9 @@ before, start = peak(), time.perf_counter()
 with torch.device("meta"):
     model = STDiT3(STDiT3Config())
 graph = capture(LoweredSTDiT3(model, batch=2, frames=20, height=24, width=24, height_px=192, width_px=192))
-graph = TokenMerge()(graph).graph
+graph = TokenMerge()(graph)
 graph = legalise(graph, (PATCHES_BY_LINEAR, ATTENTION_IN_BATCHES, GELU_FORMULA))
-blocks = extract_blocks(Partition()(graph).graph)
+blocks = extract_blocks(Partition()(graph))
 structures = {b.structure() for b in blocks if b.name.startswith("pair")}
 print(len(blocks), sum(b.parameters for b in blocks), len(structures), peak() - before, time.perf_counter() - start)
 """
@@ -218,8 +218,8 @@ def test_text_of_the_graph(graph: Graph) -> None:
 
 def described(config: dict[str, Any]) -> str:
     """Everything about a graph that cache keys are made of."""
-    graph = TokenMerge()(captured(STDiT3Config.from_json(config))).graph
-    cut = Partition()(legalise(graph, FORMS)).graph
+    graph = TokenMerge()(captured(STDiT3Config.from_json(config)))
+    cut = Partition()(legalise(graph, FORMS))
     return "\n".join([graph_text(graph), graph_text(cut), *(b.structure() for b in extract_blocks(cut))])
 
 
@@ -239,7 +239,7 @@ def pair_digests(config: STDiT3Config, change: Callable[[Any], object]) -> list[
     with torch.device("meta"):
         model = STDiT3(config)
     change(model)
-    graph = Partition()(TokenMerge()(capture(LoweredSTDiT3(model, **GEOMETRY))).graph).graph
+    graph = Partition()(TokenMerge()(capture(LoweredSTDiT3(model, **GEOMETRY))))
     return [b.structure() for b in extract_blocks(graph) if b.name.startswith("pair")]
 
 
@@ -278,7 +278,7 @@ def test_another_leaf_is_another_structure(small_config: STDiT3Config, change: C
 
 def test_another_geometry_is_another_structure(small_config: STDiT3Config) -> None:
     graphs = [captured(small_config), captured(small_config, frame_conditions=True)]
-    digests = [{b.structure() for b in extract_blocks(Partition()(g).graph) if "pair" in b.name} for g in graphs]
+    digests = [{b.structure() for b in extract_blocks(Partition()(g)) if "pair" in b.name} for g in graphs]
     assert not digests[0] & digests[1]
 
 
@@ -321,9 +321,9 @@ def test_blocks_in_order_are_the_model(
     forms: tuple[LegalForm, ...],
     conditions: bool,
 ) -> None:
-    graph = TokenMerge()(captured(small_config, frame_conditions=conditions)).graph
+    graph = TokenMerge()(captured(small_config, frame_conditions=conditions))
     graph = legalise(graph, forms)
-    graph = Partition(PartitionConfig.model_validate(options))(graph).graph
+    graph = Partition(PartitionConfig.model_validate(options))(graph)
     blocks = extract_blocks(graph)
     assert len(blocks) == 3 + layers
     generator = torch.Generator().manual_seed(3)
@@ -351,7 +351,7 @@ def test_blocks_in_order_are_the_model(
 
 
 def test_blocks_hold_no_weights_of_their_own(small_config: STDiT3Config, small_weights: Any) -> None:
-    graph = Partition(PartitionConfig())(captured(small_config)).graph
+    graph = Partition(PartitionConfig())(captured(small_config))
     block = next(b for b in extract_blocks(graph) if b.name == "pair_1")
     weights = {k: w.source.value(small_weights.__getitem__) for k, w in block.weights.items()}
     assert all(name.split(".")[1] == "1" for w in block.weights.values() for name in w.source.tensors)

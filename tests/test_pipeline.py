@@ -271,8 +271,8 @@ def test_graphs_are_shown_to_a_listener(project: Path) -> None:
         def __init__(self) -> None:
             self.seen: list[tuple[str, str, int]] = []
 
-        def graph(self, component: str, pass_name: str, graph: Any) -> None:
-            self.seen.append((component, pass_name, len(graph.functions)))
+        def graph(self, component: str, after: str, graph: Any) -> None:
+            self.seen.append((component, after, len(graph.functions)))
 
     notes = Notes()
     recipe = toolchain.load_recipe(project / "recipe.yaml")

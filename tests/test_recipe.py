@@ -12,13 +12,18 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
+from support import load_passes
 
 import toolchain
+from passes.partition import PartitionConfig
+from passes.token_merge import TokenMergeConfig
 from toolchain.errors import LoweringError, RecipeError, SoraCompileError
 from toolchain.formats.manifest import Manifest
 from toolchain.formats.recipe import Recipe
 from toolchain.formats.recipe_file import find_recipe, load_recipe, parse_recipe, shipped
 from toolchain.models.family import find_family
+from toolchain.validation import Bytes, shortest_size
 
 TINY = {"hidden_size": 8, "num_heads": 2, "depth": 2, "caption_channels": 4, "model_max_length": 3}
 SHIPPED = ["open-sora-v1.2-android", "open-sora-v1.2-iphone-15-pro", "tiny"]
@@ -83,7 +88,10 @@ REFUSED = [
         {"sampler.leap": "code"},
         "sampler: leap could come at step index 16 at the earliest, but the last of 6 steps is 5",
     ),
-    ({"transformer.passes": "partition"}, "transformer.passes: input should be a valid list, got str 'partition'"),
+    ({"transformer.passes": None}, "transformer.passes: input should be a valid list, got NoneType None"),
+    ({"transformer.passes": "a{b}"}, "transformer.passes: column 4: expected '=' and a value after 'b', got '}'"),
+    ({"transformer.passes.1": "a{b=[1}"}, "transformer.passes.1: column 7: expected ',' or ']', got '}'"),
+    ({"transformer.passes.1": "a b"}, "transformer.passes.1: expected one pass in an item of the list, got 2; or one "),
     ({"transformer.passes": [3]}, "transformer.passes.0: expected a name, or a name with options such as"),
     ({"transformer.passes": ["a", {"b": 1}]}, "transformer.passes.1: expected a name, or a name with options such as"),
     ({"transformer.sha256": 3}, "transformer.sha256: input should be a valid string, got int 3"),
@@ -142,6 +150,9 @@ def test_numbers_in_quotes(recipe_data: dict[str, Any], changes: dict[str, Any])
 
 # --- what passes, targets and the model say ----------------------------------------------------------
 
+MERGED_NEEDED = (
+    "sampler.merged_steps: needs a pass in transformer.passes that provides 'merged'; installed: token-merge"
+)
 UNPLANNABLE = [
     (
         {"transformer.passes.0": "token-merg"},
@@ -161,7 +172,20 @@ UNPLANNABLE = [
     ),
     ({"transformer.passes.0": {"token-merge": {"where": ["mlp"]}}}, "transformer.passes.0.token-merge.where.0: "),
     ({"transformer.passes": ["partition", "token-merge"]}, "transformer.passes: 'partition' must be the last pass"),
-    ({"transformer.passes": ["partition"]}, "sampler.merged_steps: needs 'token-merge' in transformer.passes"),
+    ({"transformer.passes": ["partition"]}, MERGED_NEEDED),
+    ({"transformer.passes": "partition{blocks=1}"}, MERGED_NEEDED),
+    (
+        {"transformer.passes": "token-merge partition{blocks=1 max_byte=1}"},
+        "transformer.passes.1.partition.max_byte: unknown key; did you mean 'max_bytes'?",
+    ),
+    (
+        {"transformer.passes.0": {"token-merge": {"version": 3}}},
+        "transformer.passes.0.token-merge: options are of version 3, this sora-compile knows 1; update it",
+    ),
+    (
+        {"transformer.passes.0": "token-merge{version='1'}"},
+        "transformer.passes.0.token-merge: version: expected a whole number of 1 or more, got '1'",
+    ),
     ({"target": "corml"}, "target: no target is called 'corml'; did you mean 'coreml'?"),
     ({"target": "vulkan"}, "target: no target is called 'vulkan'; known: "),
     ({"target": {"name": "coreml", "precison": "x"}}, "target.precison: unknown key; did you mean 'precision'?"),
@@ -291,6 +315,15 @@ def recipe_file(tmp_path: Path, recipe_data: dict[str, Any]) -> Path:
         ("gate.max_relative_error.float32=0.5", "gate.max_relative_error", {"float32": 0.5}),
         ("transformer.passes=[token-merge]", "transformer.passes", ["token-merge"]),
         ("transformer.passes.1={partition: {blocks: 1}}", "transformer.passes.1", {"partition": {"blocks": 1}}),
+        ("transformer.passes=partition", "transformer.passes", ["partition"]),
+        ("transformer.passes=", "transformer.passes", []),
+        (
+            "transformer.passes=token-merge partition{max_bytes=200MB}",
+            "transformer.passes",
+            ["token-merge", {"partition": {"max_bytes": "200MB"}}],
+        ),
+        ("transformer.passes=a{b={c: [1]}, d=' #'}", "transformer.passes", [{"a": {"b": {"c": [1]}, "d": " #"}}]),
+        ("transformer.passes.1=partition{blocks=1}", "transformer.passes.1", {"partition": {"blocks": 1}}),
         ("transformer.config.depth=3", "transformer.config", {"depth": 3}),
         ("sampler.discrete_timesteps=true", "sampler.discrete_timesteps", True),
     ],
@@ -382,8 +415,9 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
             "checkpoint": draw(text),
             "config": draw(st.none() | st.just(TINY)),
             "sha256": draw(st.none() | st.just("0" * 64)),
-            "passes": ["token-merge", *passes],
+            "passes": draw(st.sampled_from([["token-merge", *passes], "token-merge partition{max_bytes='2 MB'}"])),
         },
+        "memory_budget": draw(st.none() | st.integers(1, 10**15) | st.sampled_from(["2.5GB", "3 GiB", "1.5 kB"])),
         "target": draw(st.sampled_from(["coreml", {"name": "coreml", "precision": "float32"}, {"name": "executorch"}])),
         "gate": {"max_relative_error": {"float32": draw(st.floats(1e-12, 1.0))}, "seed": draw(st.integers(0, 2**32))},
     }
@@ -402,6 +436,59 @@ def test_what_is_written_is_what_was_read(tmp_path_factory: pytest.TempPathFacto
     assert again.to_yaml() == written
     family = find_family(recipe.model)
     assert family.timesteps(again) == family.timesteps(recipe)
+
+
+@pytest.mark.parametrize(
+    ("given_", "size", "written"),
+    [
+        ("2.5GB", 2_500_000_000, "2.5GB"),
+        ("2500 mb", 2_500_000_000, "2.5GB"),
+        (2**30, 2**30, "1GiB"),
+        (2**30 + 1, 2**30 + 1, 2**30 + 1),
+        (1000, 1000, "1KB"),
+        (1024, 1024, 1024),
+        (1, 1, 1),
+    ],
+)
+def test_sizes_are_written_in_the_shortest_exact_way(
+    recipe_data: dict[str, Any], given_: Any, size: int, written: Any
+) -> None:
+    recipe = parse_recipe(recipe_data | {"memory_budget": given_})
+    assert recipe.memory_budget == size == recipe.model_dump()["memory_budget"]
+    assert recipe.model_dump(mode="json")["memory_budget"] == written
+    assert parse_recipe(json.loads(recipe.model_dump_json())) == recipe
+    schema = Recipe.model_json_schema()["properties"]["memory_budget"]["anyOf"]
+    assert schema == [{"type": ["string", "integer"]}, {"type": "null"}]
+    assert Recipe.model_json_schema(mode="serialization")["properties"]["memory_budget"]["anyOf"] == schema
+
+
+@given(size=st.integers(1, 10**19))
+def test_every_size_comes_back(size: int) -> None:
+    written = shortest_size(size)
+    assert TypeAdapter(Bytes).validate_python(written) == size
+    assert len(str(written)) <= len(str(size))
+
+
+@pytest.mark.parametrize(
+    "passes",
+    [
+        "token-merge{where=self_attention} partition{max_bytes=200MB}",
+        "token-merge{where=[self_attention]}\npartition{max_bytes=200MB}\n",
+        ["token-merge{where=self_attention}", {"partition": {"max_bytes": "200MB"}}],
+        [{"token-merge": {"where": "self_attention"}}, "partition{max_bytes=200000000}"],
+        ["token-merge{version=1 where=[self_attention]}", "partition{max_bytes='200 MB'}"],
+    ],
+)
+def test_all_ways_to_write_passes_mean_the_same(recipe_data: dict[str, Any], passes: Any) -> None:
+    recipe = parse_recipe(changed(recipe_data, {"transformer.passes": passes}))
+    pipeline = load_passes(recipe, "transformer")
+    assert str(pipeline) == "token-merge{where=self_attention} partition{max_bytes=200MB}"
+    assert [p.config for p in pipeline] == [
+        TokenMergeConfig(where=("self_attention",)),
+        PartitionConfig(max_bytes=200_000_000),
+    ]
+    again = parse_recipe(changed(recipe_data, {"transformer.passes": str(pipeline)}))
+    assert str(load_passes(again, "transformer")) == str(pipeline)
 
 
 LOOKALIKES = ["1.5", "0x10", "yes", "null", "~", "2026-01-01", "a: b", "#1", "'", "é 視"]
@@ -469,6 +556,9 @@ def test_schemas_are_whole(model: type[Recipe] | type[Manifest]) -> None:
     assert schema["type"] == "object"
 
 
+NO_PASSES = ".transformer.passes: 3 is no ['array', 'string']"
+
+
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_recipes_obey_the_schema(name: str) -> None:
     schema = Recipe.model_json_schema()
@@ -476,7 +566,7 @@ def test_shipped_recipes_obey_the_schema(name: str) -> None:
     assert list(violations(load_recipe(name).model_dump(mode="json"), schema, schema)) == []
     wrong = changed(data, {"video.frame": 1, "target": ..., "transformer.passes": 3, "sampler.leap": None})
     found = set(violations(wrong, schema, schema))
-    assert found == {".target: needed", ".video.frame: unknown", ".transformer.passes: 3 is no ['array']"}
+    assert found == {".target: needed", ".video.frame: unknown", NO_PASSES}
 
 
 def test_shipped_recipes_obey_the_schema_as_they_are_written() -> None:

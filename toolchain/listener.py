@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 class Listener:
     """Told of progress, in order; must not raise."""
 
-    def graph(self, component: str, pass_name: str, graph: Graph, text: str = "") -> None:
-        """A pass is done (``capture`` is the first) and this is its graph; ``text`` is the pass with its options."""
+    def graph(self, component: str, after: str, graph: Graph) -> None:
+        """A pass is done and this is its graph; ``after`` is its text, options included, and ``capture`` at first."""
 
     def start(self, component: str, blocks: list[str]) -> None:
         """These blocks will be built."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from importlib.metadata import entry_points
 from typing import Any
@@ -33,6 +34,15 @@ def find(group: str, name: str, what: str, key: str) -> Any:
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
     raise RecipeError(f"{key}: no {what} is called '{name}'; {hint}")
+
+
+def importable(group: str) -> dict[str, Any]:
+    """All that is registered in a group and can be imported, by name; whoever names what cannot is told why."""
+    found = {}
+    for entry in sorted(entry_points(group=group), key=lambda e: e.name):
+        with contextlib.suppress(Exception):
+            found[entry.name] = entry.load()
+    return found
 
 
 def configured(cls: Any, options: dict[str, Any], key: str) -> Any:

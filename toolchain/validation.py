@@ -16,32 +16,33 @@ from pydantic import (
     WithJsonSchema,
 )
 
+_UNITS = {
+    f"{prefix}{unit}": base**i for base, unit in ((1000, "B"), (1024, "iB")) for i, prefix in enumerate("KMGTP", 1)
+}
+
 
 def _bytes(value: Any) -> Any:
     return int(TypeAdapter(ByteSize).validate_python(value)) if isinstance(value, str) else value
 
 
-UNITS = {"GB": 10**9, "MB": 10**6, "KB": 10**3}
-
-
-def size_text(count: int) -> str | int:
-    """A number of bytes as people write it, ``200MB`` or ``2.5GB``, where that is exact; else the number."""
-    for unit, factor in UNITS.items():
-        tenths, rest = divmod(count * 10, factor)
-        text = f"{tenths // 10}{unit}" if tenths % 10 == 0 else f"{tenths // 10}.{tenths % 10}{unit}"
-        if tenths >= 10 and rest == 0 and _bytes(text) == count:
-            return text
-    return count
+def shortest_size(size: int) -> int | str:
+    """A size as people write it, ``200MB``, where that is exact and shorter; else the number of bytes itself."""
+    found: int | str = size
+    for unit, factor in _UNITS.items():
+        text = f"{size / factor:.6f}".rstrip("0").rstrip(".") + unit
+        if len(text) < len(str(found)) and not text.startswith("0") and _bytes(text) == size:
+            found = text
+    return found
 
 
 Bytes = Annotated[
     int,
     BeforeValidator(_bytes),
     Field(ge=1),
-    PlainSerializer(size_text, return_type=str | int, when_used="json"),
+    PlainSerializer(shortest_size, when_used="json"),
     WithJsonSchema({"type": ["string", "integer"]}),
 ]
-"""A size: a number of bytes, or text such as ``200MB``."""
+"""A size: a number of bytes, or text such as ``200MB``. JSON has the shortest of the two."""
 
 
 def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:

@@ -17,7 +17,6 @@ from targets.exporting import export, reason
 from targets.streams import quiet
 from toolchain.errors import LoweringError
 from toolchain.ir.blocks import Block, Port
-from toolchain.ir.dtypes import FLOAT16_MAX
 from toolchain.ir.target import Artifact, distinct_functions
 from toolchain.system.memory import release
 

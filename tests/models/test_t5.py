@@ -220,7 +220,7 @@ def test_full_size_capture_allocates_nothing() -> None:
 
 
 def test_all_layers_are_of_one_structure(weights: dict[str, torch.Tensor], model: Any) -> None:
-    graph = Partition()(captured(CONFIG, 1, 24, weights)).graph
+    graph = Partition()(captured(CONFIG, 1, 24, weights))
     embed, *layers, final = extract_blocks(graph)
     assert [embed.name, *(b.name for b in layers), final.name] == ["embed", "layer_0", "layer_1", "layer_2", "final"]
     assert len({b.structure() for b in layers}) == 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,8 +15,9 @@ from torch import fx
 
 from passes.token_merge import TokenMerge, TokenMergeConfig, merge_frames, unmerge_frames
 from toolchain.errors import LoweringError
-from toolchain.ir.graph import Graph, capture, leaf_of
-from toolchain.ir.graph_text import graph_text
+from toolchain.ir.graph import Graph, Input, Leaf, LoweredForm, capture, leaf_of, wire
+from toolchain.ir.graph_text import function_text, graph_text
+from toolchain.ir.pipeline_text import parse_pipeline
 from toolchain.models.open_sora_v1_2.stdit3 import LoweredSTDiT3, STDiT3, STDiT3Config
 
 SIZES: dict[str, int] = {"batch": 2, "frames": 3, "height": 4, "width": 6, "height_px": 32, "width_px": 48}
@@ -104,7 +104,7 @@ def recorded(model: Any, inputs: Mapping[str, torch.Tensor], function: str) -> R
     batch, _, frames, height, width = inputs["x"].shape
     sizes = {"batch": batch, "frames": frames, "height": height, "width": width}
     sizes |= {"height_px": int(inputs["height"]), "width_px": int(inputs["width"])}
-    merged = TokenMerge()(captured(model.config, **sizes)).graph
+    merged = TokenMerge()(captured(model.config, **sizes))
     run = Recorder(merged, function, LoweredSTDiT3(model, **sizes))
     mask = inputs["mask"].repeat(batch, 1).float()
     with torch.no_grad():
@@ -187,7 +187,7 @@ def merge_in_place(model: Any, where: tuple[str, ...], frames: int) -> list[Any]
 def test_merged_is_the_model_with_merged_attention(small_model: Any, frames: int, where: Any, conditions: bool) -> None:
     sizes = SIZES | {"frames": frames}
     graph = captured(small_model.config, frames=frames, frame_conditions=conditions)
-    graph = TokenMerge(TokenMergeConfig(where=where))(graph).graph
+    graph = TokenMerge(TokenMergeConfig(where=where))(graph)
     form = LoweredSTDiT3(small_model, **sizes, frame_conditions=conditions)
     generator = torch.Generator().manual_seed(frames)
     args = [torch.rand(i.shape, generator=generator).round(decimals=2) for i in form.inputs()]
@@ -219,22 +219,22 @@ def one_pair_graph(small_config: STDiT3Config) -> Graph:
 
 def test_text_before_and_after(one_pair_graph: Graph, hold_text: Callable[[str, str], None]) -> None:
     hold_text("captured", graph_text(one_pair_graph))
-    hold_text("token_merge", graph_text(TokenMerge()(one_pair_graph).graph))
+    hold_text("token_merge", graph_text(TokenMerge()(one_pair_graph)))
 
 
 def test_the_argument_is_left_alone(one_pair_graph: Graph) -> None:
     before, functions = graph_text(one_pair_graph), dict(one_pair_graph.functions)
     result = TokenMerge()(one_pair_graph)
-    assert result.modified
+    assert graph_text(result) != before
     assert graph_text(one_pair_graph) == before
     assert dict(one_pair_graph.functions) == functions
-    assert list(result.graph.functions) == ["base", "merged"]
-    assert result.graph.functions["base"] is functions["base"]
-    assert result.graph.weights == one_pair_graph.weights
+    assert list(result.functions) == ["base", "merged"]
+    assert result.functions["base"] is functions["base"]
+    assert result.weights == one_pair_graph.weights
 
 
 def test_merged_attention_sees_half_of_the_frames(one_pair_graph: Graph) -> None:
-    gm = TokenMerge()(one_pair_graph).graph.functions["merged"]
+    gm = TokenMerge()(one_pair_graph).functions["merged"]
     for node in gm.graph.nodes:
         leaf = leaf_of(gm, node)
         if leaf is not None and leaf.kind in ("self_attention", "cross_attention"):
@@ -246,7 +246,7 @@ def test_merged_attention_sees_half_of_the_frames(one_pair_graph: Graph) -> None
 
 def test_listed_twice(one_pair_graph: Graph) -> None:
     with pytest.raises(LoweringError, match=r"pass 'token-merge' on transformer: .*'merged' already; list the pass on"):
-        TokenMerge()(TokenMerge()(one_pair_graph).graph)
+        TokenMerge()(TokenMerge()(one_pair_graph))
 
 
 def test_a_component_without_frames(one_pair_graph: Graph) -> None:
@@ -275,10 +275,120 @@ def test_options_survive_json() -> None:
     assert TokenMergeConfig.model_validate_json(config.model_dump_json()) == config
     assert TokenMergeConfig.model_validate({"where": ["self_attention"]}) == config
     assert str(TokenMerge()) == "token-merge"
-    assert json.loads(str(TokenMerge(config)).removeprefix("token-merge")) == {"where": ["self_attention"]}
+    assert str(TokenMerge(config)) == "token-merge{where=self_attention}"
+    assert parse_pipeline(str(TokenMerge(config))) == (("token-merge", {"where": "self_attention"}),)
+    assert TokenMergeConfig.read({"where": "self_attention"}) == config
 
 
 @pytest.mark.parametrize("wrong", [{"where": []}, {"where": ["mlp"]}, {"were": ["self_attention"]}])
 def test_options_that_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         TokenMergeConfig.model_validate(wrong)
+
+
+# --- the layout that it needs ------------------------------------------------------------------------
+
+
+class Attend(Leaf):
+    """As much of an attention as the pass sees of one."""
+
+    kind = "self_attention"
+
+    def forward(self, x: torch.Tensor, frames: int) -> torch.Tensor:
+        return x
+
+
+class Widen(Attend):
+    def forward(self, x: torch.Tensor, frames: int) -> torch.Tensor:
+        return x.repeat_interleave(2, dim=1)
+
+
+class Layout(LoweredForm):
+    """One attention on a stream of any shape."""
+
+    component = "layout"
+
+    def __init__(self, call: Callable[[Leaf, torch.Tensor], torch.Tensor], leaf: Leaf, *shape: int, **dims: int):
+        super().__init__()
+        self.attend, self.call, self.shape, self.sizes = leaf, call, shape, dims
+
+    def inputs(self) -> tuple[Input, ...]:
+        return (Input("x", self.shape),)
+
+    def dims(self) -> dict[str, int]:
+        return self.sizes
+
+    def unit(self, path: str) -> tuple[str, ...]:
+        return (path,)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (wire(self.call(self.attend, x), "x"),)
+
+
+def by_keyword(leaf: Leaf, x: torch.Tensor) -> torch.Tensor:
+    out: torch.Tensor = leaf(x, frames=3)
+    return out
+
+
+TSC = {"T": 3, "S": 4, "N": 12}
+
+
+def test_a_layout_that_fits() -> None:
+    merged = TokenMerge()(capture(Layout(by_keyword, Attend(), 2, 12, 8, **TSC))).functions["merged"]
+    assert "frames=2" in function_text(merged, "merged")
+    without_n = {"T": 3, "S": 4}
+    assert "merged" in TokenMerge()(capture(Layout(by_keyword, Attend(), 2, 12, 8, **without_n))).functions
+
+
+NEEDED = "needed is [B, T·S, C] with T·S = 3·4, frame after frame"
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        (Layout(by_keyword, Attend(), 2, 3, 4, 8, **TSC), f"'attend' takes [2, 3, 4, 8]; {NEEDED}"),
+        (Layout(by_keyword, Attend(), 24, 8, **TSC), f"'attend' takes [24, 8]; {NEEDED}"),
+        (
+            Layout(by_keyword, Attend(), 2, 13, 8, **TSC),
+            f"'attend' takes [2, 13, 8], which 3 frames do not divide; {NEEDED}",
+        ),
+        (Layout(by_keyword, Attend(), 8, 3, 8, **TSC), f"'attend' takes [8, 3, 8]; {NEEDED}"),
+        (Layout(by_keyword, Widen(), 2, 12, 8, **TSC), f"'attend' gives [2, 24, 8]; {NEEDED}"),
+        (
+            Layout(by_keyword, Attend(), 2, 12, 8, **(TSC | {"N": 13})),
+            "the component has N=13 tokens; needed are T·S = 3·4",
+        ),
+        (
+            Layout(by_keyword, Attend(), 2, 12, 8, T=3, N=12),
+            "the component gives T (frames), but not S (tokens of a frame)",
+        ),
+        (
+            Layout(lambda leaf, x: leaf(x, 3), Attend(), 2, 12, 8, **TSC),
+            "'attend' has nothing for the keyword 'frames'; needed is T = 3",
+        ),
+        (
+            Layout(lambda leaf, x: leaf(x, frames=6), Attend(), 2, 12, 8, **TSC),
+            "'attend' has 6 for the keyword 'frames'; needed is T = 3",
+        ),
+        (
+            Layout(lambda leaf, x: leaf(x=x, frames=3), Attend(), 2, 12, 8, **TSC),
+            "'attend' does not take the stream as its first argument",
+        ),
+    ],
+    ids=[
+        "B,T,S,C",
+        "no batch",
+        "not divisible",
+        "other tokens",
+        "output",
+        "N",
+        "no S",
+        "position",
+        "frames",
+        "by name",
+    ],
+)
+def test_layouts_that_are_refused(form: Layout, message: str) -> None:
+    with pytest.raises(LoweringError) as raised:
+        TokenMerge()(capture(form))
+    assert str(raised.value) == f"pass 'token-merge' on layout: {message}"

@@ -158,7 +158,7 @@ class Toy(LoweredForm):
 
 
 def toy_block(leaf: nn.Module, *shape: int) -> Block:
-    (block,) = extract_blocks(Partition()(capture(Toy(leaf, shape))).graph)
+    (block,) = extract_blocks(Partition()(capture(Toy(leaf, shape))))
     return block
 
 

@@ -46,7 +46,7 @@ def pinned_recipe(planned: Plan, pins: Mapping[str, str | None]) -> Recipe:
             "sha256": pins[name],
             "config": plain(component.definition.config),
             "precision": component.target.precision,
-            "passes": [{p.name: p.config.model_dump(mode="json", exclude_none=True)} for p in component.passes],
+            "passes": [{p.name: p.config.written(defaults=True)} for p in component.passes],
         }
     data["target"] = {"name": planned.target.name, **planned.target.config.model_dump(mode="json")}
     return Recipe.model_validate(data)

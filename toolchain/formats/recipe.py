@@ -11,7 +11,6 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    TypeAdapter,
     WithJsonSchema,
     field_validator,
     model_serializer,
@@ -20,10 +19,10 @@ from pydantic import (
 
 from toolchain import plugins
 from toolchain.errors import RecipeError
+from toolchain.formats.pass_specs import Named, PassSpecs
 from toolchain.formats.schedule import PRESETS, Leap
+from toolchain.formats.yaml_text import QuotingDumper
 from toolchain.ir.dtypes import DTYPES
-from toolchain.ir.pipeline_text import parse_pipeline
-from toolchain.ir.yaml_text import QuotingDumper
 from toolchain.validation import Bytes
 
 GATE_DEFAULTS = {"float32": 1e-3, "float16": 2e-2}
@@ -32,59 +31,6 @@ GATE_DEFAULTS = {"float32": 1e-3, "float16": 2e-2}
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-class Named(BaseModel):
-    """A pass or target by name, with options: ``partition``, or ``partition: {max_bytes: 200MB}``."""
-
-    model_config = ConfigDict(frozen=True, strict=True)
-    name: str
-    options: dict[str, Any] = Field(default_factory=dict)
-
-    @model_serializer
-    def _short(self) -> str | dict[str, Any]:
-        return {self.name: self.options} if self.options else self.name
-
-
-def _named(value: Any) -> Any:
-    if isinstance(value, str):
-        try:
-            found = parse_pipeline(value)
-        except RecipeError as e:
-            raise ValueError(str(e)) from e
-        if len(found) == 1:
-            return Named(name=found[0][0], options=found[0][1])
-    if isinstance(value, dict) and len(value) == 1:
-        name, options = next(iter(value.items()))
-        if isinstance(name, str) and isinstance(options, dict | None):
-            return Named(name=name, options=options or {})
-    if isinstance(value, Named):
-        return value
-    raise ValueError("expected a name, or a name with options such as 'partition: {max_bytes: 200MB}'")
-
-
-PassSpec = Annotated[
-    Named,
-    BeforeValidator(_named),
-    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object", "minProperties": 1, "maxProperties": 1}]}),
-]
-
-
-def _listed(value: Any) -> Any:
-    """A whole pipeline as one text."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return [Named(name=name, options=options) for name, options in parse_pipeline(value)]
-    except RecipeError as e:
-        raise ValueError(str(e)) from e
-
-
-PassList = Annotated[
-    list[PassSpec],
-    BeforeValidator(_listed),
-    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": TypeAdapter(PassSpec).json_schema()}]}),
-]
 
 
 class TargetSpec(Named):
@@ -183,9 +129,7 @@ class ComponentRecipe(Strict):
         default=None, description="The model's configuration; read beside the weights if absent."
     )
     precision: str | None = Field(default=None, description="The target's precision for this component alone.")
-    passes: PassList = Field(
-        default_factory=list, description="Graph passes in order, the one that partitions last; a list, or one text."
-    )
+    passes: PassSpecs = Field(default_factory=list, description="Graph passes, in order; the one that partitions last.")
 
 
 class TextEncoderRecipe(ComponentRecipe):

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from toolchain.errors import RecipeError
 from toolchain.formats.recipe import Recipe
-from toolchain.ir.yaml_text import UniqueKeyLoader
+from toolchain.formats.yaml_text import UniqueKeyLoader
 from toolchain.validation import explain
 
 
@@ -75,15 +75,20 @@ def parse_recipe(data: Mapping[str, Any]) -> Recipe:
         raise RecipeError(explain(e, Recipe)) from e
 
 
+def _names_passes(key: str, text: str) -> bool:
+    """Whether a value is a text of passes, which YAML could take for something else: ``a{x={b: 1}}``."""
+    return key.split(".")[1:2] == ["passes"] and len(key.split(".")) <= 3 and text[:1] not in tuple("[{'\"")
+
+
 def _override(data: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise RecipeError(f"--set {override}: expected key=value, such as sampler.steps=20")
+    *parents, last = key.split(".")
     try:
-        value = yaml.load(text, Loader=UniqueKeyLoader)
+        value = text if _names_passes(key, text) else yaml.load(text, Loader=UniqueKeyLoader)
     except yaml.YAMLError as e:
         raise RecipeError(f"--set {override}: the value is not YAML") from e
-    *parents, last = key.split(".")
     place: Any = data
     for i, part in enumerate(parents):
         if isinstance(place, list):

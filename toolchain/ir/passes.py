@@ -1,60 +1,25 @@
-"""The protocol of a pass: Graph → Graph, with a frozen config that round-trips to text."""
+"""The protocol of a pass: Graph → Graph, with a frozen config that round-trips to text; and passes in a row."""
 
 from __future__ import annotations
 
 import abc
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_origin
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ValidationError
 
 from toolchain import plugins
-from toolchain.errors import LoweringError
-from toolchain.ir.graph import Graph
-from toolchain.ir.graph_text import definition_text
+from toolchain.errors import LoweringError, RecipeError
+from toolchain.ir.graph import Graph, compute_nodes
+from toolchain.ir.graph_text import graph_text, leaves_text
+from toolchain.ir.pass_config import PassConfig
 from toolchain.ir.pipeline_text import pipeline_text
+from toolchain.validation import explain
 
+__all__ = ["Pass", "PassConfig", "Phase", "Pipeline", "find_pass", "passes_providing"]
 
-class PassConfig(BaseModel):
-    """Base of a pass's options: frozen and strict, so that its JSON is both cache key and record.
-
-    Options carry a version: 1 where none is given. A class whose options have changed says so in ``current_version``
-    and brings older ones up to date in :meth:`migrate`; newer ones are refused.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-    current_version: ClassVar[int] = 1
-
-    version: int = Field(default=1, ge=1, description="Of these options.")
-
-    @classmethod
-    def migrate(cls, options: dict[str, Any], version: int) -> dict[str, Any]:
-        """Options of an older ``version`` as today's; without the key ``version``."""
-        return options
-
-    @model_validator(mode="before")
-    @classmethod
-    def _up_to_date(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        version = data.get("version", 1)
-        if isinstance(version, int) and not isinstance(version, bool) and version >= 1:
-            if version > cls.current_version:
-                raise ValueError(
-                    f"options are of version {version}, this sora-compile knows {cls.current_version}; update it"
-                )
-            options = {k: v for k, v in data.items() if k != "version"}
-            data = cls.migrate(options, version) if version < cls.current_version else options
-            data = {**data, "version": cls.current_version}
-        return {k: cls._as_list(k, v) for k, v in data.items()}
-
-    @classmethod
-    def _as_list(cls, name: str, value: Any) -> Any:
-        """One element stands for a list of it, where a list is meant."""
-        field = cls.model_fields.get(name)
-        several = field is not None and get_origin(field.annotation) in (tuple, list)
-        return [value] if several and isinstance(value, (str, int, float, dict)) else value
+Phase = Literal["rewrite", "partition"]
 
 
 class Pass(abc.ABC):
@@ -62,27 +27,33 @@ class Pass(abc.ABC):
 
     The three steps are those of ``torch.fx.passes.infra.PassBase``, over a graph with several functions,
     and ``ensures`` sees the result, not the argument. Raise :class:`~toolchain.errors.LoweringError`
-    with the node's name when a graph does not fit. A pass that changes its argument is refused when it runs.
+    with the node's name when a graph does not fit.
     """
 
     name: ClassVar[str]
     Config: ClassVar[type[PassConfig]] = PassConfig
-    phase: ClassVar[Literal["rewrite", "partition"]] = "rewrite"
-    """``partition``: it gives every node its block, and runs after all rewrites and the target's legal forms."""
+    phase: ClassVar[Phase] = "rewrite"
+    """``partition`` for a pass that gives every node its block; a component has one such pass, and it is the last."""
     provides: ClassVar[tuple[str, ...]] = ()
-    """Functions that a graph has after it and had not before."""
+    """Names of the functions that the pass adds to a graph, as ``merged``."""
 
     def __init__(self, config: PassConfig | None = None) -> None:
         self.config = config if config is not None else self.Config()
 
     def __call__(self, graph: Graph) -> Graph:
-        before = definition_text(graph)
+        """The rewritten graph.
+
+        Raises:
+            LoweringError: the graph does not fit, or the pass did not do what it says of itself.
+        """
+        before = _everything(graph)
         try:
             self.requires(graph)
             result = self.call(graph)
+            if _everything(graph) != before:
+                raise LoweringError("changed its argument; work on graph.copy()")
+            self._keeps_its_word(result)
             self.ensures(result)
-            if definition_text(graph) != before:
-                raise LoweringError("changed its argument; let it work on graph.copy()")
         except LoweringError as e:
             raise LoweringError(f"pass '{self.name}' on {graph.component}: {e}") from e
         return result
@@ -98,32 +69,38 @@ class Pass(abc.ABC):
         """Raise if the pass did not do what it promises."""
 
     def __str__(self) -> str:
-        given = self.config.model_dump(mode="json", exclude_defaults=True)
-        return pipeline_text([(self.name, {k: _element(v) for k, v in given.items()})])
+        """The pass as a recipe may have it, with the options that are not as by default."""
+        return pipeline_text([(self.name, self.config.written(short=True))])
 
-
-def _element(value: Any) -> Any:
-    """A list of one as its element, which is read as a list again; others as they are."""
-    return value[0] if isinstance(value, list) and len(value) == 1 and not isinstance(value[0], list) else value
+    def _keeps_its_word(self, result: Graph) -> None:
+        for function in self.provides:
+            if function not in result.functions:
+                raise LoweringError(f"says that it provides '{function}' and did not add this function")
+        for function, gm in result.functions.items() if self.phase == "partition" else ():
+            for node in compute_nodes(gm):
+                if "block" not in node.meta:
+                    raise LoweringError(f"is the one that partitions and gave '{node.name}' of '{function}' no block")
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A component's passes: rewrites in their order, then the one that cuts it into blocks."""
+    """The passes of a component: those that rewrite its graph, in order, then the one that cuts it into blocks.
+
+    As text it is what :func:`~toolchain.ir.pipeline_text.parse_pipeline` reads.
+    """
 
     rewrites: tuple[Pass, ...]
     partition: Pass
 
     def __iter__(self) -> Iterator[Pass]:
-        yield from self.rewrites
-        yield self.partition
+        return iter((*self.rewrites, self.partition))
 
     def __str__(self) -> str:
-        return " ".join(str(p) for p in self)
+        return " ".join(map(str, self))
 
     @property
     def provides(self) -> set[str]:
-        """Functions that the passes add."""
+        """Names of the functions that the passes add."""
         return {function for p in self for function in p.provides}
 
 
@@ -133,11 +110,26 @@ def find_pass(name: str, options: dict[str, Any], key: str) -> Pass:
     Raises:
         RecipeError: there is no such pass, or its options are wrong.
     """
-    found: Pass = plugins.configured(plugins.find(plugins.PASSES, name, "pass", key), options, f"{key}.{name}")
+    cls, key = plugins.find(plugins.PASSES, name, "pass", key), f"{key}.{name}"
+    try:
+        found: Pass = cls(cls.Config.read(options))
+    except ValidationError as e:
+        raise RecipeError(explain(e, cls.Config, key)) from e
+    except ValueError as e:
+        raise RecipeError(f"{key}: {e}") from e
     return found
 
 
 def passes_providing(function: str) -> list[str]:
-    """Names of the installed passes that add a function."""
-    every = {name: plugins.find(plugins.PASSES, name, "pass", "passes") for name in plugins.names(plugins.PASSES)}
-    return [name for name, cls in every.items() if function in cls.provides]
+    """Names of the installed passes that add ``function`` to a graph; a plug-in that is broken offers none."""
+    return [name for name, cls in plugins.importable(plugins.PASSES).items() if function in cls.provides]
+
+
+def _everything(graph: Graph) -> tuple[Any, ...]:
+    """All of a graph that an edit in place could change, as text."""
+    notes = [
+        [tuple(n.meta.get(k) for k in ("wire", "rate", "unit")) for n in gm.graph.nodes]
+        for gm in graph.functions.values()
+    ]
+    leaves = [leaves_text(gm) for gm in graph.functions.values()]
+    return graph_text(graph), leaves, str(notes), str(dict(graph.weights)), str(graph.inputs)

@@ -1,131 +1,226 @@
-"""A pipeline of passes as text: ``token-merge{where=self_attention} partition{max_bytes=200MB}``.
+"""A pipeline of passes as text, and back: ``token-merge{where=self_attention} partition{max_bytes=200MB}``.
 
-Names are separated by space; options stand in braces as ``key=value``, separated by space or commas. A value is a
-YAML flow value: a word, a number, a quoted text, ``[a, b]`` or ``{a: b}``, nested at will.
-What :func:`pipeline_text` writes, :func:`parse_pipeline` reads back.
+Passes stand between spaces. Options follow their pass in braces, as ``key=value`` with spaces or commas between
+them. A value is what YAML writes in one line: a number, ``true``, ``null``, a word, a text in quotes, a list
+``[a, b]`` or a mapping ``{a: b}``, in which lists and mappings may stand again.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
-from toolchain.errors import RecipeError
-from toolchain.ir.yaml_text import UniqueKeyLoader
+_NAME = re.compile(r"\w[\w.-]*")
+_KEY = re.compile(r"[^\s=,{}\[\]\"':]+")
+_PLAIN = re.compile(r"(?:[^\s,\[\]{}:]|:(?=[^\s,\[\]{}]))+")
+_WORD = re.compile(r"\w[\w.+/-]*")
+_QUOTED = re.compile(r"\"(?:[^\"\\]|\\.)*\"|'(?:[^']|'')*'", re.DOTALL)
+_FLOAT = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+")
+_INDICATORS = tuple("#&*!|>%@`")
+_SPACE = re.compile(r"\s*")
 
-Options = dict[str, Any]
-NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-KEY = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)\s*=\s*")
-WORD = re.compile(r"[A-Za-z_][\w.*/+-]*")
-CLOSING = {"[": "]", "{": "}"}
-BETWEEN = re.compile(r"[\s,]*")
+
+def parse_pipeline(text: str) -> tuple[tuple[str, dict[str, Any]], ...]:
+    """The passes that ``text`` names, in order, each with its options.
+
+    Raises:
+        ValueError: in one line, at which column the text is wrong and what was expected there.
+    """
+    return _Reader(text).pipeline()
 
 
 def pipeline_text(passes: Iterable[tuple[str, Mapping[str, Any]]]) -> str:
-    """Names and options as text."""
-    return " ".join(name + (f"{{{_options_text(options)}}}" if options else "") for name, options in passes)
+    """Passes and their options as text; :func:`parse_pipeline` gives the same again.
+
+    Options are what JSON has: numbers, texts, booleans, None, lists and mappings of these.
+
+    Raises:
+        ValueError: a pass's name is not of letters, digits, ``_``, ``-`` and ``.``.
+        TypeError: an option is something that JSON does not have.
+    """
+    return " ".join(_pass_text(name, options) for name, options in passes)
 
 
-def _options_text(options: Mapping[str, Any]) -> str:
-    return " ".join(f"{key}={_value_text(value)}" for key, value in options.items())
+def _pass_text(name: str, options: Mapping[str, Any]) -> str:
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"'{name}' is no name of a pass; expected letters, digits, '_', '-' and '.'")
+    shown = " ".join(f"{_key_text(k)}={_value_text(v)}" for k, v in options.items())
+    return f"{name}{{{shown}}}" if shown else name
+
+
+def _key_text(key: str) -> str:
+    return key if _WORD.fullmatch(key) else _quoted(key)
 
 
 def _value_text(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_value_text(k)}: {_value_text(v)}" for k, v in value.items()) + "}"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, float):
+        shown = repr(value)
+        return {"inf": ".inf", "-inf": "-.inf", "nan": ".nan"}.get(shown, shown)
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, str):
+        return value if _WORD.fullmatch(value) and _scalar(value) == value else _quoted(value)
     if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(_value_text(v) for v in value) + "]"
-    if isinstance(value, str) and (_is_size(value) or WORD.fullmatch(value)) and _parsed(value) == value:
-        return value
-    return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in json.dumps(value, ensure_ascii=False))
+        return f"[{', '.join(map(_value_text, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{_value_text(k)}: {_value_text(v)}' for k, v in value.items())}}}"
+    raise TypeError(f"an option cannot be a {type(value).__name__} ({value!r})")
 
 
-def _is_size(value: str) -> bool:
-    """``200MB``: a number with a unit is a word too."""
-    return re.fullmatch(r"\d+(\.\d+)?[A-Za-z]+", value) is not None
+def _quoted(text: str) -> str:
+    """In double quotes, with everything that YAML does not take as it is written as its number."""
+    return f'"{"".join(map(_escaped, text))}"'
 
 
-def parse_pipeline(text: str) -> tuple[tuple[str, Options], ...]:
-    """Names and options of a pipeline.
-
-    Raises:
-        RecipeError: the text is no pipeline; says what was expected at which column.
-    """
-    passes: list[tuple[str, Options]] = []
-    at = _skip(text, 0)
-    while at < len(text):
-        name = NAME.match(text, at)
-        if name is None:
-            raise _error(text, at, "expected a pass's name")
-        at, options = name.end(), {}
-        if text[at : at + 1] == "{":
-            end = _end(text, at)
-            options = _options(text, at + 1, end)
-            at = end + 1
-        if at < len(text) and not text[at].isspace() and text[at] != ",":
-            raise _error(text, at, "expected a space between passes")
-        passes.append((name.group(), options))
-        at = _skip(text, at)
-    return tuple(passes)
+def _escaped(character: str) -> str:
+    if character in '"\\':
+        return "\\" + character
+    if character.isprintable():
+        return character
+    number = ord(character)
+    return f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
 
 
-def _options(text: str, at: int, end: int) -> Options:
-    options: Options = {}
-    at = _skip(text, at)
-    while at < end:
-        key = KEY.match(text, at, end)
-        if key is None:
-            raise _error(text, at, "expected key=value")
-        if key[1] in options:
-            raise _error(text, at, f"option '{key[1]}' is given twice")
-        stop = _value_end(text, key.end(), end)
-        if stop == key.end():
-            raise _error(text, stop, f"expected a value for '{key[1]}'")
+def _scalar(word: str) -> Any:
+    """What YAML takes a word without quotes for, and ``1e-3`` for a number, as recipes do."""
+    if _FLOAT.fullmatch(word):
+        return float(word)
+    loader = yaml.SafeLoader("")
+    tag = loader.resolve(yaml.ScalarNode, word, (True, False))  # type: ignore[no-untyped-call]
+    if tag in ("tag:yaml.org,2002:merge", "tag:yaml.org,2002:value"):  # '<<' and '=' mean something in a block only
+        return word
+    return loader.construct_object(yaml.ScalarNode(tag, word))
+
+
+class _Reader:
+    """Reads one text from its beginning to its end; ``at`` is how far it is."""
+
+    def __init__(self, text: str) -> None:
+        self.text, self.at = text, 0
+
+    def pipeline(self) -> tuple[tuple[str, dict[str, Any]], ...]:
+        found: list[tuple[str, dict[str, Any]]] = []
+        self._space()
+        while self.at < len(self.text):
+            name = self._match(_NAME) or self._refuse("a pass's name")
+            found.append((name, self._options() if self._take("{") else {}))
+            if not self._space() and self.at < len(self.text):
+                self._refuse(f"a space after '{name}'" + ("" if self.text[self.at - 1] == "}" else ", or its options"))
+        return tuple(found)
+
+    def _options(self) -> dict[str, Any]:
+        options: dict[str, Any] = {}
+        self._space()
+        while not self._take("}"):
+            start = self.at
+            key = str(self._text_in_quotes()) if self._next() in ('"', "'") else self._match(_KEY)
+            if not key and self.at == start:
+                self._refuse("an option's name or '}'")
+            assert key is not None
+            self._new(key, options, start)
+            if not self._take("="):
+                self._refuse(f"'=' and a value after '{key}'")
+            options[key] = self._value("a value")
+            spaced = self._space()
+            if self._take(","):
+                self._space()
+            elif not spaced and self._next() != "}":
+                self._refuse("a space, ',' or '}'")
+        return options
+
+    def _value(self, expected: str) -> Any:
+        if self._take("["):
+            return self._list()
+        if self._take("{"):
+            return self._mapping()
+        if self._next() in ('"', "'"):
+            return self._text_in_quotes()
+        start = self.at
+        word = self._match(_PLAIN)
+        if word is None:
+            self._refuse(expected)
+        if word.startswith(_INDICATORS):
+            self.at = start
+            self._refuse(f"{expected}; put a text that begins with '{word[0]}' in quotes")
         try:
-            options[key[1]] = _parsed(text[key.end() : stop])
-        except yaml.YAMLError as e:
-            raise _error(text, key.end(), f"the value of '{key[1]}' is not YAML") from e
-        at = _skip(text, stop)
-    return options
+            return _scalar(word)
+        except (ValueError, yaml.YAMLError):  # as a date with a 13th month
+            self.at = start
+            self._refuse(f"{expected}; put a text such as '{word}' in quotes")
 
+    def _list(self) -> list[Any]:
+        values: list[Any] = []
+        self._space()
+        while not self._take("]"):
+            values.append(self._value("a value or ']'"))
+            self._separator("]")
+        return values
 
-def _parsed(text: str) -> Any:
-    return yaml.load(text, Loader=UniqueKeyLoader)
+    def _mapping(self) -> dict[Any, Any]:
+        values: dict[Any, Any] = {}
+        self._space()
+        while not self._take("}"):
+            start = self.at
+            if self._next() in ("[", "{"):
+                self._refuse("a key or '}'")
+            key = self._value("a key or '}'")
+            self._new(key, values, start)
+            if not self._take(":"):
+                self._refuse(f"': ' and a value after '{key}'")
+            self._space()
+            values[key] = self._value("a value")
+            self._separator("}")
+        return values
 
+    def _separator(self, end: str) -> None:
+        self._space()
+        if self._take(","):
+            self._space()
+        elif self._next() != end:
+            self._refuse(f"',' or '{end}'")
 
-def _skip(text: str, at: int) -> int:
-    """Past spaces and commas."""
-    between = BETWEEN.match(text, at)
-    return at if between is None else between.end()
+    def _text_in_quotes(self) -> str:
+        start = self.at
+        quoted = self._match(_QUOTED)
+        if quoted is None:
+            self._refuse("a text that ends with the quote that it begins with")
+        try:
+            return str(yaml.safe_load(quoted))
+        except yaml.YAMLError:
+            self.at = start
+            self._refuse("a text in quotes as YAML writes it")
 
+    def _new(self, key: Any, known: Mapping[Any, Any], start: int) -> None:
+        if key in known:
+            self.at = start
+            self._refuse(f"another key, '{key}' is given twice")
 
-def _value_end(text: str, at: int, end: int) -> int:
-    """Where a value ends: at a space or comma that is in no brackets and no quotes."""
-    while at < end and not text[at].isspace() and text[at] != ",":
-        at = _end(text, at) + 1 if text[at] in "[{\"'" else at + 1
-    return at
+    def _space(self) -> str:
+        return self._match(_SPACE) or ""
 
+    def _next(self) -> str:
+        return self.text[self.at : self.at + 1]
 
-def _end(text: str, start: int) -> int:
-    """Where the bracket or quote at ``start`` is closed."""
-    opening = text[start]
-    if opening in "\"'":
-        at = start + 1
-        while at < len(text) and text[at] != opening:
-            at += 2 if text[at] == "\\" and opening == '"' else 1
-    else:
-        at = start + 1
-        while at < len(text) and text[at] != CLOSING[opening]:
-            at = _end(text, at) + 1 if text[at] in "[{\"'" else at + 1
-    if at >= len(text):
-        raise _error(text, start, f"'{opening}' is never closed")
-    return at
+    def _take(self, character: str) -> bool:
+        found = self._next() == character
+        self.at += found
+        return found
 
+    def _match(self, pattern: re.Pattern[str]) -> str | None:
+        found = pattern.match(self.text, self.at)
+        if found is None:
+            return None
+        self.at = found.end()
+        return found[0]
 
-def _error(text: str, at: int, expected: str) -> RecipeError:
-    shown = text[at : at + 20]
-    return RecipeError(f"column {at + 1}: {expected}" + (f", not '{shown}'" if shown else ""))
+    def _refuse(self, expected: str) -> NoReturn:
+        before = self.text[: self.at]
+        line, column = before.count("\n") + 1, self.at - before.rfind("\n")
+        place = f"line {line}, column {column}" if "\n" in self.text.strip() else f"column {column}"
+        found = f"'{self._next()}'" if self._next().strip() else "a space" if self._next() else "the end"
+        raise ValueError(f"{place}: expected {expected}, got {found}")

@@ -141,12 +141,12 @@ def lower_graph(
     listener.graph(graph.component, "capture", graph)
     for rewrite in passes.rewrites:
         graph = rewrite(graph)
-        listener.graph(graph.component, rewrite.name, graph, str(rewrite))
+        listener.graph(graph.component, str(rewrite), graph)
     _check_storages(graph, target)
     legal = legalise(graph, target.forms)
     listener.graph(graph.component, "legalise", legal)
     cut = passes.partition(legal)
-    listener.graph(graph.component, passes.partition.name, cut, str(passes.partition))
+    listener.graph(graph.component, str(passes.partition), cut)
     return cut, passes.partition(graph)
 
 

@@ -105,8 +105,8 @@ def load_pipeline(recipe: Recipe, component: str, family: ModelFamily) -> Pipeli
         cuts = [find_pass(name, options, key)]
     pipeline = Pipeline(tuple(p for p in passes if p.phase == "rewrite"), cuts[0])
     if component == "transformer" and recipe.sampler.merged_steps and MERGED not in pipeline.provides:
-        those = ", ".join(f"'{name}'" for name in passes_providing(MERGED)) or "no installed pass"
-        raise RecipeError(f"sampler.merged_steps: needs a pass that provides '{MERGED}' in {key}: {those} does")
+        known = ", ".join(passes_providing(MERGED)) or "none"
+        raise RecipeError(f"sampler.merged_steps: needs a pass in {key} that provides '{MERGED}'; installed: {known}")
     return pipeline
 
 

@@ -142,11 +142,11 @@ class ConsoleListener(Listener):
                 f"--print-after {self._print_after}: no such pass in this recipe; it runs {', '.join(sorted(known))}"
             )
 
-    def graph(self, component: str, pass_name: str, graph: Graph, text: str = "") -> None:
-        if self._print_after in ("all", pass_name):
+    def graph(self, component: str, after: str, graph: Graph) -> None:
+        if self._print_after in ("all", after.partition("{")[0]):
             from toolchain.ir.graph_text import graph_text
 
-            self._write(f"// after {text or pass_name} ({component})\n{graph_text(graph)}")
+            self._write(f"// after {after} ({component})\n{graph_text(graph)}")
 
     def start(self, component: str, blocks: list[str]) -> None:
         self._tasks[component] = self._bar.add_task("", total=len(blocks), component=component)
