@@ -48,9 +48,9 @@ def one(component: str, name: str, target: str) -> dict[str, Any]:
     from toolchain.accuracy.references import run_eager
     from toolchain.ir.target import EngineUnavailableError
     from toolchain.models.family import sample_input
-    from toolchain.system.memory import keep_none, release
+    from toolchain.system.memory import release, return_large_allocations
 
-    keep_none()  # as a build does
+    return_large_allocations()  # as a build does
     recipe, lowering = plan(component, target)
     index = [b.name for b in lowering.blocks].index(name)
     block, eager = lowering.blocks[index], lowering.reference[index]

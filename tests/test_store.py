@@ -152,7 +152,7 @@ def test_a_killed_maker_is_cleaned_up(tmp_path: Path) -> None:
     process.kill()
     process.wait()
     store = Store(tmp_path / "store")
-    assert len(list((store.root / "scratch").iterdir())) == 1
+    assert len(list((store.root / "scratch").iterdir())) == 2  # its folder, and the lock that it held
     store.obtain("artifacts", "ab" * 32, fill)
     assert list((store.root / "scratch").iterdir()) == []
 
@@ -178,6 +178,14 @@ def test_clear(store: Store) -> None:
     store.obtain("artifacts", KEY, fill)
     assert store.clear() == 7
     assert list(store.entries()) == []
+
+
+def test_what_is_being_made_survives_clearing(store: Store) -> None:
+    def make(folder: Path) -> Made:
+        Store(store.root).clear()
+        return fill(folder)
+
+    assert store.obtain("artifacts", KEY, make).intact(thorough=True)
 
 
 def test_a_store_that_cannot_be_written(tmp_path: Path) -> None:

@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from toolchain.ir.blocks import Block
-from toolchain.weights.checkpoint import Checkpoint
-from toolchain.weights.digests import block_digest
 from toolchain.errors import LoweringError
+from toolchain.ir.blocks import Block
+from toolchain.ir.target import Artifact, Template, UnboundTemplateError, distinct_functions, unique_weights
 from toolchain.planning.plan import Lowering
 from toolchain.system.memory import release
 from toolchain.system.store import Entry, Made, Store, code_version, key_of
-from toolchain.ir.target import Artifact, Template, UnboundTemplateError, distinct_functions, unique_weights
 from toolchain.weights.block_weights import BlockWeights
+from toolchain.weights.checkpoint import Checkpoint
+from toolchain.weights.digests import block_digest
 
 NAME = "artifact"
 BINDING_SEEDS = (0, 1, 2)

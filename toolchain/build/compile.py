@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import shutil
 from collections.abc import Iterator, Mapping
@@ -15,21 +14,22 @@ from safetensors.torch import save_file
 
 from toolchain.build import entries as describe
 from toolchain.build import tasks as jobs
-from toolchain.formats import manifest as m
-from toolchain.ir.blocks import table_nodes
 from toolchain.build.artifacts import NAME, Builder, own_code
-from toolchain.formats.bundle import RECIPE_FILE, Bundle, describe_file, load_bundle, prepare, staging
-from toolchain.weights.checkpoint import Checkpoint, match, open_checkpoint
-from toolchain.weights.digests import checkpoint_digest, tensor_digests
-from toolchain.errors import CheckpointError, RecipeError, ResourceError, SoraCompileError
 from toolchain.build.gate import ComponentGate, Passed
+from toolchain.errors import CheckpointError, RecipeError, ResourceError, SoraCompileError
+from toolchain.formats import manifest as m
+from toolchain.formats.bundle import RECIPE_FILE, Bundle, describe_file, load_bundle, prepare, staging
+from toolchain.formats.recipe import Recipe, TextEncoderRecipe
+from toolchain.ir.blocks import table_nodes
 from toolchain.ir.graph import Graph
 from toolchain.listener import Listener
 from toolchain.planning.plan import Plan, configuration, load_passes, plan
-from toolchain.system.memory import keep_none
 from toolchain.plugins import find_target
-from toolchain.formats.recipe import Recipe, TextEncoderRecipe
+from toolchain.system.disk import FULL_ERRORS, readable_size
+from toolchain.system.memory import return_large_allocations
 from toolchain.system.store import Entry, Made, Store, code_version, digest, key_of, place
+from toolchain.weights.checkpoint import Checkpoint, match, open_checkpoint
+from toolchain.weights.digests import checkpoint_digest, tensor_digests
 
 TOKENIZER_FILE = "spiece.model"
 GOLDENS = "goldens"
@@ -62,7 +62,7 @@ def compile_recipe(
         SoraCompileError: says what, where and what to do; ``exit_code`` is the command's.
     """
     base, listener, store = Path(base or "."), listener or Listener(), store or Store()
-    keep_none()
+    return_large_allocations()
     if jobs < 1:
         raise RecipeError(f"--jobs {jobs}: must be at least 1")
     out = Path(out)
@@ -143,15 +143,13 @@ def _told_what_is_needed(planned: Plan, store: Store, out: Path) -> Iterator[Non
     try:
         yield
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if e.errno not in FULL_ERRORS:
             raise
-        from toolchain.ui.tables import size
-
         needed = sum(c.parameters * c.bytes_per_weight for c in planned.components.values())
         free = {str(p): shutil.disk_usage(p).free for p in (out.absolute().parent, store.root)}
-        shown = ", ".join(f"{size(bytes_)} free in '{place_}'" for place_, bytes_ in free.items())
+        shown = ", ".join(f"{readable_size(bytes_)} free in '{place_}'" for place_, bytes_ in free.items())
         raise ResourceError(
-            f"-o {out}: the disk is full ({shown}); the bundle has about {size(needed)}, and the cache "
+            f"-o {out}: the disk is full ({shown}); the bundle has about {readable_size(needed)}, and the cache "
             "needs room for it and the largest block; what is done is kept, run again when there is room"
         ) from e
 

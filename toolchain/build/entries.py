@@ -9,15 +9,15 @@ from typing import Any, cast
 
 import torch
 
-from toolchain.formats import manifest as m
-from toolchain.ir.blocks import Block
-from toolchain.models.family import MEANINGS, chunk_functions, frames_per_call
 from toolchain.build.gate import Passed
-from toolchain.planning.plan import Lowering, Plan
+from toolchain.formats import manifest as m
 from toolchain.formats.manifest import GateMode
 from toolchain.formats.recipe import Recipe
 from toolchain.formats.schedule import plan_steps
+from toolchain.ir.blocks import Block
 from toolchain.ir.target import Target
+from toolchain.models.family import MEANINGS, chunk_functions, frames_per_call
+from toolchain.planning.plan import Lowering, Plan
 from toolchain.version import VERSION
 
 

@@ -10,19 +10,19 @@ from typing import Any
 import torch
 
 from toolchain.accuracy import goldens
-from toolchain.formats import manifest as m
-from toolchain.ir.blocks import Block, scales
-from toolchain.build.artifacts import NAME, Builder
-from toolchain.models.family import sample_input
-from toolchain.errors import AccuracyError, LoweringError, RecipeError
 from toolchain.accuracy.metrics import FLOAT16_MAX, measure, require, worst
-from toolchain.ir.graph import Graph
-from toolchain.listener import Listener
-from toolchain.system.memory import release
-from toolchain.formats.recipe import Recipe
 from toolchain.accuracy.references import Case, References
-from toolchain.system.store import Entry, Made, key_of
+from toolchain.build.artifacts import NAME, Builder
+from toolchain.errors import AccuracyError, LoweringError, RecipeError
+from toolchain.formats import manifest as m
+from toolchain.formats.recipe import Recipe
+from toolchain.ir.blocks import Block, scales
+from toolchain.ir.graph import Graph
 from toolchain.ir.target import Engine, EngineUnavailableError, Target
+from toolchain.listener import Listener
+from toolchain.models.family import sample_input
+from toolchain.system.memory import release
+from toolchain.system.store import Entry, Made, key_of
 
 GOLDENS = "goldens.safetensors"
 CROWDED = 0.5

@@ -18,15 +18,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from toolchain.ir.blocks import Block
 from toolchain.build.artifacts import Builder, Source
+from toolchain.errors import ResourceError
+from toolchain.formats.recipe import Recipe
+from toolchain.ir.blocks import Block
+from toolchain.planning.plan import Plan, plan
+from toolchain.system.memory import free_bytes, return_large_allocations
+from toolchain.system.store import Entry, Store
 from toolchain.weights.checkpoint import open_checkpoint
 from toolchain.weights.digests import tensor_digests
-from toolchain.errors import ResourceError
-from toolchain.planning.plan import Plan, plan
-from toolchain.system.memory import free_bytes, keep_none
-from toolchain.formats.recipe import Recipe
-from toolchain.system.store import Entry, Store
 
 PROCESS_BYTES = 900_000_000
 """What a process needs with torch and a converter loaded, measured with Core ML's."""
@@ -185,7 +185,7 @@ _own: dict[str, Any] = {}
 
 
 def _start(recipe: str, base: str, root: str, direct: bool) -> None:
-    keep_none()
+    return_large_allocations()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process hears it and stops this one
     _own["arguments"] = Recipe.model_validate_json(recipe), Path(base), Store(Path(root)), direct
 

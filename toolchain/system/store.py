@@ -8,28 +8,26 @@ was altered since is found by its digest, and built again.
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import hashlib
 import json
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from toolchain.errors import ResourceError
+from toolchain.system.claims import claimed_folder, remove_abandoned
+from toolchain.system.disk import full_disk_named
 
 ENTRY_FILE = "entry.json"
-DATA = "data"
+DATA, SCRATCH = "data", "scratch"
 KINDS = ("templates", "artifacts", "gates", "builds")
 SMALL_BYTES = 16_000_000
 """Entries up to this size are read whole before they are used: templates, gate results."""
-FULL_BYTES = 1_000_000
-"""A disk with less room than this is full."""
 DEFAULT_LIMIT_BYTES = 40_000_000_000
 LOCATION_VARIABLE, LIMIT_VARIABLE = "SORA_COMPILE_CACHE", "SORA_COMPILE_CACHE_LIMIT"
 
@@ -204,19 +202,16 @@ class Store:
         _remove(entry.folder)
 
     def clear(self) -> int:
-        """Remove everything; returns the bytes removed."""
+        """Remove everything but what others are making just now; returns the bytes removed."""
         removed = sum(e.bytes for e in self.entries())
-        for folder in (*KINDS, "digests", "scratch", "locks"):
+        for folder in (*KINDS, "digests", "locks"):
             shutil.rmtree(self.root / folder, ignore_errors=True)
+        self.sweep()
         return removed
 
     def sweep(self) -> None:
-        """Remove what killed processes were making."""
-        parent = self.root / "scratch"
-        for left in parent.iterdir() if parent.is_dir() else ():
-            pid = left.name.split("-")[0]
-            if pid.isdigit() and not process_alive(int(pid)):
-                shutil.rmtree(left, ignore_errors=True)
+        """Remove what killed processes were making, here or on another machine that shares the store."""
+        remove_abandoned(self.root / SCRATCH, "")
 
     # --- digests of other files, remembered while size and time stay the same ----------------------------
 
@@ -237,10 +232,12 @@ class Store:
         """Remember what is known of a file as it is now."""
         place = self.root / "digests" / f"{hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()}.json"
         with self._errors():
-            place.parent.mkdir(parents=True, exist_ok=True)
-            part = place.with_name(f"{place.name}.{os.getpid()}")
-            part.write_text(json.dumps({"stamp": _stamp(path), "value": value}), encoding="utf-8")
-            part.replace(place)
+            for parent in (place.parent, self.root / SCRATCH):
+                parent.mkdir(parents=True, exist_ok=True)
+            with claimed_folder(self.root / SCRATCH, "") as scratch:
+                part = scratch / place.name
+                part.write_text(json.dumps({"stamp": _stamp(path), "value": value}), encoding="utf-8")
+                part.replace(place)
 
     def _folder(self, kind: str, key: str) -> Path:
         return self.root / kind / key[:2] / key
@@ -263,25 +260,19 @@ class Store:
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:
-        """A folder of this process, removed afterwards.
+        """A new folder that nobody else touches, removed afterwards.
 
-        Converters have many ways to say that the disk is full: what fails when it is, is raised as ENOSPC.
+        Raises:
+            OSError: ``ENOSPC`` if the disk is full when the body fails, whatever it raised.
+            ResourceError: the store cannot be written.
         """
-        parent = self.root / "scratch"
-        with self._errors():
-            parent.mkdir(parents=True, exist_ok=True)
-            self.sweep()
-            scratch = Path(tempfile.mkdtemp(dir=parent, prefix=f"{os.getpid()}-"))
-            scratch.chmod(0o755)
-        try:
-            yield scratch
-        except Exception as e:
-            full = min(shutil.disk_usage(p).free for p in (scratch, tempfile.gettempdir())) < FULL_BYTES
-            if full and not isinstance(e, OSError):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from e
-            raise
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+        with contextlib.ExitStack() as claim:
+            with self._errors():
+                (self.root / SCRATCH).mkdir(parents=True, exist_ok=True)
+                self.sweep()
+                scratch = claim.enter_context(claimed_folder(self.root / SCRATCH, ""))
+            with full_disk_named(scratch.parent):
+                yield scratch
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
@@ -323,17 +314,6 @@ def _clone(source: Path, destination: Path) -> bool:
     except OSError:
         destination.unlink(missing_ok=True)
         return False
-    return True
-
-
-def process_alive(pid: int) -> bool:
-    """Whether a process of this machine still runs."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
     return True
 
 
