@@ -6,6 +6,7 @@ import contextlib
 import functools
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ import torch
 from safetensors.torch import save_file
 
 from toolchain.build import entries as describe
-from toolchain.build import tasks as jobs
 from toolchain.build.artifacts import NAME, Builder, own_code
 from toolchain.build.gate import ComponentGate, Passed
+from toolchain.build.parallel import Parallel, Serial, artifact_source
+from toolchain.build.tasks import builders
 from toolchain.errors import CheckpointError, RecipeError, ResourceError, SoraCompileError
 from toolchain.formats import manifest as m
 from toolchain.formats.bundle import RECIPE_FILE, Bundle, describe_file, load_bundle, prepare, staging
@@ -43,6 +45,8 @@ def compile_recipe(
     listener: Listener | None = None,
     direct: bool = False,
     jobs: int = 1,
+    executor: Executor | None = None,
+    tasks_at_once: int | None = None,
     store: Store | None = None,
 ) -> Bundle:
     """Build ``recipe`` into the bundle ``out``.
@@ -55,7 +59,12 @@ def compile_recipe(
         base: folder that relative checkpoint paths are looked for in first.
         listener: is told of progress.
         direct: lower every block by itself instead of stamping those that share a structure.
-        jobs: how many processes build at once.
+        jobs: how many processes build at once, as far as the free memory allows.
+        executor: runs the tasks of the build (:func:`toolchain.build.tasks.run_task`) instead of processes of our
+            own, so that ``jobs`` means nothing. It may have processes anywhere, on machines that share the store, the
+            checkpoints and this installation by the same paths. An executor of threads must have a single one. It is
+            not shut down.
+        tasks_at_once: how many tasks are handed to ``executor`` before others are done; all that can be done if None.
         store: where templates, artifacts and gate results are kept; the user's cache folder if None.
 
     Raises:
@@ -65,6 +74,8 @@ def compile_recipe(
     return_large_allocations()
     if jobs < 1:
         raise RecipeError(f"--jobs {jobs}: must be at least 1")
+    if tasks_at_once is not None and tasks_at_once < 1:
+        raise RecipeError(f"tasks_at_once {tasks_at_once}: must be at least 1")
     out = Path(out)
     prepare(out)
     checkpoints = {n: open_checkpoint(part.checkpoint, base) for n, part in recipe.components().items()}
@@ -80,7 +91,9 @@ def compile_recipe(
         pins = {n: pin(checkpoints[n], part.sha256, store) for n, part in recipe.components().items()}
         tokenizer = _copy_tokenizer(recipe, checkpoints, base, folder)
         with _told_what_is_needed(planned, store, out):
-            components = _build(planned, base, folder, listener, store, direct, jobs)
+            built = builders(planned, base, store, direct)
+            with artifact_source(recipe, base, built, store, jobs, executor, tasks_at_once) as artifacts:
+                components = {n: _component(planned, n, b, artifacts, folder, listener) for n, b in built.items()}
         (folder / RECIPE_FILE).write_text(resolve(planned, checkpoints, pins).to_yaml(), encoding="utf-8")
         manifest = describe.manifest(planned, components, tokenizer, describe_file(folder / RECIPE_FILE, folder))
         manifest = _with_golden_video(manifest, planned, base, folder, listener)
@@ -239,20 +252,11 @@ def evaluate_tables(graph: Graph, checkpoint: Checkpoint) -> dict[str, torch.Ten
         return {name: value(node).float().contiguous() for name, node in table_nodes(graph).items()}
 
 
-def _build(
-    planned: Plan, base: Path, folder: Path, listener: Listener, store: Store, direct: bool, processes: int
-) -> dict[str, m.Component]:
-    """Build and gate every block of every component, in order."""
-    made = jobs.builders(planned, base, store, direct)
-    with jobs.start(planned.recipe, base, made, store, processes) as artifacts:
-        return {name: _component(planned, name, made[name], artifacts, folder, listener) for name in planned.components}
-
-
 def _component(
     planned: Plan,
     name: str,
     builder: Builder,
-    artifacts: jobs.Serial | jobs.Parallel,
+    artifacts: Serial | Parallel,
     folder: Path,
     listener: Listener,
 ) -> m.Component:
