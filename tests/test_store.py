@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from toolchain.errors import ResourceError
-from toolchain.system.store import Entry, Made, Store, code_version, key_of, place
+from toolchain.system.store import Entry, Made, Store, key_of, place
 
 KEY = key_of({"what": 1})
 
@@ -224,9 +224,3 @@ def test_placing_leaves_the_source(store: Store, tmp_path: Path) -> None:
     assert (tmp_path / "out/file.bin").read_bytes() == b"weights"
     store.clear()
     assert (tmp_path / "out/file.bin").read_bytes() == b"weights"
-
-
-def test_code_decides() -> None:
-    assert code_version("toolchain") == code_version("toolchain")
-    assert code_version("toolchain") != code_version("passes")
-    assert code_version("targets.coreml") != code_version("targets.executorch")

@@ -16,13 +16,16 @@ from toolchain.errors import LoweringError
 from toolchain.ir.blocks import Block
 from toolchain.ir.target import Artifact, Template, UnboundTemplateError, distinct_functions, unique_weights
 from toolchain.planning.plan import Lowering
+from toolchain.system.code import code_digest
 from toolchain.system.memory import release
-from toolchain.system.store import Entry, Made, Store, code_version, key_of
+from toolchain.system.store import Entry, Made, Store, key_of
 from toolchain.weights.block_weights import BlockWeights
 from toolchain.weights.checkpoint import Checkpoint
 from toolchain.weights.digests import block_digest
 
 NAME = "artifact"
+FAMILY_MODULE = "toolchain.models.family"
+"""What builds the components of a model, and leads to the code of all of them."""
 BINDING_SEEDS = (0, 1, 2)
 """Random weights that happen to be found elsewhere in an artifact are drawn again."""
 
@@ -53,7 +56,7 @@ class Builder:
             "target": target.name,
             "config": target.config.model_dump(mode="json"),
             "tools": target.versions(),
-            "code": own_code(type(target).__module__),
+            "code": code_digest(*code_modules(self.lowering)),
         }
 
     def template_key(self, block: Block) -> str:
@@ -152,7 +155,7 @@ def _discard(path: Path) -> None:
         path.unlink()
 
 
-@functools.cache
-def own_code(target_module: str) -> str:
-    """Digest of the code that decides what is built: ours, and the target's."""
-    return code_version("toolchain", "passes", target_module)
+def code_modules(lowering: Lowering) -> list[str]:
+    """Modules whose code decides what a component's artifacts are: ours, its target's and its passes'."""
+    plugins = {type(plugin).__module__ for plugin in (lowering.target, *lowering.passes)}
+    return sorted({"toolchain.build.artifacts", FAMILY_MODULE, *plugins})

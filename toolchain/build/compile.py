@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from toolchain.build import entries as describe
-from toolchain.build.artifacts import NAME, Builder, own_code
+from toolchain.build.artifacts import FAMILY_MODULE, NAME, Builder
 from toolchain.build.gate import ComponentGate, Passed
 from toolchain.build.parallel import Parallel, Serial, artifact_source
 from toolchain.build.tasks import builders
@@ -27,9 +27,10 @@ from toolchain.ir.graph import Graph
 from toolchain.listener import Listener
 from toolchain.planning.plan import Plan, configuration, load_passes, plan
 from toolchain.plugins import find_target
+from toolchain.system.code import code_digest
 from toolchain.system.disk import FULL_ERRORS, readable_size
 from toolchain.system.memory import return_large_allocations
-from toolchain.system.store import Entry, Made, Store, code_version, digest, key_of, place
+from toolchain.system.store import Entry, Made, Store, digest, key_of, place
 from toolchain.weights.checkpoint import Checkpoint, match, open_checkpoint
 from toolchain.weights.digests import checkpoint_digest, tensor_digests
 
@@ -115,13 +116,13 @@ def _build_key(recipe: Recipe, base: Path, checkpoints: Mapping[str, Checkpoint]
     parts: dict[str, Any] = {"recipe": recipe.model_dump(mode="json"), "direct": direct}
     for name, part in recipe.components().items():
         target = find_target(recipe.target.name, recipe.target.options)
+        plugins = {type(plugin).__module__ for plugin in (target, *load_passes(recipe, name))}
         parts[name] = {
             "config": dict(configuration(name, part, base)),
             "location": checkpoints[name].location,
             "weights": checkpoint_digest(tensor_digests(checkpoints[name], store)),
             "tools": target.versions(),
-            "code": own_code(type(target).__module__),
-            "passes": [code_version(type(p).__module__) for p in load_passes(recipe, name)],
+            "code": code_digest("toolchain.build.compile", FAMILY_MODULE, *sorted(plugins)),
         }
     if recipe.text_encoder is not None:
         parts["tokenizer"] = digest(find_tokenizer(recipe.text_encoder, checkpoints["text_encoder"], base))

@@ -21,6 +21,7 @@ from toolchain.ir.graph import Graph
 from toolchain.ir.target import Engine, EngineUnavailableError, Target
 from toolchain.listener import Listener
 from toolchain.models.family import sample_input
+from toolchain.system.code import code_digest
 from toolchain.system.memory import release
 from toolchain.system.store import Entry, Made, key_of
 
@@ -127,7 +128,9 @@ class ComponentGate:
         if not (every or self._builder.direct):
             plain = self._plain[block.name].structure()
             program = {"template": self._builder.template_key(block), "plain": plain}
-        key = key_of(program | {"inputs": [gate.seed, self._runs]})
+        # artifacts do not depend on the code that executes and measures them, but results do
+        code = code_digest("toolchain.build.gate", type(self._builder.lowering.target).__module__)
+        key = key_of(program | {"inputs": [gate.seed, self._runs], "code": code})
         try:
             found = self._builder.store.obtain("gates", key, lambda folder: self._execute(block, artifact, folder))
         except EngineUnavailableError as e:

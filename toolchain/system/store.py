@@ -8,7 +8,6 @@ was altered since is found by its digest, and built again.
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import json
 import os
@@ -347,24 +346,3 @@ def _limit(text: str) -> int:
         return int(TypeAdapter(Bytes).validate_python(text))
     except ValidationError as e:
         raise ResourceError(f"{LIMIT_VARIABLE}={text}: expected a size, as 20GB") from e
-
-
-@functools.cache
-def code_version(*packages: str) -> str:
-    """Digest of the sources of packages, ours or a plugin's: what is built depends on them.
-
-    A package in a package of another name also depends on the modules beside it (``targets.coreml`` on
-    ``targets/*.py``), not on the packages there.
-    """
-    import importlib
-
-    whole = hashlib.sha256()
-    for name in sorted(packages):
-        file = Path(str(importlib.import_module(name).__file__))
-        sources = list(file.parent.rglob("*.py")) if file.name == "__init__.py" else [file]
-        if "." in name:
-            sources += file.parent.parent.glob("*.py")
-        for path in sorted(sources):
-            whole.update(f"{name} {path.name}\n".encode())
-            whole.update(path.read_bytes())
-    return whole.hexdigest()
