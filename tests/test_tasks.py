@@ -23,7 +23,7 @@ from toolchain.build.parallel import OwnProcesses, Parallel
 from toolchain.build.tasks import Task, recipe_for_tasks, run_task
 from toolchain.errors import LoweringError, ResourceError, SoraCompileError
 from toolchain.formats.recipe import Recipe
-from toolchain.system.store import Made, Store
+from toolchain.system.store import NewEntry, Store
 
 # --- a build of nothing ------------------------------------------------------------------------------
 
@@ -46,10 +46,10 @@ class FakeBuilder:
 
     def template(self, block: Any) -> Any:
         meta = {"unbound": "no reason"} if self.unbound else {}
-        return self.store.obtain("templates", self.template_key(block), lambda _: Made(meta))
+        return self.store.get_or_make("templates", self.template_key(block), lambda _: NewEntry(meta))
 
     def artifact(self, block: Any) -> Any:
-        return self.store.obtain("artifacts", self.artifact_key(block), lambda _: Made())
+        return self.store.get_or_make("artifacts", self.artifact_key(block), lambda _: NewEntry())
 
 
 class Fake:

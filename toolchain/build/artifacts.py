@@ -18,7 +18,7 @@ from toolchain.ir.target import Artifact, Template, UnboundTemplateError, distin
 from toolchain.planning.plan import Lowering
 from toolchain.system.code import code_digest
 from toolchain.system.memory import release
-from toolchain.system.store import Entry, Made, Store, key_of
+from toolchain.system.store import Entry, NewEntry, Store, key_of
 from toolchain.weights.block_weights import BlockWeights
 from toolchain.weights.checkpoint import Checkpoint
 from toolchain.weights.digests import block_digest
@@ -74,9 +74,9 @@ class Builder:
         Raises:
             LoweringError: as :meth:`toolchain.ir.target.Target.lower` and :meth:`~toolchain.ir.target.Target.check`.
         """
-        return self.store.obtain("templates", self.template_key(block), lambda folder: self._lower(block, folder))
+        return self.store.get_or_make("templates", self.template_key(block), lambda folder: self._lower(block, folder))
 
-    def _lower(self, block: Block, folder: Path) -> Made:
+    def _lower(self, block: Block, folder: Path) -> NewEntry:
         for seed in BINDING_SEEDS:
             try:
                 template = self._bound(block, folder, seed)
@@ -85,8 +85,8 @@ class Builder:
                 for path in folder.iterdir():
                     _discard(path)
             else:
-                return Made({"functions": list(template.artifact.functions), "slots": template.slots})
-        return Made({"unbound": reason})
+                return NewEntry({"functions": list(template.artifact.functions), "slots": template.slots})
+        return NewEntry({"unbound": reason})
 
     def _bound(self, block: Block, folder: Path, seed: int) -> Template:
         """Lower with random weights and find them; where constants stand beside them, prove that they are such."""
@@ -114,9 +114,9 @@ class Builder:
         Raises:
             LoweringError: as :meth:`template`.
         """
-        return self.store.obtain("artifacts", self.artifact_key(block), lambda folder: self._build(block, folder))
+        return self.store.get_or_make("artifacts", self.artifact_key(block), lambda folder: self._build(block, folder))
 
-    def _build(self, block: Block, folder: Path) -> Made:
+    def _build(self, block: Block, folder: Path) -> NewEntry:
         target = self.lowering.target
         out = folder / f"{NAME}{target.suffix}"
         entry = None if self.direct else self.template(block)
@@ -131,7 +131,7 @@ class Builder:
             except LoweringError as e:
                 raise LoweringError(f"block '{block.name}': {e}") from e
         unbound = None if entry is None else entry.meta.get("unbound")
-        return Made({"functions": list(artifact.functions), "unbound": unbound}, artifact.digests)
+        return NewEntry({"functions": list(artifact.functions), "unbound": unbound}, artifact.digests)
 
     def weights(self, block: Block) -> BlockWeights:
         """A block's weights, read when asked for."""

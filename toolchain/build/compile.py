@@ -30,7 +30,7 @@ from toolchain.plugins import find_target
 from toolchain.system.code import code_digest
 from toolchain.system.disk import FULL_ERRORS, readable_size
 from toolchain.system.memory import return_large_allocations
-from toolchain.system.store import Entry, Made, Store, digest, key_of, place
+from toolchain.system.store import Entry, NewEntry, Store, clone_or_copy, digest, key_of
 from toolchain.weights.checkpoint import Checkpoint, match, open_checkpoint
 from toolchain.weights.digests import checkpoint_digest, tensor_digests
 
@@ -104,7 +104,7 @@ def compile_recipe(
     try:
         for file in bundle.files():
             store.remember(out / file.path, file.sha256)
-        store.obtain("builds", key, lambda _: Made({"manifest": text}))
+        store.get_or_make("builds", key, lambda _: NewEntry({"manifest": text}))
     except (OSError, ResourceError) as e:
         listener.remark(f"the bundle is whole, but the next build will not know it ({e})")
     store.evict()
@@ -300,7 +300,7 @@ def _place_artifact(artifact: Entry, out: Path, folder: Path) -> list[m.File]:
     files = []
     for file in artifact.files:
         path = Path(f"{out}{file.path.removeprefix(NAME + out.suffix)}")
-        place(artifact.data / file.path, path)
+        clone_or_copy(artifact.data / file.path, path)
         files.append(m.File(path=path.relative_to(folder).as_posix(), bytes=file.bytes, sha256=file.sha256))
     return sorted(files, key=lambda f: f.path)
 
@@ -308,7 +308,7 @@ def _place_artifact(artifact: Entry, out: Path, folder: Path) -> list[m.File]:
 def _place_goldens(passed: Passed | None, path: Path, folder: Path) -> m.File | None:
     if passed is None:
         return None
-    place(passed.goldens, path)
+    clone_or_copy(passed.goldens, path)
     return describe_file(path, folder)
 
 

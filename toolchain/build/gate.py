@@ -23,7 +23,7 @@ from toolchain.listener import Listener
 from toolchain.models.family import sample_input
 from toolchain.system.code import code_digest
 from toolchain.system.memory import release
-from toolchain.system.store import Entry, Made, key_of
+from toolchain.system.store import Entry, NewEntry, key_of
 
 GOLDENS = "goldens.safetensors"
 CROWDED = 0.5
@@ -132,7 +132,7 @@ class ComponentGate:
         code = code_digest("toolchain.build.gate", type(self._builder.lowering.target).__module__)
         key = key_of(program | {"inputs": [gate.seed, self._runs], "code": code})
         try:
-            found = self._builder.store.obtain("gates", key, lambda folder: self._execute(block, artifact, folder))
+            found = self._builder.store.get_or_make("gates", key, lambda folder: self._execute(block, artifact, folder))
         except EngineUnavailableError as e:
             self._listener.remark(f"{self._builder.lowering.target.name}: not executed: {e}")
             return None
@@ -150,7 +150,7 @@ class ComponentGate:
         target = self._builder.lowering.target
         return target.engine(artifact.data / f"{NAME}{target.suffix}", block.inputs, block.outputs)
 
-    def _execute(self, block: Block, artifact: Entry, folder: Path) -> Made:
+    def _execute(self, block: Block, artifact: Entry, folder: Path) -> NewEntry:
         functions: Sequence[str] = artifact.meta["functions"]
         engine = self._engine(block, artifact)
         cases = self._references[block.name].cases(block.name)
@@ -163,7 +163,7 @@ class ComponentGate:
             on_goldens = goldens.run(folder / GOLDENS, block.signatures, again, engine, self._limit)
             accuracy = {f: worst([a, on_goldens.get(f, a)]) for f, a in accuracy.items()}
         release()
-        return Made(
+        return NewEntry(
             {
                 "accuracy": {f: a.model_dump() for f, a in accuracy.items()},
                 "activations": {f: _activations(block, cases, f) for f in functions},

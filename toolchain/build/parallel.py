@@ -138,7 +138,7 @@ class Parallel:
             self._executor.shutdown(wait=True, cancel_futures=True)
         else:
             self._executor.kill()
-        self._store.sweep()
+        self._store.remove_abandoned()
 
     def artifact(self, component: str, block: Block) -> Entry:
         """The block's artifact, once it is built.

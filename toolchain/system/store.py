@@ -99,7 +99,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Made:
+class NewEntry:
     """What a maker says of the entry that it made.
 
     ``digests`` are the sha256 of files that it knows, by path; the store reads the others again.
@@ -134,7 +134,7 @@ class Store:
             _remove(folder)
         return None
 
-    def obtain(self, kind: str, key: str, make: Callable[[Path], Made]) -> Entry:
+    def get_or_make(self, kind: str, key: str, make: Callable[[Path], NewEntry]) -> Entry:
         """The entry, made now if need be: ``make`` fills the folder that it is given.
 
         Two processes that want the same entry make it once.
@@ -148,18 +148,18 @@ class Store:
         with self._locked(kind, key):
             return self.get(kind, key) or self._make(kind, key, make)
 
-    def _make(self, kind: str, key: str, make: Callable[[Path], Made]) -> Entry:
+    def _make(self, kind: str, key: str, make: Callable[[Path], NewEntry]) -> Entry:
         with self.scratch() as scratch:
             data = scratch / DATA
             data.mkdir()
-            made = make(data)
-            meta = dict(made.meta)
+            new = make(data)
+            meta = dict(new.meta)
             files = []
             for path in sorted(p for p in data.rglob("*") if p.is_file()):
                 stat = path.stat()
                 relative = path.relative_to(data).as_posix()
                 files.append(
-                    StoredFile(relative, stat.st_size, made.digests.get(path) or digest(path), stat.st_mtime_ns)
+                    StoredFile(relative, stat.st_size, new.digests.get(path) or digest(path), stat.st_mtime_ns)
                 )
             text = json.dumps({"files": [f.__dict__ for f in files], "meta": meta}, indent=1)
             (scratch / ENTRY_FILE).write_text(text, encoding="utf-8")
@@ -205,10 +205,10 @@ class Store:
         removed = sum(e.bytes for e in self.entries())
         for folder in (*KINDS, "digests", "locks"):
             shutil.rmtree(self.root / folder, ignore_errors=True)
-        self.sweep()
+        self.remove_abandoned()
         return removed
 
-    def sweep(self) -> None:
+    def remove_abandoned(self) -> None:
         """Remove what killed processes were making, here or on another machine that shares the store."""
         remove_abandoned(self.root / SCRATCH, "")
 
@@ -268,7 +268,7 @@ class Store:
         with contextlib.ExitStack() as claim:
             with self._errors():
                 (self.root / SCRATCH).mkdir(parents=True, exist_ok=True)
-                self.sweep()
+                self.remove_abandoned()
                 scratch = claim.enter_context(claimed_folder(self.root / SCRATCH, ""))
             with full_disk_named(scratch.parent):
                 yield scratch
@@ -287,7 +287,7 @@ class _BusyError(Exception):
     """Another process holds an entry's lock."""
 
 
-def place(source: Path, destination: Path) -> None:
+def clone_or_copy(source: Path, destination: Path) -> None:
     """Give ``destination`` the content of ``source`` as cheaply as the file system can.
 
     A copy-on-write clone, else a hard link, else a copy.
