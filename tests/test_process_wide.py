@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import logging
 import os
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -130,6 +133,31 @@ def test_a_full_disk_is_named_if_nothing_says_so(tmp_path: Path, monkeypatch: py
     with pytest.raises(OSError) as caught, full_disk_named(tmp_path):
         raise RuntimeError("unknown error")
     assert caught.value.errno == errno.ENOSPC
+
+
+def test_a_full_disk_while_core_ml_converts(
+    cut_small: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its writer says nothing of disks, and its files are gone, and the disk has room, once it has failed."""
+    coreml = importlib.import_module("targets.coreml.lower")
+    seen: list[bool] = []
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("[MIL FileWriter]: Unknown error occurred while writing data to the file.")
+
+    def full(folder: Path, *_: Path) -> bool:
+        seen.append(any(folder.iterdir()))
+        return True
+
+    cut = cut_small(("patch-linear", "gelu-formula"))
+    block = cut.block("caption")
+    monkeypatch.setattr(coreml.ct, "convert", fail)
+    monkeypatch.setattr("toolchain.system.disk._full", full)
+    with pytest.raises(OSError) as caught:
+        coreml.lower(block, cut.weights(block), tmp_path / "caption.mlpackage", "float32")
+    assert caught.value.errno == errno.ENOSPC
+    assert seen == [True]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_other_errors_are_as_they_were(tmp_path: Path) -> None:
