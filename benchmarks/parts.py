@@ -48,9 +48,9 @@ def one(component: str, name: str, target: str) -> dict[str, Any]:
     from toolchain.accuracy.metrics import measure
     from toolchain.accuracy.references import run_eager
     from toolchain.ir.target import EngineUnavailableError
-    from toolchain.system.memory import keep_none, release
+    from toolchain.system.memory import release, return_large_allocations
 
-    keep_none()  # as a build does
+    return_large_allocations()  # as a build does
     family, part = plan(component, target)
     pair = next(p for p in part.pairs if p.name == name)
     block, eager = pair.lowered, pair.plain

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from toolchain.system.memory import GROWN_BYTES, free_bytes, keep_none, release
+from toolchain.system.memory import GROWN_BYTES, free_bytes, release, return_large_allocations
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere it is always looked for")
 
@@ -32,7 +32,7 @@ def by_hand() -> Iterator[None]:
 
 
 def test_large_garbage_is_freed() -> None:
-    keep_none()
+    return_large_allocations()
     release()
     for _ in range(2):  # the second time from another level
         gone = weakref.ref(Holder(2 * GROWN_BYTES))

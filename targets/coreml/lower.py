@@ -18,6 +18,7 @@ from targets.streams import quiet
 from toolchain.errors import LoweringError
 from toolchain.ir.blocks import Block, Port
 from toolchain.ir.target import Artifact, distinct_functions
+from toolchain.system.disk import full_disk_named
 from toolchain.system.memory import release
 
 PRECISIONS = {"float16": (ct.precision.FLOAT16, np.float16), "float32": (ct.precision.FLOAT32, np.float32)}
@@ -29,7 +30,8 @@ def lower(block: Block, weights: Mapping[str, torch.Tensor], out: Path, precisio
     A block with one function gets a plain package, whose function Core ML calls ``main``.
     """
     functions = distinct_functions(block)
-    with quiet(), tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.stem}-") as tmp:
+    own = tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.stem}-")
+    with quiet(), own as tmp, full_disk_named(out.parent):
         packages = {}
         for f in functions:
             packages[f] = _convert(block, f, weights, precision, Path(tmp) / f"{f}.mlpackage")

@@ -16,8 +16,10 @@ from toolchain.errors import LoweringError, PrecisionError
 from toolchain.ir.blocks import Block
 from toolchain.ir.target import Artifact, Template, UnboundTemplateError, distinct_functions, unique_weights
 from toolchain.planning.plan import ComponentPlan
+from toolchain.planning.resolve import ResolvedComponent
+from toolchain.system.code import code_digest
 from toolchain.system.memory import release
-from toolchain.system.store import Entry, Made, Store, code_version, key_of
+from toolchain.system.store import Entry, NewEntry, Store, key_of
 from toolchain.weights.block_weights import BlockWeights
 from toolchain.weights.digests import block_digest
 
@@ -47,7 +49,7 @@ class Builder:
             "target": target.name,
             "config": target.config.model_dump(mode="json"),
             "tools": target.versions(),
-            "code": own_code(type(target).__module__),
+            "code": code_digest(*code_modules(self.plan.resolved)),
         }
 
     def template_key(self, block: Block) -> str:
@@ -65,9 +67,9 @@ class Builder:
         Raises:
             LoweringError: as :meth:`toolchain.ir.target.Target.lower` and :meth:`~toolchain.ir.target.Target.check`.
         """
-        return self.store.obtain("templates", self.template_key(block), lambda folder: self._lower(block, folder))
+        return self.store.get_or_make("templates", self.template_key(block), lambda folder: self._lower(block, folder))
 
-    def _lower(self, block: Block, folder: Path) -> Made:
+    def _lower(self, block: Block, folder: Path) -> NewEntry:
         for seed in BINDING_SEEDS:
             try:
                 template = self._bound(block, folder, seed)
@@ -76,8 +78,8 @@ class Builder:
                 for path in folder.iterdir():
                     _discard(path)
             else:
-                return Made({"functions": list(template.artifact.functions), "slots": template.slots})
-        return Made({"unbound": reason})
+                return NewEntry({"functions": list(template.artifact.functions), "slots": template.slots})
+        return NewEntry({"unbound": reason})
 
     def _bound(self, block: Block, folder: Path, seed: int) -> Template:
         """Lower with random weights and find them; where constants stand beside them, prove that they are such."""
@@ -105,9 +107,9 @@ class Builder:
         Raises:
             LoweringError: as :meth:`template`.
         """
-        return self.store.obtain("artifacts", self.artifact_key(block), lambda folder: self._build(block, folder))
+        return self.store.get_or_make("artifacts", self.artifact_key(block), lambda folder: self._build(block, folder))
 
-    def _build(self, block: Block, folder: Path) -> Made:
+    def _build(self, block: Block, folder: Path) -> NewEntry:
         target = self.plan.target
         out = folder / f"{ARTIFACT_STEM}{target.suffix}"
         entry = None if self.direct else self.template(block)
@@ -123,7 +125,7 @@ class Builder:
                 hint = f"; set {self.plan.name}.precision: float32" if isinstance(e, PrecisionError) else ""
                 raise LoweringError(f"block '{block.name}': {e}{hint}") from e
         unbound = None if entry is None else entry.meta.get("unbound")
-        return Made({"functions": list(artifact.functions), "unbound": unbound}, artifact.digests)
+        return NewEntry({"functions": list(artifact.functions), "unbound": unbound}, artifact.digests)
 
     def weights(self, block: Block) -> BlockWeights:
         """A block's weights, read when asked for."""
@@ -145,7 +147,7 @@ def _discard(path: Path) -> None:
         path.unlink()
 
 
-@functools.cache
-def own_code(target_module: str) -> str:
-    """Digest of the code that decides what is built: ours, and the target's."""
-    return code_version("toolchain", "passes", target_module)
+def code_modules(part: ResolvedComponent) -> list[str]:
+    """Modules whose code decides what a component's artifacts are: ours, the family's, the target's, the passes'."""
+    plugins = {type(plugin).__module__ for plugin in (part.family, part.target, *part.passes)}
+    return sorted({"toolchain.build.artifacts", *plugins})

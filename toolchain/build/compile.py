@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import Executor
 from pathlib import Path
 
-from toolchain.build import entries, tasks
+from toolchain.build import entries
 from toolchain.build.artifacts import Builder
 from toolchain.build.gate import ComponentGate
 from toolchain.build.keys import build_key
+from toolchain.build.parallel import Parallel, Serial, artifact_source
 from toolchain.build.pinning import copy_tokenizer, pin, pinned_recipe
 from toolchain.build.placing import place_artifact, place_goldens
 from toolchain.build.tables import component_tables, write_tables
+from toolchain.build.tasks import builders
 from toolchain.errors import RecipeError, ResourceError, SoraCompileError
 from toolchain.formats import manifest as m
 from toolchain.formats.bundle import RECIPE_FILE, Bundle, describe_file, load_bundle, prepare, staging
@@ -23,8 +25,9 @@ from toolchain.formats.recipe import Recipe
 from toolchain.listener import Listener
 from toolchain.planning.plan import Plan, plan_resolved
 from toolchain.planning.resolve import resolve
-from toolchain.system.memory import keep_none
-from toolchain.system.store import Made, Store, digest
+from toolchain.system.disk import FULL_ERRORS, readable_size
+from toolchain.system.memory import return_large_allocations
+from toolchain.system.store import NewEntry, Store, digest
 from toolchain.weights.checkpoint import match
 
 GOLDENS = "goldens"
@@ -38,6 +41,8 @@ def compile_recipe(
     listener: Listener | None = None,
     direct: bool = False,
     jobs: int = 1,
+    executor: Executor | None = None,
+    tasks_at_once: int | None = None,
     store: Store | None = None,
 ) -> Bundle:
     """Build ``recipe`` into the bundle ``out``.
@@ -50,16 +55,23 @@ def compile_recipe(
         base: folder that relative checkpoint paths are looked for in first.
         listener: is told of progress.
         direct: lower every block by itself instead of stamping those that share a structure.
-        jobs: how many processes build at once.
+        jobs: how many processes build at once, as far as the free memory allows.
+        executor: runs the tasks of the build (:func:`toolchain.build.tasks.run_task`) instead of processes of our
+            own, so that ``jobs`` means nothing. It may have processes anywhere, on machines that share the store, the
+            checkpoints and this installation by the same paths. An executor of threads must have a single one. It is
+            not shut down.
+        tasks_at_once: how many tasks are handed to ``executor`` before others are done; all that can be done if None.
         store: where templates, artifacts and gate results are kept; the user's cache folder if None.
 
     Raises:
         SoraCompileError: says what, where and what to do; ``exit_code`` is the command's.
     """
     listener, store, out = listener or Listener(), store or Store(), Path(out)
-    keep_none()
+    return_large_allocations()
     if jobs < 1:
         raise RecipeError(f"--jobs {jobs}: must be at least 1")
+    if tasks_at_once is not None and tasks_at_once < 1:
+        raise RecipeError(f"tasks_at_once {tasks_at_once}: must be at least 1")
     prepare(out)
     build = resolve(recipe, Path(base or "."), checkpoints=True)
     key = build_key(build, store, direct)
@@ -74,7 +86,9 @@ def compile_recipe(
         pins = {name: pin(part.checkpoint, part.recipe.sha256, store) for name, part in build.components.items()}
         tokenizer = copy_tokenizer(build, folder)
         with _disk_full_explained(planned, store, out):
-            components = _components(planned, folder, listener, store, direct, jobs)
+            made = builders(planned, store, direct)
+            with artifact_source(recipe, build.base, made, store, jobs, executor, tasks_at_once) as artifacts:
+                components = {name: _component(planned, made[name], artifacts, folder, listener) for name in made}
         (folder / RECIPE_FILE).write_text(pinned_recipe(planned, pins).to_yaml(), encoding="utf-8")
         manifest = entries.manifest(planned, components, tokenizer, describe_file(folder / RECIPE_FILE, folder))
         manifest = _with_golden_video(manifest, planned, folder, listener)
@@ -84,7 +98,7 @@ def compile_recipe(
     try:
         for file in bundle.files():
             store.remember(out / file.path, file.sha256)
-        store.obtain("builds", key, lambda _: Made({"manifest": text}))
+        store.get_or_make("builds", key, lambda _: NewEntry({"manifest": text}))
     except (OSError, ResourceError) as e:
         listener.remark(f"the bundle is whole, but the next build will not know it ({e})")
     store.evict()
@@ -119,28 +133,19 @@ def _disk_full_explained(planned: Plan, store: Store, out: Path) -> Iterator[Non
     try:
         yield
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if e.errno not in FULL_ERRORS:
             raise
         needed = sum(c.weight_bytes for c in planned.components.values())
         free = {str(p): shutil.disk_usage(p).free for p in (out.absolute().parent, store.root)}
-        shown = ", ".join(f"{bytes_ / 1e6:.1f} MB free in '{place}'" for place, bytes_ in free.items())
+        shown = ", ".join(f"{readable_size(bytes_)} free in '{place}'" for place, bytes_ in free.items())
         raise ResourceError(
-            f"-o {out}: the disk is full ({shown}); the bundle has about {needed / 1e6:.1f} MB, and the cache "
+            f"-o {out}: the disk is full ({shown}); the bundle has about {readable_size(needed)}, and the cache "
             "needs room for it and the largest block; what is done is kept, run again when there is room"
         ) from e
 
 
-def _components(
-    planned: Plan, folder: Path, listener: Listener, store: Store, direct: bool, processes: int
-) -> dict[str, m.Component]:
-    """Build and gate every block of every component, in order."""
-    made = tasks.builders(planned, store, direct)
-    with tasks.start(planned, made, store, processes) as artifacts:
-        return {name: _component(planned, made[name], artifacts, folder, listener) for name in planned.components}
-
-
 def _component(
-    planned: Plan, builder: Builder, artifacts: tasks.Serial | tasks.Parallel, folder: Path, listener: Listener
+    planned: Plan, builder: Builder, artifacts: Serial | Parallel, folder: Path, listener: Listener
 ) -> m.Component:
     plan, name = builder.plan, builder.plan.name
     (folder / name).mkdir(exist_ok=True)

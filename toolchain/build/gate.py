@@ -23,8 +23,9 @@ from toolchain.ir.graph import Graph
 from toolchain.ir.target import Engine, EngineUnavailableError, Target
 from toolchain.listener import Listener
 from toolchain.planning.plan import Plan
+from toolchain.system.code import code_digest
 from toolchain.system.memory import release
-from toolchain.system.store import Entry, Made, key_of
+from toolchain.system.store import Entry, NewEntry, key_of
 
 GOLDENS = "goldens.safetensors"
 CROWDED = 0.5
@@ -129,9 +130,11 @@ class ComponentGate:
         }
         if not (every or self._builder.direct):
             program = {"template": self._builder.template_key(block), "plain": pair.plain.structure()}
-        key = key_of(program | {"inputs": [gate.seed, self._runs]})
+        # artifacts do not depend on the code that executes and measures them, but results do
+        code = code_digest("toolchain.build.gate", type(self._builder.plan.target).__module__)
+        key = key_of(program | {"inputs": [gate.seed, self._runs], "code": code})
         try:
-            found = self._builder.store.obtain("gates", key, lambda folder: self._execute(pair, artifact, folder))
+            found = self._builder.store.get_or_make("gates", key, lambda folder: self._execute(pair, artifact, folder))
         except EngineUnavailableError as e:
             self._listener.remark(f"{self._builder.plan.target.name}: not executed: {e}")
             return None
@@ -149,7 +152,7 @@ class ComponentGate:
         target = self._builder.plan.target
         return target.engine(artifact.data / f"{ARTIFACT_STEM}{target.suffix}", block.inputs, block.outputs)
 
-    def _execute(self, pair: BlockPair, artifact: Entry, folder: Path) -> Made:
+    def _execute(self, pair: BlockPair, artifact: Entry, folder: Path) -> NewEntry:
         block, plain = pair.lowered, pair.plain
         functions: Sequence[str] = artifact.meta["functions"]
         engine = self._engine(block, artifact)
@@ -162,7 +165,7 @@ class ComponentGate:
             on_goldens = goldens.run(folder / GOLDENS, block.signatures, again, engine, self._limit)
             accuracy = {f: worst([a, on_goldens.get(f, a)]) for f, a in accuracy.items()}
         release()
-        return Made(
+        return NewEntry(
             {
                 "accuracy": {f: a.model_dump() for f, a in accuracy.items()},
                 "activations": {f: _activations(block, cases, f) for f in functions},

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from toolchain.build.artifacts import own_code
+from toolchain.build.artifacts import code_modules
 from toolchain.planning.resolve import ResolvedBuild, ResolvedComponent, find_tokenizer
-from toolchain.system.store import Store, code_version, digest, key_of
+from toolchain.system.code import code_digest
+from toolchain.system.store import Store, digest, key_of
 from toolchain.weights.digests import checkpoint_digest, tensor_digests
 
 
 def build_key(build: ResolvedBuild, store: Store, direct: bool) -> str:
     """Key of a whole bundle: the recipe, its checkpoints' content, and the tools and the code that build it."""
-    parts: dict[str, Any] = {
-        "recipe": build.recipe.model_dump(mode="json"),
-        "direct": direct,
-        "family": code_version(type(build.family).__module__),
-    }
+    parts: dict[str, Any] = {"recipe": build.recipe.model_dump(mode="json"), "direct": direct}
     parts |= {name: _component(part, store) for name, part in build.components.items()}
     tokenizer = find_tokenizer(build)
     if tokenizer is not None:
@@ -30,6 +27,5 @@ def _component(part: ResolvedComponent, store: Store) -> dict[str, Any]:
         "location": part.checkpoint.location,
         "weights": checkpoint_digest(tensor_digests(part.checkpoint, store)),
         "tools": part.target.versions(),
-        "code": own_code(type(part.target).__module__),
-        "passes": [code_version(type(p).__module__) for p in part.passes],
+        "code": code_digest("toolchain.build.compile", *code_modules(part)),
     }

@@ -8,7 +8,7 @@ from toolchain.build.artifacts import ARTIFACT_STEM
 from toolchain.build.gate import Passed
 from toolchain.formats.bundle import describe_file
 from toolchain.formats.manifest import File
-from toolchain.system.store import Entry, place
+from toolchain.system.store import Entry, clone_or_copy
 
 
 def place_artifact(artifact: Entry, out: Path, folder: Path) -> list[File]:
@@ -16,7 +16,7 @@ def place_artifact(artifact: Entry, out: Path, folder: Path) -> list[File]:
     files = []
     for file in artifact.files:
         path = Path(f"{out}{file.path.removeprefix(ARTIFACT_STEM + out.suffix)}")
-        place(artifact.data / file.path, path)
+        clone_or_copy(artifact.data / file.path, path)
         files.append(File(path=path.relative_to(folder).as_posix(), bytes=file.bytes, sha256=file.sha256))
     return sorted(files, key=lambda f: f.path)
 
@@ -25,5 +25,5 @@ def place_goldens(passed: Passed | None, path: Path, folder: Path) -> File | Non
     """The goldens of a block that was executed."""
     if passed is None:
         return None
-    place(passed.goldens, path)
+    clone_or_copy(passed.goldens, path)
     return describe_file(path, folder)

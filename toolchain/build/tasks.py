@@ -1,22 +1,16 @@
-"""Building artifacts, one after the other in this process or several at once in others.
+"""A piece of a build that any process can do, on any machine that shares the store and the checkpoints.
 
-Converters are neither thread- nor fork-safe, so other processes are spawned. Each plans the recipe for itself and
-hands its results on through the store.
+A task holds nothing but text and numbers; what it makes is handed on through the store.
 """
 
 from __future__ import annotations
 
-import signal
-import tempfile
-import threading
-from collections.abc import Mapping
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+import functools
+import pickle
+import platform
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Literal
 
 from toolchain.build.artifacts import Builder
 from toolchain.errors import ResourceError
@@ -24,186 +18,112 @@ from toolchain.formats.recipe import Recipe
 from toolchain.ir.blocks import Block
 from toolchain.planning.plan import Plan, plan_resolved
 from toolchain.planning.resolve import resolve
-from toolchain.system.memory import free_bytes, keep_none
-from toolchain.system.store import Entry, Store
+from toolchain.system.memory import return_large_allocations
+from toolchain.system.store import Store
+from toolchain.system.temporary import temporary_files_in
+from toolchain.weights.checkpoint import local_path
 from toolchain.weights.digests import tensor_digests
 
-PROCESS_BYTES = 900_000_000
-"""What a process needs with torch and a converter loaded, measured with Core ML's."""
-LOWERING_FACTOR, STAMPING_FACTOR = 6, 1
-"""Memory for a lowering and for a stamp, in sizes of the block's weights in float32, measured with T5-XXL's."""
+NOT_LOCAL = ("hf://", "shipped://")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One thing to build: the template of a block's structure, or a block's artifact."""
+
+    recipe: str
+    """As JSON; it finds its checkpoints from wherever it is read, see :func:`recipe_for_tasks`."""
+    base: str
+    """The folder of the recipe: absolute."""
+    store: str
+    """The store's folder: absolute."""
+    direct: bool
+    """Lower the block by itself instead of stamping it."""
+    component: str
+    block: str
+    kind: Literal["template", "artifact"]
+    key: str
+    """What the store shall know the result by."""
+    needed_bytes: int
+    """The memory that it is thought to need."""
+
+
+def recipe_for_tasks(recipe: Recipe, base: Path) -> str:
+    """A recipe as JSON that means the same in a process with another working folder: its checkpoints are absolute.
+
+    Raises:
+        CheckpointError: a checkpoint does not exist.
+    """
+    data = recipe.model_dump(mode="json")
+    for name, part in recipe.components().items():
+        if not part.checkpoint.startswith(NOT_LOCAL):
+            data[name]["checkpoint"] = str(local_path(part.checkpoint, base).absolute())
+    return Recipe.model_validate(data).model_dump_json()
 
 
 def builders(planned: Plan, store: Store, direct: bool) -> dict[str, Builder]:
-    """A builder for each component of a plan, of a build that was resolved with its checkpoints."""
+    """A builder for each component of a plan, of a build that was resolved with its checkpoints.
+
+    Raises:
+        CheckpointError: a checkpoint cannot be read.
+    """
     return {
         name: Builder(plan, tensor_digests(plan.resolved.checkpoint, store), store, direct)
         for name, plan in planned.components.items()
     }
 
 
-@dataclass(frozen=True)
-class Task:
-    """One thing to build: a template, or an artifact, of a component's block by its number."""
+def run_task(task: Task) -> None:
+    """Build what a task asks for, in this process; nothing is done if it is in the store.
 
-    component: str
-    index: int
-    template: bool
-    needed_bytes: int
+    A process does one task at a time, for converters are neither thread- nor fork-safe. It keeps what it has read of
+    a build for the next task of the same one.
 
-
-class Serial:
-    """Builds an artifact in this process when it is asked for."""
-
-    def __init__(self, made: Mapping[str, Builder]) -> None:
-        self._builders = made
-
-    def __enter__(self) -> Serial:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def artifact(self, component: str, block: Block) -> Entry:
-        """The block's artifact.
-
-        Raises:
-            LoweringError: as :meth:`toolchain.build.artifacts.Builder.artifact`.
-        """
-        return self._builders[component].artifact(block)
-
-
-class Parallel:
-    """Builds artifacts in ``jobs`` processes: all templates first, then each block's as its template is there.
-
-    No more is begun than fits the memory that is free. Leaving the context stops all of it.
+    Raises:
+        LoweringError: as :meth:`toolchain.build.artifacts.Builder.artifact`.
+        ResourceError: this process has other code, tools, configurations or weights than the one that wants the task
+            done, so it would make something else.
+        RuntimeError: stands for an error that cannot be handed to another process.
     """
-
-    def __init__(self, planned: Plan, made: Mapping[str, Builder], store: Store, jobs: int) -> None:
-        self._builders, self._store = made, store
-        build = planned.resolved
-        direct = next(iter(made.values())).direct
-        initial = (build.recipe.model_dump_json(), str(build.base), str(store.root), direct)
-        self._pool = ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_start, initargs=initial)
-        self._free_bytes, self._jobs = free_bytes(), jobs
-        self._lock = threading.RLock()
-        self._waiting: list[Task] = []
-        self._running: dict[Task, Future[None]] = {}
-        self._after: dict[tuple[str, str], list[Task]] = {}
-        self._done: dict[tuple[str, int], Future[None]] = {}
-        self._failed: BaseException | None = None
-
-    def __enter__(self) -> Parallel:
-        for component, builder in self._builders.items():
-            for index, block in enumerate(builder.plan.blocks):
-                if self._store.get("artifacts", builder.artifact_key(block)) is not None:
-                    continue
-                size = 4 * block.parameters
-                stamp = Task(component, index, False, PROCESS_BYTES + STAMPING_FACTOR * size)
-                self._done[component, index] = Future()
-                key = (component, builder.template_key(block))
-                if builder.direct or self._store.get("templates", key[1]) is not None:
-                    self._waiting.append(stamp)
-                elif key in self._after:
-                    self._after[key].append(stamp)
-                else:
-                    self._after[key] = [stamp]
-                    self._waiting.append(Task(component, index, True, PROCESS_BYTES + LOWERING_FACTOR * size))
-        self._waiting.sort(key=lambda t: not t.template)
-        self._begin()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with self._lock:
-            self._waiting.clear()
-        if error is not None:
-            for process in list((self._pool._processes or {}).values()):
-                process.kill()
-        self._pool.shutdown(wait=True, cancel_futures=True)
-        self._store.sweep()
-
-    def artifact(self, component: str, block: Block) -> Entry:
-        """The block's artifact, once it is built.
-
-        Raises:
-            LoweringError: as :meth:`toolchain.build.artifacts.Builder.artifact`.
-            ResourceError: a process was killed, as it is when memory is short.
-        """
-        builder = self._builders[component]
-        index = next(i for i, b in enumerate(builder.plan.blocks) if b.name == block.name)
-        waited = self._done.get((component, index))
-        if waited is not None:
-            waited.result()
-        return builder.artifact(block)
-
-    def _begin(self) -> None:
-        """Start what may run now."""
-        with self._lock:
-            while self._waiting and self._failed is None and len(self._running) < self._jobs:
-                used = sum(t.needed_bytes for t in self._running)
-                task = next((t for t in self._waiting if used + t.needed_bytes <= self._free_bytes), None)
-                if task is None:
-                    if self._running:
-                        return
-                    task = self._waiting[0]  # too large for what is free: try it alone
-                self._waiting.remove(task)
-                future = self._pool.submit(_run, task)
-                self._running[task] = future
-                future.add_done_callback(lambda f, task=task: self._finished(task, f))  # type: ignore[misc]
-
-    def _finished(self, task: Task, future: Future[None]) -> None:
-        with self._lock:
-            self._running.pop(task, None)
-            if future.cancelled():
-                return
-            error = future.exception()
-            if isinstance(error, BrokenProcessPool):
-                error = ResourceError(
-                    f"{task.component}: a process that built it was killed, as happens when memory is short; "
-                    "use fewer --jobs, or cut smaller blocks (partition: {max_bytes: …})"
-                )
-            if error is not None:
-                self._failed = self._failed or error
-                for waiting in self._done.values():
-                    if not waiting.done():
-                        waiting.set_exception(self._failed)
-                return
-            builder = self._builders[task.component]
-            if task.template:
-                key = (task.component, builder.template_key(builder.plan.blocks[task.index]))
-                self._waiting += self._after.pop(key)
+    return_large_allocations()
+    try:
+        builder, block = _prepared(task)
+        with builder.store.scratch() as scratch, temporary_files_in(scratch):
+            if task.kind == "template":
+                builder.template(block)
             else:
-                self._done[task.component, task.index].set_result(None)
-            self._begin()
+                builder.artifact(block)
+    except Exception as e:
+        if _survives_pickling(e):
+            raise
+        raise RuntimeError(f"{type(e).__name__}: {e}") from None
 
 
-# --- in the other process ------------------------------------------------------------------------------
-
-_own: dict[str, Any] = {}
-
-
-def _start(recipe: str, base: str, root: str, direct: bool) -> None:
-    keep_none()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process hears it and stops this one
-    _own["arguments"] = Recipe.model_validate_json(recipe), Path(base), Store(Path(root)), direct
-
-
-def _run(task: Task) -> None:
-    recipe, base, store, direct = _own["arguments"]
-    if "builders" not in _own:
-        _own["builders"] = builders(plan_resolved(resolve(recipe, base, checkpoints=True)), store, direct)
-    builder: Builder = _own["builders"][task.component]
-    block = builder.plan.blocks[task.index]
-    with store.scratch() as scratch:
-        tempfile.tempdir = str(scratch)  # converters leave large files behind
-        if task.template:
-            builder.template(block)
-        else:
-            builder.artifact(block)
+def _prepared(task: Task) -> tuple[Builder, Block]:
+    for _ in range(2):
+        builder = _opened(task.recipe, task.base, task.store, task.direct)[task.component]
+        block = next((b for b in builder.plan.blocks if b.name == task.block), None)
+        if block is not None:
+            key = builder.template_key(block) if task.kind == "template" else builder.artifact_key(block)
+            if key == task.key:
+                return builder, block
+        _opened.cache_clear()  # files may have changed since an earlier build of the same recipe
+    raise ResourceError(
+        f"{task.component}, block '{task.block}': a process on '{platform.node()}' would build something else than "
+        "was asked for; give every process the same installation, configurations and checkpoints"
+    )
 
 
-def start(planned: Plan, made: Mapping[str, Builder], store: Store, jobs: int) -> Serial | Parallel:
-    """What builds the artifacts of a plan with ``jobs`` processes."""
-    return Serial(made) if jobs == 1 else Parallel(planned, made, store, jobs)
+@functools.lru_cache(maxsize=1)
+def _opened(recipe: str, base: str, store: str, direct: bool) -> dict[str, Builder]:
+    """The builders of a build; those of the last one are kept."""
+    build = resolve(Recipe.model_validate_json(recipe), Path(base), checkpoints=True)
+    return builders(plan_resolved(build), Store(Path(store)), direct)
+
+
+def _survives_pickling(error: Exception) -> bool:
+    """Whether an error can be handed to another process; what cannot be read there takes its executor down."""
+    try:
+        return type(pickle.loads(pickle.dumps(error))) is type(error)
+    except Exception:  # whatever its own methods raise
+        return False

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import glob
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +15,10 @@ from pydantic import ValidationError
 from toolchain.errors import BundleError, RecipeError, ResourceError
 from toolchain.formats.manifest import FILE_NAME, FORMAT_VERSION, File, Manifest
 from toolchain.formats.migrations import migrated
-from toolchain.system.store import digest, process_alive
+from toolchain.system.claims import claimed_folder, remove_abandoned
+from toolchain.system.disk import FULL_ERRORS
+from toolchain.system.store import digest
+from toolchain.system.temporary import temporary_files_in
 from toolchain.validation import explain
 
 RECIPE_FILE = "recipe.yaml"
@@ -104,7 +104,8 @@ def prepare(out: Path) -> Path:
     out = Path(os.path.abspath(out))
     if out.exists() and not (out / FILE_NAME).is_file() and not (out.is_dir() and not any(out.iterdir())):
         raise RecipeError(f"-o {out}: exists and is not a bundle; choose another folder or remove it")
-    _remove_leftovers(out)
+    for prefix in (_partial(out), f".{out.name}.old-"):  # earlier versions put what they replaced into the second
+        remove_abandoned(out.parent, prefix)
     return out
 
 
@@ -120,36 +121,36 @@ def staging(out: Path) -> Iterator[Path]:
         ResourceError: the folder cannot be written, or the disk is full.
     """
     out = prepare(out)
-    above = [p for p in out.parents if not p.exists()]
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.partial-{os.getpid()}-"))
-        folder.chmod(0o755)
-    except OSError as e:
-        raise ResourceError(f"-o {out}: cannot be written: {e.strerror or e}") from e
-    scratch = folder.with_name(f"{folder.name}.scratch")
-    usual = tempfile.tempdir
-    try:
-        scratch.mkdir()
-        tempfile.tempdir = str(scratch)  # converters leave large files behind: let them go with the build
-        yield folder
-        _replace(folder, out)
-    except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+    with contextlib.ExitStack() as afterwards:
+        afterwards.callback(_remove_empty, [p for p in out.parents if not p.exists()])
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            claimed = afterwards.enter_context(claimed_folder(out.parent, _partial(out)))
+            folder, temporary = claimed / "bundle", claimed / "temporary"
+            folder.mkdir()
+            folder.chmod(0o755)
+            temporary.mkdir()
+        except OSError as e:
+            raise ResourceError(f"-o {out}: cannot be written: {e.strerror or e}") from e
+        try:
+            with temporary_files_in(temporary):
+                yield folder
+            _replace(folder, out, claimed / "replaced")
+        except OSError as e:
+            if e.errno not in FULL_ERRORS:
+                raise
             free = shutil.disk_usage(out.parent).free
             raise ResourceError(f"-o {out}: the disk is full ({free / 1e6:.0f} MB free); nothing was written") from e
-        raise
-    finally:
-        tempfile.tempdir = usual
-        for left in (folder, scratch):
-            shutil.rmtree(left, ignore_errors=True)
-        for made in above:
-            with contextlib.suppress(OSError):  # not empty, when all went well
-                made.rmdir()
 
 
-def _replace(folder: Path, out: Path) -> None:
-    old = out.with_name(f".{out.name}.old-{os.getpid()}")
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with contextlib.suppress(OSError):  # not empty, when all went well
+            folder.rmdir()
+
+
+def _replace(folder: Path, out: Path, old: Path) -> None:
+    """Move ``folder`` to ``out``; what is there goes to ``old``, and comes back if that fails."""
     if out.exists():
         out.rename(old)
     try:
@@ -158,13 +159,8 @@ def _replace(folder: Path, out: Path) -> None:
         if old.exists():
             old.rename(out)
         raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
-def _remove_leftovers(out: Path) -> None:
-    for kind in ("partial", "old"):
-        prefix = f".{out.name}.{kind}-"
-        for left in out.parent.glob(f"{glob.escape(prefix)}*") if out.parent.is_dir() else ():
-            pid = left.name.removeprefix(prefix).split("-")[0]
-            if pid.isdigit() and not process_alive(int(pid)):
-                shutil.rmtree(left, ignore_errors=True)
+def _partial(out: Path) -> str:
+    """What the names of folders begin with in which builds of ``out`` take place."""
+    return f".{out.name}.partial-"

@@ -26,6 +26,7 @@ class ResolvedComponent:
 
     name: str
     recipe: ComponentRecipe
+    family: ModelFamily
     config: Mapping[str, Any]
     """As its ``config.json`` or the recipe has it."""
     target: Target
@@ -77,7 +78,7 @@ def resolve(recipe: Recipe, base: Path, *, checkpoints: bool) -> ResolvedBuild:
     for name, part in recipe.components().items():
         opened = open_checkpoint(part.checkpoint, base) if checkpoints else None
         config = _configuration(name, part, base)
-        parts[name] = ResolvedComponent(name, part, config, _target(recipe, name, part), passes[name], opened)
+        parts[name] = ResolvedComponent(name, part, family, config, _target(recipe, name, part), passes[name], opened)
     return ResolvedBuild(recipe, base, family, target, parts)
 
 

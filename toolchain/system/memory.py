@@ -28,11 +28,13 @@ def free_bytes() -> int:
         return 4_000_000_000
 
 
-def keep_none() -> None:
+def return_large_allocations() -> None:
     """Have the C library ask the system for every large piece of memory, and give it back when it is freed.
 
     glibc keeps freed pieces of up to 32 MB, which is the size of activations: what is kept in fragments adds up to
-    gigabytes.
+    gigabytes. This holds for the whole process from then on, and cannot be undone; doing it again changes nothing. So
+    only what builds calls it: :func:`toolchain.build.compile.compile_recipe`, and
+    :func:`toolchain.build.tasks.run_task` in whatever process it runs.
     """
     if (mallopt := _c("mallopt")) is not None:
         mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)

@@ -8,28 +8,25 @@ was altered since is found by its digest, and built again.
 from __future__ import annotations
 
 import contextlib
-import errno
-import functools
 import hashlib
 import json
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from toolchain.errors import ResourceError
+from toolchain.system.claims import claimed_folder, remove_abandoned
+from toolchain.system.disk import full_disk_named
 
 ENTRY_FILE = "entry.json"
-DATA = "data"
+DATA, SCRATCH = "data", "scratch"
 KINDS = ("templates", "artifacts", "gates", "builds")
 SMALL_BYTES = 16_000_000
 """Entries up to this size are read whole before they are used: templates, gate results."""
-FULL_BYTES = 1_000_000
-"""A disk with less room than this is full."""
 DEFAULT_LIMIT_BYTES = 40_000_000_000
 LOCATION_VARIABLE, LIMIT_VARIABLE = "SORA_COMPILE_CACHE", "SORA_COMPILE_CACHE_LIMIT"
 
@@ -102,7 +99,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Made:
+class NewEntry:
     """What a maker says of the entry that it made.
 
     ``digests`` are the sha256 of files that it knows, by path; the store reads the others again.
@@ -137,7 +134,7 @@ class Store:
             _remove(folder)
         return None
 
-    def obtain(self, kind: str, key: str, make: Callable[[Path], Made]) -> Entry:
+    def get_or_make(self, kind: str, key: str, make: Callable[[Path], NewEntry]) -> Entry:
         """The entry, made now if need be: ``make`` fills the folder that it is given.
 
         Two processes that want the same entry make it once.
@@ -151,18 +148,18 @@ class Store:
         with self._locked(kind, key):
             return self.get(kind, key) or self._make(kind, key, make)
 
-    def _make(self, kind: str, key: str, make: Callable[[Path], Made]) -> Entry:
+    def _make(self, kind: str, key: str, make: Callable[[Path], NewEntry]) -> Entry:
         with self.scratch() as scratch:
             data = scratch / DATA
             data.mkdir()
-            made = make(data)
-            meta = dict(made.meta)
+            new = make(data)
+            meta = dict(new.meta)
             files = []
             for path in sorted(p for p in data.rglob("*") if p.is_file()):
                 stat = path.stat()
                 relative = path.relative_to(data).as_posix()
                 files.append(
-                    StoredFile(relative, stat.st_size, made.digests.get(path) or digest(path), stat.st_mtime_ns)
+                    StoredFile(relative, stat.st_size, new.digests.get(path) or digest(path), stat.st_mtime_ns)
                 )
             text = json.dumps({"files": [f.__dict__ for f in files], "meta": meta}, indent=1)
             (scratch / ENTRY_FILE).write_text(text, encoding="utf-8")
@@ -204,19 +201,16 @@ class Store:
         _remove(entry.folder)
 
     def clear(self) -> int:
-        """Remove everything; returns the bytes removed."""
+        """Remove everything but what others are making just now; returns the bytes removed."""
         removed = sum(e.bytes for e in self.entries())
-        for folder in (*KINDS, "digests", "scratch", "locks"):
+        for folder in (*KINDS, "digests", "locks"):
             shutil.rmtree(self.root / folder, ignore_errors=True)
+        self.remove_abandoned()
         return removed
 
-    def sweep(self) -> None:
-        """Remove what killed processes were making."""
-        parent = self.root / "scratch"
-        for left in parent.iterdir() if parent.is_dir() else ():
-            pid = left.name.split("-")[0]
-            if pid.isdigit() and not process_alive(int(pid)):
-                shutil.rmtree(left, ignore_errors=True)
+    def remove_abandoned(self) -> None:
+        """Remove what killed processes were making, here or on another machine that shares the store."""
+        remove_abandoned(self.root / SCRATCH, "")
 
     # --- digests of other files, remembered while size and time stay the same ----------------------------
 
@@ -237,10 +231,12 @@ class Store:
         """Remember what is known of a file as it is now."""
         place = self.root / "digests" / f"{hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()}.json"
         with self._errors():
-            place.parent.mkdir(parents=True, exist_ok=True)
-            part = place.with_name(f"{place.name}.{os.getpid()}")
-            part.write_text(json.dumps({"stamp": _stamp(path), "value": value}), encoding="utf-8")
-            part.replace(place)
+            for parent in (place.parent, self.root / SCRATCH):
+                parent.mkdir(parents=True, exist_ok=True)
+            with claimed_folder(self.root / SCRATCH, "") as scratch:
+                part = scratch / place.name
+                part.write_text(json.dumps({"stamp": _stamp(path), "value": value}), encoding="utf-8")
+                part.replace(place)
 
     def _folder(self, kind: str, key: str) -> Path:
         return self.root / kind / key[:2] / key
@@ -263,25 +259,19 @@ class Store:
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:
-        """A folder of this process, removed afterwards.
+        """A new folder that nobody else touches, removed afterwards.
 
-        Converters have many ways to say that the disk is full: what fails when it is, is raised as ENOSPC.
+        Raises:
+            OSError: ``ENOSPC`` if the disk is full when the body fails, whatever it raised.
+            ResourceError: the store cannot be written.
         """
-        parent = self.root / "scratch"
-        with self._errors():
-            parent.mkdir(parents=True, exist_ok=True)
-            self.sweep()
-            scratch = Path(tempfile.mkdtemp(dir=parent, prefix=f"{os.getpid()}-"))
-            scratch.chmod(0o755)
-        try:
-            yield scratch
-        except Exception as e:
-            full = min(shutil.disk_usage(p).free for p in (scratch, tempfile.gettempdir())) < FULL_BYTES
-            if full and not isinstance(e, OSError):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from e
-            raise
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+        with contextlib.ExitStack() as claim:
+            with self._errors():
+                (self.root / SCRATCH).mkdir(parents=True, exist_ok=True)
+                self.remove_abandoned()
+                scratch = claim.enter_context(claimed_folder(self.root / SCRATCH, ""))
+            with full_disk_named(scratch.parent):
+                yield scratch
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
@@ -297,7 +287,7 @@ class _BusyError(Exception):
     """Another process holds an entry's lock."""
 
 
-def place(source: Path, destination: Path) -> None:
+def clone_or_copy(source: Path, destination: Path) -> None:
     """Give ``destination`` the content of ``source`` as cheaply as the file system can.
 
     A copy-on-write clone, else a hard link, else a copy.
@@ -323,17 +313,6 @@ def _clone(source: Path, destination: Path) -> bool:
     except OSError:
         destination.unlink(missing_ok=True)
         return False
-    return True
-
-
-def process_alive(pid: int) -> bool:
-    """Whether a process of this machine still runs."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
     return True
 
 
@@ -367,24 +346,3 @@ def _limit(text: str) -> int:
         return int(TypeAdapter(Bytes).validate_python(text))
     except ValidationError as e:
         raise ResourceError(f"{LIMIT_VARIABLE}={text}: expected a size, as 20GB") from e
-
-
-@functools.cache
-def code_version(*packages: str) -> str:
-    """Digest of the sources of packages, ours or a plugin's: what is built depends on them.
-
-    A package in a package of another name also depends on the modules beside it (``targets.coreml`` on
-    ``targets/*.py``), not on the packages there.
-    """
-    import importlib
-
-    whole = hashlib.sha256()
-    for name in sorted(packages):
-        file = Path(str(importlib.import_module(name).__file__))
-        sources = list(file.parent.rglob("*.py")) if file.name == "__init__.py" else [file]
-        if "." in name:
-            sources += file.parent.parent.glob("*.py")
-        for path in sorted(sources):
-            whole.update(f"{name} {path.name}\n".encode())
-            whole.update(path.read_bytes())
-    return whole.hexdigest()

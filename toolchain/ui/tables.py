@@ -16,21 +16,13 @@ from toolchain.formats.bundle import Bundle
 from toolchain.formats.manifest import BlockEntry, Manifest
 from toolchain.ir.target import distinct_functions
 from toolchain.planning.plan import ComponentPlan, Plan
+from toolchain.system.disk import readable_size
 
 if TYPE_CHECKING:
     from toolchain.accuracy.diff import Comparison
     from toolchain.accuracy.verify import Verification
     from toolchain.accuracy.walk import Explanation
     from toolchain.system.store import Store
-
-
-def size(count: float) -> str:
-    """Bytes for people: ``85.1 MB``."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
 
 
 def runs(rate: str) -> str:
@@ -87,7 +79,7 @@ def plan_table(planned: Plan) -> RenderableType:
         for b in component["blocks"]:
             each = (
                 f"{b['parameters']:,}",
-                size(b["weight_bytes"]),
+                readable_size(b["weight_bytes"]),
                 b["structure"][:8],
                 "kept" if b["resident"] else "loaded each time",
             )
@@ -95,7 +87,7 @@ def plan_table(planned: Plan) -> RenderableType:
         groups.append(table)
         groups.append(
             Text(
-                f"{component['parameters']:,} parameters, {size(component['weight_bytes'])} "
+                f"{component['parameters']:,} parameters, {readable_size(component['weight_bytes'])} "
                 f"of {component['precision']} in {len(component['blocks'])} blocks "
                 f"of {component['distinct_structures']} structures"
             )
@@ -126,7 +118,7 @@ def bundle_summary(bundle: Bundle) -> RenderableType:
     m = bundle.manifest
     blocks = sum(len(c.blocks) for c in m.components.values())
     total = sum(f.bytes for f in bundle.files())
-    return Text(f"{bundle.path}\n{m.target.name}: {blocks} blocks, {size(total)}; {_proof(m)}")
+    return Text(f"{bundle.path}\n{m.target.name}: {blocks} blocks, {readable_size(total)}; {_proof(m)}")
 
 
 def _proof(m: Manifest) -> str:
@@ -152,14 +144,14 @@ def bundle_table(bundle: Bundle) -> RenderableType:
             table.add_column(column, justify="right" if column in ("parameters", "bytes") else "left")
         for b in component.blocks:
             sources = dict.fromkeys(i.source.split(".")[0] for i in b.inputs)
-            figures = (f"{b.parameters:,}", size(sum(f.bytes for f in b.files)))
+            figures = (f"{b.parameters:,}", readable_size(sum(f.bytes for f in b.files)))
             table.add_row(b.name, runs(b.rate), ", ".join(b.functions), *figures, _errors(b), ", ".join(sources))
         groups.append(table)
     g, s = m.geometry, m.sampler
     leap = f", leap: {s.leap.kind}" if s.leap is not None else ""
     merged = sum(step.function == "merged" for step in s.steps)
     lines = [
-        f"{m.name} ({m.model}), {m.target.name}, {size(sum(f.bytes for f in bundle.files()))}",
+        f"{m.name} ({m.model}), {m.target.name}, {readable_size(sum(f.bytes for f in bundle.files()))}",
         f"{g.frames} frames of {g.width}×{g.height} at {g.fps}/s, "
         f"latents {g.latent_frames}×{g.latent_height}×{g.latent_width}",
         f"{len(s.steps)} denoiser calls, {merged} of them merged, guidance {s.guidance}{leap}",
@@ -235,7 +227,7 @@ def comparison_table(found: Comparison) -> RenderableType:
         for b in changed:
             errors = " → ".join("-" if e is None else f"{e:.2g}" for e in (b.a_error, b.b_error))
             outputs = b.reason if b.outputs is None else ", ".join(f"{f} {e:.2g}" for f, e in b.outputs.items())
-            table.add_row(b.block, f"{size(b.a_bytes)} → {size(b.b_bytes)}", errors, outputs)
+            table.add_row(b.block, f"{readable_size(b.a_bytes)} → {readable_size(b.b_bytes)}", errors, outputs)
         groups.append(table)
     same = len(found.blocks) - len(changed)
     groups.append(Text(f"{len(changed)} blocks differ, {same} are the same byte for byte"))
@@ -264,10 +256,10 @@ def cache_json(store: Store, action: str) -> dict[str, Any]:
 def cache_table(data: dict[str, Any]) -> RenderableType:
     """The store for people."""
     total = sum(k["bytes"] for k in data["kinds"].values())
-    lines = [f"{data['location']}: {size(total)} of at most {size(data['limit_bytes'])}"]
-    lines += [f"  {kind}: {k['entries']}, {size(k['bytes'])}" for kind, k in data["kinds"].items()]
+    lines = [f"{data['location']}: {readable_size(total)} of at most {readable_size(data['limit_bytes'])}"]
+    lines += [f"  {kind}: {k['entries']}, {readable_size(k['bytes'])}" for kind, k in data["kinds"].items()]
     if "damaged" in data:
         lines.append(f"{len(data['damaged'])} damaged entries removed" if data["damaged"] else "all entries are whole")
     if "removed_bytes" in data:
-        lines.append(f"cleared: {size(data['removed_bytes'])}")
+        lines.append(f"cleared: {readable_size(data['removed_bytes'])}")
     return Text("\n".join(lines))
