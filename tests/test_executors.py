@@ -21,7 +21,7 @@ from toolchain.build.admission import Admission
 from toolchain.build.parallel import Parallel
 from toolchain.build.tasks import builders
 from toolchain.errors import LoweringError
-from toolchain.formats.recipe import load_recipe
+from toolchain.formats.recipe_file import load_recipe
 from toolchain.planning.plan import plan
 from toolchain.system.store import Store
 

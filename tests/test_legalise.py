@@ -105,7 +105,7 @@ def test_a_new_target_brings_its_form(graph: Graph) -> None:
     assert {type(leaf).__name__ for leaf in found.values() if leaf.kind == "mlp"} == {"ReluMlp"}
     assert isinstance(found["x_embedder"].proj, nn.Linear)
     assert legal.weights == graph.weights | {
-        "x_embedder.proj.weight": WeightSource("x_embedder.proj.weight", (64, 16))
+        "x_embedder.proj.weight": WeightSource(("x_embedder.proj.weight",), (64, 16))
     }  # all other parameters are shared
 
 
@@ -197,7 +197,7 @@ def test_a_part_of_a_tensor_is_not_divided_again() -> None:
     [
         (None, "gives no sources, but the leaf has no own.weight"),
         ({}, "parameters and their sources differ: own.weight"),
-        ({"own.weight": WeightSource("weight", (6, 6))}, "sources name what the leaf lacks: weight"),
+        ({"own.weight": WeightSource(("weight",), (6, 6))}, "sources name what the leaf lacks: weight"),
     ],
     ids=["shared", "none", "wrong"],
 )
@@ -244,7 +244,7 @@ def made(form: LegalForm, leaf: Leaf) -> Leaf:
     assert legal is not None
     if legal.sources is not None:
         state = leaf.state_dict()
-        legal.leaf.load_state_dict({k: s.of(state[s.tensor]) for k, s in legal.sources.items()}, assign=True)
+        legal.leaf.load_state_dict({k: s.value(state.__getitem__) for k, s in legal.sources.items()}, assign=True)
     return legal.leaf
 
 

@@ -19,7 +19,7 @@ from toolchain.formats.recipe import Recipe
 from toolchain.formats.recipe_file import parse_recipe
 from toolchain.ir.dtypes import DTYPES
 from toolchain.ir.graph import Graph
-from toolchain.ir.passes import Pass, PassResult, Pipeline
+from toolchain.ir.passes import Pass, Pipeline
 from toolchain.ir.storage import BFLOAT16, FLOAT16, FLOAT32, PLAIN, Part, Plain, Storage
 from toolchain.ir.target import Target, TargetConfig
 from toolchain.planning.plan import Plan, plan_resolved
@@ -102,12 +102,12 @@ class Compress(Pass):
 
     name = "compress"
 
-    def call(self, graph: Graph) -> PassResult:
+    def call(self, graph: Graph) -> Graph:
         weights = {
             name: dataclasses.replace(w, storage=Int8Rows()) if ".mlp.fc" in name and len(w.shape) == 2 else w
             for name, w in graph.weights.items()
         }
-        return PassResult(dataclasses.replace(graph, weights=weights), modified=True)
+        return dataclasses.replace(graph, weights=weights)
 
 
 class Open(ExecuTorchTarget):

@@ -21,7 +21,8 @@ from passes.partition import Partition
 from passes.token_merge import FUNCTION, TokenMerge
 from toolchain.build.compile import resolve
 from toolchain.errors import LoweringError, RecipeError
-from toolchain.formats.recipe import Recipe, parse_recipe
+from toolchain.formats.recipe import Recipe
+from toolchain.formats.recipe_file import parse_recipe
 from toolchain.ir.graph import Graph, Input, Leaf, LoweredForm, WeightSource, capture, compute_nodes, wire
 from toolchain.ir.graph_text import graph_text
 from toolchain.ir.passes import Pass, PassConfig, Pipeline

@@ -18,7 +18,7 @@ from targets.coreml.lower import _convert
 from toolchain.formats.recipe import Recipe
 from toolchain.formats.recipe_file import parse_recipe
 from toolchain.ir.blocks import Block, Port
-from toolchain.models.family import sample_input
+from toolchain.models.samples import sample_input
 from toolchain.planning.plan import plan
 
 pytestmark = pytest.mark.slow
@@ -105,7 +105,8 @@ def structures(recipe: Recipe, component: str) -> Iterator[tuple[Any, Block, Blo
     """One block of every structure, as it is lowered and as it was captured."""
     lowering = plan(recipe).components[component]
     seen = set()
-    for block, eager in zip(lowering.blocks, lowering.reference, strict=True):
+    for pair in lowering.pairs:
+        block, eager = pair.lowered, pair.plain
         if block.structure() not in seen:
             seen.add(block.structure())
             yield lowering, block, eager
@@ -118,10 +119,11 @@ def test_blocks_of_every_structure(component: str, precision: Any, tmp_path: Pat
     functions = set()
     for lowering, block, eager in structures(recipe, component):
         generator = torch.Generator().manual_seed(0)
-        shapes = {s.tensor: lowering.definition.expected[s.tensor] for s in eager.weights.values()}
+        names = {n for w in eager.weights.values() for n in w.source.tensors}
+        shapes = {n: lowering.definition.expected[n] for n in names}
         tensors = {n: synthetic.value(n, s, generator) for n, s in sorted(shapes.items())}
         weights, plain = (
-            {k: s.of(tensors[s.tensor]).contiguous() for k, s in b.weights.items()} for b in (block, eager)
+            {k: w.source.value(tensors.__getitem__).contiguous() for k, w in b.weights.items()} for b in (block, eager)
         )
         artifact = lowering.target.lower(block, weights, tmp_path / f"{block.name}.mlpackage")
         engine = lowering.target.engine(artifact.path, block.inputs, block.outputs, device=False)
@@ -132,7 +134,7 @@ def test_blocks_of_every_structure(component: str, precision: Any, tmp_path: Pat
             for port in eager.signatures[function].inputs:
                 spec = specs.get((port.name, port.shape))
                 inputs[port.name] = (
-                    sample_input(spec, recipe, generator)
+                    sample_input(spec, generator)
                     if spec and eager.sources[port.name].startswith("inputs.")
                     else torch.randn(port.shape, generator=generator)
                 )

@@ -176,7 +176,7 @@ def whole() -> Any:
 def test_every_structure(whole: Any, tmp_path: Path, component: str) -> None:
     lowering = whole.components[component]
     expected = lowering.definition.expected
-    kinds = {b.structure(): (b, plain) for b, plain in zip(lowering.blocks, lowering.reference, strict=True)}
+    kinds = {p.lowered.structure(): (p.lowered, p.plain) for p in lowering.pairs}
     for block, plain in kinds.values():
         weights = official_weights(block, expected)
         artifact = TARGET.lower(block, own_weights(block, weights), tmp_path / block.name)
