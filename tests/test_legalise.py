@@ -21,11 +21,13 @@ from targets.forms.patch_embedding import PATCHES_BY_LINEAR
 from targets.forms.residual_stream import RESIDUAL_SCALE, SMALL_RESIDUAL_STREAM
 from toolchain.errors import LoweringError
 from toolchain.ir.contracts import AttentionLeaf, GeluLeaf, ResidualLeaf, attend, tanh_gelu
-from toolchain.ir.graph import Graph, Input, LoweredForm, WeightSource, capture, leaf_of, wire
+from toolchain.ir.feeds import Given, Latents
+from toolchain.ir.graph import Graph, Input, LoweredForm, capture, leaf_of, wire
 from toolchain.ir.graph_text import graph_text, leaves_text
 from toolchain.ir.leaves import Leaf, LegalForm, LegalLeaf, plain_attributes
 from toolchain.ir.legalise import legalise
 from toolchain.ir.target import Target
+from toolchain.ir.weights import Weight, WeightSource
 from toolchain.models.open_sora_v1_2.stdit3 import LoweredSTDiT3, STDiT3, STDiT3Config
 from toolchain.models.open_sora_v1_2.stdit3_leaves import Mlp, PatchEmbed
 from toolchain.models.open_sora_v1_2.vae_conv import CausalConv3d
@@ -50,7 +52,10 @@ class OneLeaf(LoweredForm):
         self.leaf, self.shape = leaf, shape
 
     def inputs(self) -> tuple[Input, ...]:
-        return (Input("x", self.shape),)
+        return (Input("x", self.shape, Latents()),)
+
+    def gives(self) -> dict[str, Given]:
+        return {"y": "prediction"}
 
     def dims(self) -> dict[str, int]:
         return {}
@@ -105,7 +110,7 @@ def test_a_new_target_brings_its_form(graph: Graph) -> None:
     assert {type(leaf).__name__ for leaf in found.values() if leaf.kind == "mlp"} == {"ReluMlp"}
     assert isinstance(found["x_embedder"].proj, nn.Linear)
     assert legal.weights == graph.weights | {
-        "x_embedder.proj.weight": WeightSource(("x_embedder.proj.weight",), (64, 16))
+        "x_embedder.proj.weight": Weight(WeightSource(("x_embedder.proj.weight",), (64, 16)))
     }  # all other parameters are shared
 
 
@@ -186,7 +191,7 @@ def test_a_part_of_a_tensor_is_not_divided_again() -> None:
 
     def halve(leaf: Leaf) -> LegalLeaf:
         names = [name for name, _ in leaf.named_parameters()]
-        return LegalLeaf(leaf.changed(), {n: WeightSource(n, (1,), select=((0, 0),)) for n in names})
+        return LegalLeaf(leaf.changed(), {n: WeightSource((n,), (1,), select=((0, 0),)) for n in names})
 
     with pytest.raises(LoweringError, match=r"'halves': 'leaf' was legalised before: 'taps\.0\.weight' is a part"):
         legalise(graph, (LegalForm("halves", "conv3d", halve),))

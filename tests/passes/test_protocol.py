@@ -19,10 +19,11 @@ import toolchain
 import toolchain.plugins
 from passes.partition import Partition
 from passes.token_merge import FUNCTION, TokenMerge
-from toolchain.build.compile import resolve
+from toolchain.build.pinning import pinned_recipe
 from toolchain.errors import LoweringError, RecipeError
 from toolchain.formats.recipe import Recipe
 from toolchain.formats.recipe_file import parse_recipe
+from toolchain.ir.feeds import Given, Latents
 from toolchain.ir.graph import Graph, Input, Leaf, LoweredForm, WeightSource, capture, compute_nodes, wire
 from toolchain.ir.graph_text import graph_text
 from toolchain.ir.passes import Pass, PassConfig, Pipeline
@@ -51,7 +52,10 @@ class Scales(LoweredForm):
         self.first, self.second = Scale(), Scale()
 
     def inputs(self) -> tuple[Input, ...]:
-        return (Input("x", (2, 3)),)
+        return (Input("x", (2, 3), Latents()),)
+
+    def gives(self) -> dict[str, Given]:
+        return {"x": "prediction"}
 
     def dims(self) -> dict[str, int]:
         return {"B": 2}
@@ -299,7 +303,10 @@ def test_another_pass_may_partition(recipe_data: dict[str, Any], third_party: No
     assert [b.name for b in planned.blocks] == ["a", "b"]
     assert shown[:2] == ["capture", "token-merge"] and shown[-1] == "halves{version=2 names=[a, b]}"
 
-    resolved = resolve(planned, {"transformer": SimpleNamespace(location="x")}, {"transformer": None})  # type: ignore[dict-item]
+    part = planned.components["transformer"]
+    opened = dataclasses.replace(part.resolved, opened=SimpleNamespace(location="x"))
+    located = dataclasses.replace(planned, components={"transformer": dataclasses.replace(part, resolved=opened)})
+    resolved = pinned_recipe(located, {"transformer": None})
     listed = resolved.model_dump(mode="json")["transformer"]["passes"]
     assert listed == [
         {"token-merge": {"where": ["self_attention", "cross_attention"]}},

@@ -17,6 +17,7 @@ from passes.partition import Partition
 from targets.executorch import ExecuTorchTarget
 from toolchain.errors import LoweringError
 from toolchain.ir.blocks import Block, extract_blocks
+from toolchain.ir.feeds import Given, Latents
 from toolchain.ir.graph import Input, LoweredForm, capture, wire
 from toolchain.ir.leaves import Leaf
 from toolchain.models.open_sora_v1_2.stdit3 import STDiT3, STDiT3Config
@@ -145,7 +146,10 @@ class Toy(LoweredForm):
         self.leaf, self.shape = leaf, shape
 
     def inputs(self) -> tuple[Input, ...]:
-        return (Input("x", self.shape),)
+        return (Input("x", self.shape, Latents()),)
+
+    def gives(self) -> dict[str, Given]:
+        return {"y": "prediction"}
 
     def dims(self) -> dict[str, int]:
         return {}
