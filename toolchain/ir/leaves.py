@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import BuiltinFunctionType, FunctionType
 from typing import Any, ClassVar, Self
 
@@ -73,7 +73,7 @@ class LegalForm:
 
     name: str
     of: str
-    make: Callable[[Leaf], LegalLeaf | None]
+    make: Callable[[Leaf], LegalLeaf | None] = field(repr=False)
 
 
 def plain_attributes(module: nn.Module) -> dict[str, object]:
