@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from toolchain.errors import LoweringError, PrecisionError, ResourceError
+from toolchain.ir.dtypes import dtype_of
 
 PIECE_BYTES = 1 << 22
 CACHED_BYTES = 1 << 18
@@ -62,7 +63,7 @@ def stored_pieces(name: str, weight: torch.Tensor, dtype: torch.dtype, buffers: 
         if not _finite(stored):
             if _finite(part.float()):
                 largest = float(weight.abs().max())
-                raise PrecisionError(f"weight '{name}' reaches {largest:.3g}, which {_name(dtype)} cannot hold")
+                raise PrecisionError(f"weight '{name}' reaches {largest:.3g}, which {dtype_of(dtype).name} cannot hold")
             raise LoweringError(f"weight '{name}' has numbers that are NaN or infinite; mend the checkpoint")
         yield raw(stored)
 
@@ -96,10 +97,6 @@ def _finite(tensor: torch.Tensor) -> bool:
     return not any(
         np.equal(np.bitwise_and(bits[at : at + step], exponent), exponent).any() for at in range(0, len(bits), step)
     )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def cut(path: Path, places: Sequence[tuple[int, int]]) -> None:

@@ -9,11 +9,10 @@ import coremltools as ct
 import numpy as np
 from coremltools.converters.mil.frontend.milproto.load import load as load_program
 
-from targets.coreml.lower import port_dtype
 from targets.streams import quiet
 from toolchain.errors import LoweringError
 from toolchain.ir.blocks import Block
-from toolchain.ir.target import distinct_functions
+from toolchain.ir.target import distinct_functions, port_dtype
 
 Interface = tuple[list[tuple[str, tuple[int, ...], str]], list[tuple[str, tuple[int, ...], str]]]
 
@@ -33,7 +32,7 @@ def check(package: Path, block: Block, precision: str) -> None:
         for side, have, ports in zip(
             ("inputs", "outputs"), interface, (signature.inputs, signature.outputs), strict=True
         ):
-            want = [(p.name, p.shape, np.dtype(port_dtype(p, precision)).name) for p in ports]
+            want = [(p.name, p.shape, port_dtype(p, precision).name) for p in ports]
             if have != want:
                 raise LoweringError(f"block '{block.name}', function '{function}': {side} are {have}, expected {want}")
 

@@ -17,11 +17,11 @@ from targets.exporting import export, reason
 from targets.streams import quiet
 from toolchain.errors import LoweringError
 from toolchain.ir.blocks import Block, Port
-from toolchain.ir.target import Artifact, distinct_functions
+from toolchain.ir.target import Artifact, distinct_functions, port_dtype
 from toolchain.system.disk import full_disk_named
 from toolchain.system.memory import release
 
-PRECISIONS = {"float16": (ct.precision.FLOAT16, np.float16), "float32": (ct.precision.FLOAT32, np.float32)}
+PRECISIONS = {"float16": ct.precision.FLOAT16, "float32": ct.precision.FLOAT32}
 
 
 def lower(block: Block, weights: Mapping[str, torch.Tensor], out: Path, precision: str) -> Artifact:
@@ -46,7 +46,7 @@ def lower(block: Block, weights: Mapping[str, torch.Tensor], out: Path, precisio
 
 
 def _convert(block: Block, function: str, weights: Mapping[str, torch.Tensor], precision: str, path: Path) -> Path:
-    compute, _ = PRECISIONS[precision]
+    compute = PRECISIONS[precision]
     program = export(block, function, weights)
     signature = block.signatures[function]
     try:
@@ -54,9 +54,9 @@ def _convert(block: Block, function: str, weights: Mapping[str, torch.Tensor], p
             program,
             convert_to="mlprogram",
             inputs=[
-                ct.TensorType(name=p.name, shape=p.shape, dtype=port_dtype(p, precision)) for p in signature.inputs
+                ct.TensorType(name=p.name, shape=p.shape, dtype=numpy_dtype(p, precision)) for p in signature.inputs
             ],
-            outputs=[ct.TensorType(name=p.name, dtype=port_dtype(p, precision)) for p in signature.outputs],
+            outputs=[ct.TensorType(name=p.name, dtype=numpy_dtype(p, precision)) for p in signature.outputs],
             minimum_deployment_target=ct.target.iOS18,
             compute_precision=compute,
             pass_pipeline=with_own_float16(ct.PassPipeline.DEFAULT) if precision == "float16" else None,
@@ -68,8 +68,6 @@ def _convert(block: Block, function: str, weights: Mapping[str, torch.Tensor], p
     return path
 
 
-def port_dtype(port: Port, precision: str) -> Any:
-    """The numpy dtype of a port in the package."""
-    if not port.dtype.is_floating_point:
-        return np.int32
-    return np.float32 if port.exact else PRECISIONS[precision][1]
+def numpy_dtype(port: Port, precision: str) -> Any:
+    """The numpy type of a port in the package."""
+    return getattr(np, port_dtype(port, precision).name)

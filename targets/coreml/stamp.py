@@ -22,13 +22,12 @@ import torch
 from targets.coreml.schema import MODEL, read_model
 from targets.coreml.values import HEADER, SENTINEL
 from targets.stamping import Stretch, copy_with, cut, raw
+from toolchain.ir.dtypes import DTYPES, dtype_of
 from toolchain.ir.target import Artifact, Template, UnboundTemplateError
 
 WEIGHTS = Path("Data/com.apple.CoreML/weights/weight.bin")
 ALIGNMENT = 64
 BLOB_TYPES: Mapping[int, torch.dtype] = {1: torch.float16, 2: torch.float32}
-NAMES = {torch.float16: "float16", torch.float32: "float32"}
-DTYPES = {name: dtype for dtype, name in NAMES.items()}
 LARGEST_IMMEDIATE = 9
 """Elements of the largest tensor that coremltools keeps in the program."""
 
@@ -46,7 +45,7 @@ class Slot:
 
     @property
     def size(self) -> int:
-        return self.count * DTYPES[self.dtype].itemsize
+        return self.count * DTYPES[self.dtype].bytes
 
 
 def blobs(data: mmap.mmap) -> Iterator[tuple[torch.dtype | None, int, int]]:
@@ -112,7 +111,7 @@ def _find(blob: bytes, dtype: torch.dtype, offset: int, weights: Mapping[str, to
             content = bytes(raw(weight.to(dtype)))
             at = 0 if whole and content == blob else content.find(blob) if not whole else -1
             if at >= 0 and at % size == 0:
-                found.append(Slot(name, at // size, count, WEIGHTS.as_posix(), offset, NAMES[dtype]))
+                found.append(Slot(name, at // size, count, WEIGHTS.as_posix(), offset, dtype_of(dtype).name))
         if len(found) == 1:
             return found[0]
         if found:
@@ -127,10 +126,10 @@ def _immediates(package: Path, weights: Mapping[str, torch.Tensor]) -> Iterator[
         UnboundTemplateError: a constant's bytes are not found in the file.
     """
     small = {
-        (NAMES[dtype], bytes(raw(w.to(dtype)))): name
+        (dtype_of(dtype).name, bytes(raw(w.to(dtype)))): name
         for name, w in weights.items()
         if w.numel() <= LARGEST_IMMEDIATE
-        for dtype in NAMES
+        for dtype in BLOB_TYPES.values()
     }
     if not small:
         return
@@ -190,7 +189,7 @@ def stamp(template: Template, weights: Mapping[str, torch.Tensor], out: Path) ->
 
     stretches: dict[str, list[Stretch]] = {}
     for slot in slots:
-        dtype = DTYPES[slot.dtype]
+        dtype = DTYPES[slot.dtype].torch
         stretch = Stretch(slot.offset, slot.size, slot.weight, dtype, functools.partial(read, slot))
         stretches.setdefault(slot.file, []).append(stretch)
     shutil.copytree(source, out, ignore=lambda _, names: [n for n in names if n == WEIGHTS.name])

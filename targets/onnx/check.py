@@ -10,6 +10,7 @@ from targets.exporting import reason
 from targets.onnx import weights as store
 from toolchain.errors import LoweringError
 from toolchain.ir.blocks import Block, Port
+from toolchain.ir.dtypes import dtype_of
 from toolchain.ir.target import distinct_functions
 
 
@@ -68,4 +69,4 @@ def _interface(value: onnx.ValueInfoProto) -> tuple[str, tuple[int, ...], str]:
 
 
 def _expected(port: Port) -> tuple[str, tuple[int, ...], str]:
-    return port.name, port.shape, str(port.dtype).removeprefix("torch.")
+    return port.name, port.shape, dtype_of(port.dtype).name

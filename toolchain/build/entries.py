@@ -14,9 +14,10 @@ from toolchain.formats import manifest as m
 from toolchain.formats.manifest import GateMode
 from toolchain.formats.recipe import Recipe
 from toolchain.formats.schedule import plan_steps
-from toolchain.ir.blocks import Block
+from toolchain.ir.blocks import Block, Port
 from toolchain.ir.dtypes import PortType
 from toolchain.ir.feeds import Given
+from toolchain.ir.graph import Input
 from toolchain.ir.target import Target
 from toolchain.models.family import ModelFamily
 from toolchain.planning.plan import ComponentPlan, Plan
@@ -75,7 +76,7 @@ def _bytes_by_storage(block: Block) -> dict[str, int]:
     return dict(sorted(found.items()))
 
 
-def _tensor(port: Any, target: Target) -> dict[str, Any]:
+def _tensor(port: Port | Input, target: Target) -> dict[str, Any]:
     """A port's (or component input's) name, shape and dtype in the artifact."""
     return {"name": port.name, "dtype": target.port_dtype(port).name, "shape": list(port.shape)}
 

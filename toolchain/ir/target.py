@@ -123,11 +123,9 @@ class Target(abc.ABC):
         """Names of the storages that artifacts can express; any other is refused when a build is planned."""
         return (self.storage.name,)
 
-    def port_dtype(self, port: Port) -> DType:
-        """What an artifact takes or gives for a port: exact ones stay float32, integers are int32."""
-        if not port.dtype.is_floating_point:
-            return DTYPES["int32"]
-        return DTYPES["float32" if port.exact else self.precision]
+    def port_dtype(self, port: HasDtype) -> DType:
+        """What an artifact takes or gives for a port; see :func:`port_dtype`."""
+        return port_dtype(port, self.precision)
 
     @property
     def forms(self) -> tuple[LegalForm, ...]:
@@ -193,6 +191,23 @@ def find_target(name: str, options: dict[str, Any], key: str = "target") -> Targ
     """
     target: Target = plugins.configured(plugins.find(plugins.TARGETS, name, "target", key), options, key)
     return target
+
+
+class HasDtype(Protocol):
+    """A block's port, or a component's input."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def exact(self) -> bool: ...
+
+
+def port_dtype(port: HasDtype, precision: str) -> DType:
+    """What an artifact of a precision takes or gives for a port: exact ones stay float32, integers are int32."""
+    if not port.dtype.is_floating_point:
+        return DTYPES["int32"]
+    return DTYPES["float32" if port.exact else precision]
 
 
 def unique_weights(block: Block, seed: int = 0) -> dict[str, torch.Tensor]:
