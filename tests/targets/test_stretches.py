@@ -99,10 +99,10 @@ def test_halves_are_stored_as_if_by_way_of_float32(source: torch.dtype, stored: 
 @pytest.mark.parametrize(
     ("number", "source", "stored", "says"),
     [
-        (7e4, torch.float32, torch.float16, r"weight 'a.b' reaches 7e\+04, which float16 cannot hold; set precision"),
+        (7e4, torch.float32, torch.float16, r"weight 'a.b' reaches 7e\+04, which float16 cannot hold$"),
         (1e38, torch.bfloat16, torch.float16, r"weight 'a.b' reaches 9.97e\+37, which float16 cannot hold"),
-        (float("nan"), torch.float32, torch.float32, r"weight 'a.b' has numbers that are infinite or none"),
-        (float("-inf"), torch.float16, torch.float16, r"weight 'a.b' has numbers that are infinite or none"),
+        (float("nan"), torch.float32, torch.float32, r"weight 'a.b' has numbers that are NaN or infinite"),
+        (float("-inf"), torch.float16, torch.float16, r"weight 'a.b' has numbers that are NaN or infinite"),
     ],
 )
 def test_numbers_that_cannot_be_stored(number: float, source: torch.dtype, stored: torch.dtype, says: str) -> None:
