@@ -54,6 +54,12 @@ def test_a_claim_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("place", ["/proc", "nowhere"])
+def test_where_nothing_can_be_written(tmp_path: Path, place: str) -> None:
+    with pytest.raises(OSError), claimed_folder(tmp_path / place, "a-"):
+        raise AssertionError
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_nor_after_an_error(tmp_path: Path, error: type[BaseException]) -> None:
     with pytest.raises(error), claimed_folder(tmp_path, "a-"):

@@ -227,7 +227,7 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path / "tree"
 
 
-ARTIFACTS = ("toolchain.build.artifacts", "toolchain.models.family", "passes.partition")
+ARTIFACTS = ("toolchain.build.artifacts", "toolchain.models.open_sora_v1_2.family", "passes.partition")
 """With a target: what decides artifacts."""
 BUILD = ("toolchain.build.compile", *ARTIFACTS)
 
@@ -255,7 +255,7 @@ BUNDLES = {f"{t} bundles" for t in TARGETS}
         ("targets/onnx/added.txt", {"onnx artifacts", "onnx bundles"}),
         ("targets/coreml/ops/norms.py", {"coreml artifacts", "coreml bundles"}),
         ("toolchain/ir/graph.py", ALL),
-        ("toolchain/models/open_sora_v1_2/gelu.py", ALL),
+        ("toolchain/models/open_sora_v1_2/attention.py", ALL),
         ("toolchain/build/artifacts.py", ALL),
         ("passes/partition.py", ALL),
         ("toolchain/build/entries.py", BUNDLES),
@@ -282,7 +282,9 @@ def test_builds_use_these_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     from passes.partition import Partition, PartitionConfig
     from targets.onnx import OnnxTarget
     from toolchain.build.artifacts import code_modules
+    from toolchain.models.open_sora_v1_2.family import OpenSoraV12
 
+    family = object.__new__(OpenSoraV12)
     target, passes = object.__new__(OnnxTarget), (Partition(PartitionConfig()),)
     make: Callable[..., list[str]] = code_modules
-    assert set(make(SimpleNamespace(target=target, passes=passes))) == {*ARTIFACTS, "targets.onnx"}
+    assert set(make(SimpleNamespace(family=family, target=target, passes=passes))) == {*ARTIFACTS, "targets.onnx"}

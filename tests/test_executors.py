@@ -22,7 +22,8 @@ from toolchain.build.parallel import Parallel
 from toolchain.build.tasks import builders
 from toolchain.errors import LoweringError
 from toolchain.formats.recipe_file import load_recipe
-from toolchain.planning.plan import plan
+from toolchain.planning.plan import plan_resolved
+from toolchain.planning.resolve import resolve
 from toolchain.system.store import Store
 
 pytestmark = pytest.mark.slow
@@ -86,20 +87,21 @@ def test_two_builds_in_one_process(serial: tuple[Path, Path], tmp_path: Path) ->
     weights = load_file(other / "checkpoint/model.safetensors")
     save_file({k: v * 1.01 for k, v in weights.items()}, other / "checkpoint/model.safetensors")
     changes = {project: [], other: ["video.height=48", "video.width=32"]}
-    planned = {b: plan(load_recipe(b / "recipe.yaml", ["target=onnx", *c]), base=b) for b, c in changes.items()}
+    recipes = {b: load_recipe(b / "recipe.yaml", ["target=onnx", *c]) for b, c in changes.items()}
+    planned = {b: plan_resolved(resolve(r, b, checkpoints=True)) for b, r in recipes.items()}
     stores = {project: Store(tmp_path / "a"), other: Store(tmp_path / "b")}
     alone = Store(tmp_path / "alone")
     with one_process() as executor, contextlib.ExitStack() as stack:
         sources = {}
         for base, store in stores.items():
-            own = builders(planned[base], base, store, False)
-            source = Parallel(planned[base].recipe, base, own, store, executor, Admission(at_once=1))
+            own = builders(planned[base], store, False)
+            source = Parallel(recipes[base], base, own, store, executor, Admission(at_once=1))
             sources[base] = stack.enter_context(source)
         for number in range(len(planned[project].components["transformer"].blocks)):
             for base, source in sources.items():
                 block = planned[base].components["transformer"].blocks[number]
                 entry = source.artifact("transformer", block)
-                expected = builders(planned[base], base, alone, False)["transformer"].artifact(block)
+                expected = builders(planned[base], alone, False)["transformer"].artifact(block)
                 assert (entry.key, entry.meta) == (expected.key, expected.meta)
                 assert [(f.path, f.sha256) for f in entry.files] == [(f.path, f.sha256) for f in expected.files]
 

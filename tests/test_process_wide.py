@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from targets.coreml import CoreMLConfig, CoreMLTarget
 from targets.streams import quiet
 from toolchain.errors import LoweringError
 from toolchain.system.disk import full_disk_named, readable_size
@@ -149,7 +150,7 @@ def test_a_full_disk_while_core_ml_converts(
         seen.append(any(folder.iterdir()))
         return True
 
-    cut = cut_small(("patch-linear", "gelu-formula"))
+    cut = cut_small(CoreMLTarget(CoreMLConfig(precision="float32")).forms)
     block = cut.block("caption")
     monkeypatch.setattr(coreml.ct, "convert", fail)
     monkeypatch.setattr("toolchain.system.disk._full", full)

@@ -36,7 +36,7 @@ class FakeBuilder:
 
     def __init__(self, store: Store, direct: bool = False, unbound: bool = False) -> None:
         self.store, self.direct, self.unbound = store, direct, unbound
-        self.lowering = SimpleNamespace(blocks=[SimpleNamespace(name=n, parameters=10) for n in BLOCKS])
+        self.plan = SimpleNamespace(blocks=[SimpleNamespace(name=n, parameters=10) for n in BLOCKS])
 
     def template_key(self, block: Any) -> str:
         return f"template-{BLOCKS[block.name]}"
@@ -84,7 +84,7 @@ class Fake:
         return Parallel(recipe, Path(), builders, self.store, executor, admission or Admission())
 
     def all(self, source: Parallel) -> list[str]:
-        blocks: Any = self.builder.lowering.blocks
+        blocks: Any = self.builder.plan.blocks
         return [source.artifact("transformer", b).key for b in blocks]
 
 
@@ -126,7 +126,7 @@ def test_templates_come_before_what_needs_them(fake: Fake, executor: Executor) -
 
 
 def test_what_is_in_the_store_is_not_built(fake: Fake, executor: Executor) -> None:
-    blocks = fake.builder.lowering.blocks
+    blocks = fake.builder.plan.blocks
     fake.builder.artifact(blocks[0])
     fake.builder.template(blocks[2])
     with fake.source(executor) as source:

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LOCK_SUFFIX = ".lock"
+ACQUIRE_SECONDS = 60.0
+"""Nobody else wants a new lock, so more than this is a disk that cannot lock files."""
 UNTOUCHED_SECONDS = 24 * 3600.0
 """A folder without a lock, as earlier versions made them, is abandoned if nothing in it has changed for so long."""
 
@@ -38,8 +40,8 @@ def claimed_folder(parent: Path, prefix: str) -> Iterator[Path]:
     lock_file = _lock_file(folder)
     lock = FileLock(lock_file)
     try:
-        # the lock first: a folder is never seen without it
-        lock.acquire()
+        lock_file.touch(exist_ok=False)  # says why it cannot be made; acquiring would try again for ever
+        lock.acquire(timeout=ACQUIRE_SECONDS)  # before the folder, which is never seen without it
         folder.mkdir()
         folder.chmod(0o755)  # whatever the umask: others may read what is moved from here to its place
         yield folder
