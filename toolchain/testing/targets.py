@@ -122,7 +122,9 @@ def _check_pair(target: Target, pair: BlockPair, folder: Path, limit: float, rep
     engine = _engine(target, artifact, block, f"{where}numbers", report)
     if engine is not None:
         with report.part(f"{where}numbers"):
+            written = content(artifact.path)
             _check_numbers(engine, pair, artifact.functions, checkpoint, limit)
+            require(content(artifact.path) == written, "running it changed the artifact")
     check_stamping(target, pair, folder, checkpoint, artifact, report)
     with report.part(f"{where}damaged artifacts are refused"):
         for damaged in ruined(artifact.path, folder / "damaged"):
@@ -144,7 +146,9 @@ def _lower(target: Target, block: Block, weights: Mapping[str, torch.Tensor], fo
         require(torch.equal(weight, weights[name]), f"lower changed weight '{name}'")
     for path, digest in artifact.digests.items():
         require(file_digest(path) == digest, f"the digest of '{path.name}' is not that of the file")
+    written = content(out)
     target.check(out, block)
+    require(content(out) == written, "check changed the artifact")
     return artifact
 
 
@@ -267,13 +271,11 @@ def _check_others(target: Target, pairs: Sequence[BlockPair], artifacts: Sequenc
             if other.lowered.signatures == pair.lowered.signatures:
                 continue
             with report.part(what):
-                before = content(artifact.path)
                 try:
                     target.check(artifact.path, other.lowered)
                 except LoweringError as e:
                     require_refusal(e)
                 else:
                     raise AssertionError(f"check takes the artifact of '{pair.name}' for one of '{other.name}'")
-                require(content(artifact.path) == before, "check changed the artifact")
     if what not in report.checked:
         report.skip(what, "no two blocks differ in their ports")
