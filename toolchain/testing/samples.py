@@ -11,6 +11,7 @@ from torch import nn
 from toolchain.ir.blocks import Block, BlockPair, extract_blocks
 from toolchain.ir.feeds import Given, Latents, TextEmbedding, Timestep, TokenMask
 from toolchain.ir.graph import Graph, Input, LoweredForm, capture, wire
+from toolchain.ir.graph_text import definition_text
 from toolchain.ir.legalise import legalise
 from toolchain.ir.passes import find_pass
 from toolchain.ir.target import Target
@@ -25,17 +26,10 @@ CHANNELS, WIDTH, HEADS, PATCH, TEXT = 2, 8, 2, 2, 5
 class _Layer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.norm, self.mlp = leaves.SampleNorm(), leaves.SampleMlp(WIDTH)
+        self.norm_attn, self.norm_cross_attn, self.norm_mlp = (leaves.SampleNorm() for _ in range(3))
         self.attn = leaves.SampleSelfAttention(WIDTH, HEADS)
         self.cross_attn = leaves.SampleCrossAttention(WIDTH, HEADS)
-
-    def forward(
-        self, x: torch.Tensor, level: torch.Tensor, text: torch.Tensor, mask: torch.Tensor, frames: int
-    ) -> torch.Tensor:
-        x = x + self.attn(self.norm(x) + level, frames=frames)
-        x = x + self.cross_attn(self.norm(x), text, mask)
-        out: torch.Tensor = x + self.mlp(self.norm(x))
-        return out
+        self.mlp = leaves.SampleMlp(WIDTH)
 
 
 class _Sample(LoweredForm):
@@ -81,8 +75,11 @@ class _Sample(LoweredForm):
         level = wire(self.level(timestep), "level")
         positions = wire(self.positions(tokens=sizes["N"]), "positions")
         x = wire(self.start(self.patches(self.conv(latents)), positions), "x")
-        for layer in self.layers:
-            x = wire(layer(x, level, text, mask, sizes["T"]), "x")
+        for layer in self.layers:  # here, not in the layer: sums then belong to the parts that they are of
+            assert isinstance(layer, _Layer)
+            x = x + layer.attn(layer.norm_attn(x) + level, frames=sizes["T"])
+            x = x + layer.cross_attn(layer.norm_cross_attn(x), text, mask)
+            x = wire(x + layer.mlp(layer.norm_mlp(x)), "x")
         return wire(self.end(self.norm(x)), "out"), wire(self.no_text, "no_text")
 
 
@@ -105,10 +102,14 @@ def sample_pairs(target: Target, graph: Graph | None = None) -> tuple[BlockPair,
 
     Raises:
         LoweringError: the target's forms have no answer for a leaf.
+        AssertionError: a form edits the leaf that it is given.
     """
     graph = (sample_graph(merged=True) if graph is None else graph).stored_as(target.storage)
-    cut = find_pass("partition", {}, "sample")
-    lowered, plain = extract_blocks(cut(legalise(graph, target.forms))), extract_blocks(cut(graph))
+    cut, before = find_pass("partition", {}, "sample"), definition_text(graph)
+    legal = legalise(graph, target.forms)
+    if definition_text(graph) != before:
+        raise AssertionError(f"target '{target.name}': a legal form edits the leaf that it is given; use Leaf.changed")
+    lowered, plain = extract_blocks(cut(legal)), extract_blocks(cut(graph))
     pairs = {low.structure(): BlockPair(low, own) for low, own in reversed(list(zip(lowered, plain, strict=True)))}
     return tuple(reversed(pairs.values()))
 

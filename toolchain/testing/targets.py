@@ -12,6 +12,7 @@ def test_my_target(tmp_path):
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -101,7 +102,8 @@ def _check_imports(target: Target, converters: Sequence[str]) -> None:
     module, name = type(target).__module__, type(target).__qualname__
     code = f"import sys, json\nfrom {module} import {name} as T\nt = T()\nt.storage, t.storages, t.forms\n"
     code += f"print(json.dumps([m for m in {list(converters)!r} if m in sys.modules]))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     require(done.returncode == 0, f"cannot be imported in a process of its own: {done.stderr[-300:]}")
     found = json.loads(done.stdout.splitlines()[-1])
     require(not found, f"importing it imports {', '.join(found)}")
