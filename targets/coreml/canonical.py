@@ -31,7 +31,7 @@ def canonicalise(package: Path) -> None:
     }
     manifest["itemInfoEntries"] = {renamed[k]: v for k, v in manifest["itemInfoEntries"].items()}
     manifest["rootModelIdentifier"] = renamed[manifest["rootModelIdentifier"]]
-    (package / "Manifest.json").write_text(json.dumps(manifest, indent=4, sort_keys=True))
+    (package / "Manifest.json").write_text(json.dumps(manifest, indent=4, sort_keys=True) + "\n")
     for path in package.rglob("*"):  # some were temporary files, which only their owner can read
         path.chmod(0o755 if path.is_dir() else 0o644)
     known = {"Manifest.json", "Data"}

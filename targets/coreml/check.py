@@ -9,6 +9,7 @@ import coremltools as ct
 import numpy as np
 from coremltools.converters.mil.frontend.milproto.load import load as load_program
 
+from targets.coreml.schema import read_model
 from targets.streams import quiet
 from toolchain.errors import LoweringError
 from toolchain.ir.blocks import Block
@@ -41,10 +42,9 @@ def interfaces(package: Path) -> dict[str, Interface]:
     """Inputs and outputs (name, shape, dtype) of every function, read from the saved program itself."""
     with quiet():
         try:
-            spec = ct.utils.load_spec(str(package))
-            program = load_program(
-                spec, spec.specificationVersion, file_weights_dir=str(package / "Data/com.apple.CoreML/weights")
-            )
+            model, folder = read_model(package)  # coremltools' own reader writes the manifest anew
+            spec = ct.proto.Model_pb2.Model.FromString(model.SerializeToString())
+            program = load_program(spec, spec.specificationVersion, file_weights_dir=str(folder / "weights"))
         except Exception as e:
             raise LoweringError(f"'{package.name}' is not a package that can be read back: {e}") from e
     return {
