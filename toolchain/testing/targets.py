@@ -62,11 +62,12 @@ def check_target(
     if converters:
         with report.part("imports no converter before it lowers"):
             _check_imports(target, converters)
-    artifacts = []
+    artifacts: list[Artifact] = []
     for pair in pairs:
         own = folder / pair.name
         own.mkdir()
-        artifacts.append(_check_pair(target, pair, own, relative_error, report))
+        # that a stamped block equals the lowered one shows for each that lowering gives the same again; once is enough
+        artifacts.append(_check_pair(target, pair, own, relative_error, report, twice=not artifacts))
     _check_others(target, pairs, artifacts, report)
     return report
 
@@ -109,7 +110,7 @@ def _check_imports(target: Target, converters: Sequence[str]) -> None:
     require(not found, f"importing it imports {', '.join(found)}")
 
 
-def _check_pair(target: Target, pair: BlockPair, folder: Path, limit: float, report: Report) -> Artifact:
+def _check_pair(target: Target, pair: BlockPair, folder: Path, limit: float, report: Report, twice: bool) -> Artifact:
     block, where = pair.lowered, f"block '{pair.name}': "
     checkpoint = Checkpoint(pair.plain.weights)
     weights = checkpoint.values(block.weights)
@@ -118,9 +119,10 @@ def _check_pair(target: Target, pair: BlockPair, folder: Path, limit: float, rep
         _check_legal(pair, checkpoint, limit)
     with report.part(f"{where}lowering"):
         artifact = _lower(target, block, weights, folder / "lowered")
-        again = _lower(target, block, weights, folder / "again")
-        said = difference(artifact.path, again.path)
-        require(not said, f"lowered twice with the same weights, {said}")
+        if twice:
+            again = _lower(target, block, weights, folder / "again")
+            said = difference(artifact.path, again.path)
+            require(not said, f"lowered twice with the same weights, {said}")
     engine = _engine(target, artifact, block, f"{where}numbers", report)
     if engine is not None:
         with report.part(f"{where}numbers"):
