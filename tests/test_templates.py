@@ -20,7 +20,7 @@ from toolchain.formats.recipe import ComponentRecipe
 from toolchain.ir.blocks import Block, BlockPair
 from toolchain.ir.passes import Pipeline
 from toolchain.ir.target import Artifact, Target, UnboundTemplateError, unique_weights
-from toolchain.models.family import Definition
+from toolchain.models.family import Definition, find_family
 from toolchain.planning.plan import ComponentPlan
 from toolchain.planning.resolve import ResolvedComponent
 from toolchain.system.store import Store
@@ -119,6 +119,8 @@ def make_builder(target: Target, block: Block, held: dict[str, torch.Tensor], fo
     checkpoint = open_checkpoint(str(folder), folder)
     definition = Definition("transformer", {}, {}, ())
     part = ComponentRecipe(checkpoint=str(folder))
-    resolved = ResolvedComponent("transformer", part, {}, target, Pipeline((), Partition()), checkpoint)
+    resolved = ResolvedComponent(
+        "transformer", part, find_family("open-sora-v1.2"), {}, target, Pipeline((), Partition()), checkpoint
+    )
     plan = ComponentPlan(resolved, definition, (), (BlockPair(block, block),), ())
     return Builder(plan, tensor_digests(checkpoint), store, direct=False)

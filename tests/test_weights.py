@@ -249,7 +249,7 @@ def held() -> dict[str, torch.Tensor]:
 
 
 def fused() -> Block:
-    (block,) = extract_blocks(Partition()(capture(Fused())).graph)
+    (block,) = extract_blocks(Partition()(capture(Fused())))
     return block
 
 

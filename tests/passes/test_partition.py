@@ -17,9 +17,11 @@ from passes.partition import Partition, PartitionConfig
 from passes.token_merge import TokenMerge
 from toolchain.errors import LoweringError
 from toolchain.ir.blocks import Block, extract_blocks
+from toolchain.ir.feeds import Given, Latents
 from toolchain.ir.graph import Graph, Input, LoweredForm, capture, compute_nodes, wire
 from toolchain.ir.graph_text import graph_text
 from toolchain.ir.leaves import Leaf
+from toolchain.ir.storage import FLOAT16
 from toolchain.models.open_sora_v1_2.stdit3 import LoweredSTDiT3, STDiT3, STDiT3Config
 
 TINY = {"hidden_size": 8, "num_heads": 2, "caption_channels": 4, "model_max_length": 3}
@@ -93,8 +95,15 @@ def test_numbers_are_padded_so_that_names_sort() -> None:
 
 
 def test_bytes_are_those_of_the_artifacts_precision() -> None:
-    graph = dataclasses.replace(captured(4), bytes_per_weight=2.0)
+    graph = captured(4).stored_as(FLOAT16)
     assert names(graph, max_bytes=PAIR_BYTES) == ["pair_0_1", "pair_2_3"]
+
+
+def test_bytes_are_counted_weight_by_weight() -> None:
+    graph = captured(4)
+    halved = {n: dataclasses.replace(w, storage=FLOAT16) for n, w in graph.weights.items() if "_blocks.0." in n}
+    mixed = dataclasses.replace(graph, weights={**graph.weights, **halved})
+    assert names(mixed, max_bytes=PAIR_BYTES * 3 // 2) == ["pair_0_1", "pair_2", "pair_3"]
 
 
 def test_more_blocks_than_layers() -> None:
@@ -176,7 +185,7 @@ def test_every_cut_is_whole_and_in_order(drawn: tuple[int, dict[str, int]], merg
         assert set(block.sources.values()) <= ready
         ready |= {f"{block.name}.{p.name}" for p in block.outputs}
 
-    used = [source.tensor for b in blocks for source in b.weights.values()]
+    used = [name for b in blocks for w in b.weights.values() for name in w.source.tensors]
     assert len(used) == len(set(used))  # no weight is stored in two blocks
     assert {*used, "rope.freqs", "y_embedder.y_embedding"} == graph.weights.keys()
     if "max_bytes" in options:
@@ -209,7 +218,10 @@ class Uneven(LoweredForm):
         self.layers = nn.ModuleList(nn.ModuleList(Layer(rows) for rows in parts) for parts in sizes)
 
     def inputs(self) -> tuple[Input, ...]:
-        return (Input("x", (1,)),)
+        return (Input("x", (1,), Latents()),)
+
+    def gives(self) -> dict[str, Given]:
+        return {}
 
     def dims(self) -> dict[str, int]:
         return {}

@@ -15,6 +15,7 @@ from torch import fx
 
 from passes.token_merge import TokenMerge, TokenMergeConfig, merge_frames, unmerge_frames
 from toolchain.errors import LoweringError
+from toolchain.ir.feeds import Given, Latents
 from toolchain.ir.graph import Graph, Input, Leaf, LoweredForm, capture, leaf_of, wire
 from toolchain.ir.graph_text import function_text, graph_text
 from toolchain.ir.pipeline_text import parse_pipeline
@@ -313,7 +314,10 @@ class Layout(LoweredForm):
         self.attend, self.call, self.shape, self.sizes = leaf, call, shape, dims
 
     def inputs(self) -> tuple[Input, ...]:
-        return (Input("x", self.shape),)
+        return (Input("x", self.shape, Latents()),)
+
+    def gives(self) -> dict[str, Given]:
+        return {}
 
     def dims(self) -> dict[str, int]:
         return self.sizes
