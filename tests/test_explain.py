@@ -16,7 +16,7 @@ import torch
 
 from targets.coreml import CoreMLConfig, CoreMLTarget
 from targets.coreml.schema import MODEL
-from targets.coreml.stamp import DTYPES, WEIGHTS, Slot
+from targets.coreml.stamp import WEIGHTS, Slot
 from targets.executorch import ExecuTorchTarget
 from targets.onnx import OnnxTarget
 from targets.stamping import raw
@@ -24,6 +24,7 @@ from toolchain.accuracy.metrics import measure, require
 from toolchain.accuracy.references import run_eager
 from toolchain.accuracy.walk import explain
 from toolchain.errors import AccuracyError
+from toolchain.ir.dtypes import DTYPES
 from toolchain.ir.target import Target, unique_weights
 
 pytestmark = pytest.mark.slow
@@ -40,13 +41,13 @@ class Package:
     def read(self, name: str) -> torch.Tensor:
         slot = self.slots[name]
         data = bytearray((self.path / WEIGHTS).read_bytes())
-        return torch.frombuffer(data, dtype=DTYPES[slot.dtype], offset=slot.offset, count=slot.count).clone()
+        return torch.frombuffer(data, dtype=DTYPES[slot.dtype].torch, offset=slot.offset, count=slot.count).clone()
 
     def write(self, name: str, values: torch.Tensor) -> None:
         slot = self.slots[name]
         with (self.path / WEIGHTS).open("r+b") as f:
             f.seek(slot.offset)
-            f.write(raw(values.to(DTYPES[slot.dtype])))
+            f.write(raw(values.to(DTYPES[slot.dtype].torch)))
 
     def scale(self, name: str, factor: float) -> None:
         self.write(name, self.read(name).float() * factor)
