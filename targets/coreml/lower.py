@@ -10,6 +10,7 @@ from typing import Any
 import coremltools as ct
 import numpy as np
 import torch
+from coremltools.converters.mil import Builder
 
 from targets.coreml.canonical import canonicalise
 from targets.coreml.float16 import with_own_float16
@@ -49,6 +50,9 @@ def _convert(block: Block, function: str, weights: Mapping[str, torch.Tensor], p
     compute = PRECISIONS[precision]
     program = export(block, function, weights)
     signature = block.signatures[function]
+    # operators without a name are counted, and only the end of a conversion sets the count back: what else this
+    # process built of MIL would change our bytes
+    Builder.name_count.clear()
     try:
         model = ct.convert(
             program,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import coremltools as ct
@@ -11,7 +12,10 @@ from coremltools.converters.mil import Builder as mb  # noqa: N813
 from coremltools.converters.mil.mil.passes.defs.quantization import FP16ComputePrecision
 from coremltools.converters.mil.mil.passes.pass_registry import PASS_REGISTRY
 
+import toolchain
+from targets.coreml import CoreMLTarget
 from targets.coreml.float16 import OWN_PASS, PIECE, REPLACED_PASS, CastToFloat16, with_own_float16
+from toolchain.ir.target import unique_weights
 
 
 def test_it_stands_in_the_place_of_coremltools_own() -> None:
@@ -49,3 +53,15 @@ def test_constants_overflow_as_coremltools_says(number: float, overflows: bool, 
         constant[place] = number
     op = added(constant)
     assert CastToFloat16.fp16_overflow(op) == FP16ComputePrecision.fp16_overflow(op) == overflows
+
+
+def test_what_a_process_built_before_changes_no_bytes(tmp_path: Path) -> None:
+    """Operators without a name are counted in the whole process."""
+    block = toolchain.plan(toolchain.load_recipe("tiny", ["target=coreml"])).components["text_encoder"].blocks[0]
+    written = []
+    for count in (0, 28):
+        mb.name_count["add"] = count
+        out = tmp_path / f"{count}.mlpackage"
+        CoreMLTarget().lower(block, unique_weights(block), out)
+        written.append((out / "Data/com.apple.CoreML/model.mlmodel").read_bytes())
+    assert written[0] == written[1]
