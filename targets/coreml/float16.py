@@ -6,15 +6,15 @@ from typing import Any
 
 import coremltools as ct
 import numpy as np
-import torch
 from coremltools.converters.mil.mil.passes.defs.quantization import FP16ComputePrecision
 from coremltools.converters.mil.mil.passes.pass_registry import register_pass
+
+from toolchain.ir.dtypes import FLOAT16_MAX
 
 NAMESPACE = "sora_compile"
 OWN_PASS = f"{NAMESPACE}::cast_to_float16"
 REPLACED_PASS = "common::add_fp16_cast"
 ANGLE_OPS = ("sin", "cos")
-FLOAT16_MAX = float(torch.finfo(torch.float16).max)
 INFINITE = 1e38
 PIECE = 1 << 20
 """Numbers of a constant that are looked at in one go."""

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from toolchain import plugins
 from toolchain.errors import LoweringError, RecipeError
 from toolchain.ir.graph import Graph, compute_nodes
-from toolchain.ir.graph_text import graph_text, leaves_text
+from toolchain.ir.graph_text import definition_text
 from toolchain.ir.pass_config import PassConfig
 from toolchain.ir.pipeline_text import pipeline_text
 from toolchain.validation import explain
@@ -131,5 +131,4 @@ def _everything(graph: Graph) -> tuple[Any, ...]:
         [tuple(n.meta.get(k) for k in ("wire", "rate", "unit")) for n in gm.graph.nodes]
         for gm in graph.functions.values()
     ]
-    leaves = [leaves_text(gm) for gm in graph.functions.values()]
-    return graph_text(graph), leaves, str(notes), str(dict(graph.weights)), str(graph.inputs)
+    return definition_text(graph), str(notes), str(graph.inputs)
