@@ -14,6 +14,7 @@ from typing import Any
 
 from toolchain.errors import LoweringError, PrecisionError
 from toolchain.ir.blocks import Block
+from toolchain.ir.stored import StoredParts
 from toolchain.ir.target import Artifact, Template, UnboundTemplateError, distinct_functions, unique_weights
 from toolchain.planning.plan import ComponentPlan
 from toolchain.planning.resolve import ResolvedComponent
@@ -96,7 +97,7 @@ class Builder:
         artifact = target.lower(block, weights, folder / f"{name}{target.suffix}")
         release()
         target.check(artifact.path, block)
-        template = target.bind(artifact, weights)
+        template = target.bind(artifact, StoredParts(block.weights, weights))
         del weights
         release()
         return template
@@ -120,7 +121,8 @@ class Builder:
             lowered = Artifact(entry.data / out.name, tuple(entry.meta["functions"]))
             weights = BlockWeights(block, self.plan.resolved.checkpoint, self._aliases, halves=True)
             try:
-                artifact = target.stamp(Template(lowered, entry.meta["slots"]), weights, out)
+                parts = StoredParts(block.weights, weights)
+                artifact = target.stamp(Template(lowered, entry.meta["slots"]), parts, out)
             except LoweringError as e:
                 hint = f"; set {self.plan.name}.precision: float32" if isinstance(e, PrecisionError) else ""
                 raise LoweringError(f"block '{block.name}': {e}{hint}") from e

@@ -75,6 +75,13 @@ class ResidualLeaf(Leaf):
         return x if self.scale == 1.0 else x * self.scale
 
 
+class EmbeddingLeaf(Leaf):
+    """Looks rows of the table ``weight`` ``[entries, C]`` up."""
+
+    trait = "embedding_table"
+    weight: nn.Parameter
+
+
 class PatchEmbedLeaf(Leaf):
     """A leaf that cuts frames into patches and projects each: ``[B, C_in, T, H, W]`` to tokens ``[B, T·S, C]``.
 

@@ -29,6 +29,8 @@ class Leaf(nn.Module):
 
     kind: ClassVar[str] = ""
     trait: ClassVar[str] = ""
+    delicate: ClassVar[bool] = False
+    """Whether quantization leaves the leaf's weights alone unless a rule names them."""
 
     @property
     def output_scale(self) -> float:

@@ -20,16 +20,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor of a stored weight. ``name`` is empty where it is the weight itself."""
+    """One tensor of a stored weight. ``name`` is empty where it is the weight itself.
+
+    ``bits`` is what a number takes when it is packed: a part of ``dtype`` int8 or uint8 may need fewer than 8.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: DType
+    bits: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bits", self.bits or 8 * self.dtype.bytes)
 
     @property
     def bytes(self) -> int:
-        """Size of its numbers, without what a file adds for alignment."""
-        return math.prod(self.shape) * self.dtype.bytes
+        """Size of its packed numbers, without what a file adds for alignment."""
+        return -(-math.prod(self.shape) * self.bits // 8)
 
 
 class Storage(abc.ABC):
@@ -51,6 +58,10 @@ class Storage(abc.ABC):
     @abc.abstractmethod
     def decode(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The weight that the stored parts stand for, float32: what the eager reference of an artifact runs on."""
+
+    def refusal(self, shape: Sequence[int]) -> str | None:
+        """Why a weight of ``shape`` cannot be kept so; None if it can."""
+        return None
 
     def bytes(self, shape: Sequence[int]) -> int:
         """Bytes of a weight of ``shape``."""

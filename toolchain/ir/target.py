@@ -17,6 +17,7 @@ from toolchain.ir.blocks import Block, Port
 from toolchain.ir.dtypes import DTYPES, DType
 from toolchain.ir.leaves import LegalForm
 from toolchain.ir.storage import PLAIN, Storage
+from toolchain.ir.uses import Use
 
 STEP = "__"
 """Between the name of a step of a block's graph and an operator's, in the names of an artifact's values."""
@@ -31,6 +32,10 @@ class TargetConfig(BaseModel):
 
 class EngineUnavailableError(ResourceError):
     """This machine cannot execute artifacts of the target; says why and where it can be done."""
+
+
+class UnsupportedStorageError(Exception):
+    """A target cannot keep a weight as it is asked to; says what it can, for such a weight."""
 
 
 class Engine(Protocol):
@@ -118,10 +123,21 @@ class Target(abc.ABC):
             raise LoweringError(f"target '{self.name}': precision '{self.precision}' is none of {', '.join(PLAIN)}")
         return PLAIN[self.precision]
 
-    @property
-    def storages(self) -> tuple[str, ...]:
-        """Names of the storages that artifacts can express; any other is refused when a build is planned."""
-        return (self.storage.name,)
+    def keep(self, asked: Storage, use: Use) -> Storage:
+        """How the artifact keeps a weight that a pass wants kept as ``asked``: the same, with scales of its own type.
+
+        It must decode to what the artifact computes with. What the target cannot is refused, never kept as
+        something else.
+
+        Args:
+            use: what the weight is used as.
+
+        Raises:
+            UnsupportedStorageError: it cannot; says what it takes.
+        """
+        if asked != self.storage:
+            raise UnsupportedStorageError(f"it takes {self.storage}")
+        return asked
 
     def port_dtype(self, port: HasDtype) -> DType:
         """What an artifact takes or gives for a port; see :func:`port_dtype`."""
@@ -142,7 +158,10 @@ class Target(abc.ABC):
 
     @abc.abstractmethod
     def bind(self, artifact: Artifact, weights: Mapping[str, torch.Tensor]) -> Template:
-        """Find every weight in an artifact that was lowered with the unique ``weights``, and cut it out.
+        """Find every stored part in an artifact that was lowered with unique weights, and cut it out.
+
+        Args:
+            weights: the parts by key (:class:`toolchain.ir.stored.StoredParts`): plain weights by their names.
 
         Raises:
             UnboundTemplateError: a weight is not found, or what is found is ambiguous.
@@ -152,7 +171,7 @@ class Target(abc.ABC):
     def stamp(self, template: Template, weights: Mapping[str, torch.Tensor], out: Path) -> Artifact:
         """Write the template's artifact with ``weights``: byte for byte what ``lower`` gives for them.
 
-        Weights are of any floating dtype. They are taken one after the other, so that ``weights`` may read each
+        ``weights`` are the parts by key, as for :meth:`bind`. Plain ones are of any floating dtype. They are taken one after the other, so that ``weights`` may read each
         from disk when it is asked for, and what was written is compared with each.
 
         (Where ``lower`` simplifies degenerate weights, such as a bias of zeros, the template's structure is

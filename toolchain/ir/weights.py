@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +43,19 @@ class WeightSource:
         for dim, index in self.select:
             whole = whole.select(dim, index)
         return whole.reshape(self.shape)
+
+    def put(self, tensors: Sequence[torch.Tensor], value: torch.Tensor) -> list[torch.Tensor]:
+        """``tensors``, as :meth:`value` reads them, with ``value`` in the parameter's place; what is left out stays."""
+        whole = torch.cat(list(tensors), dim=self.concat) if len(tensors) > 1 else tensors[0].clone()
+        place = whole
+        for dim, start, length in self.narrow:
+            place = place.narrow(dim, start, length)
+        for dim, index in self.select:
+            place = place.select(dim, index)
+        place.copy_(value.reshape(place.shape))
+        if len(tensors) == 1:
+            return [whole]
+        return list(whole.split([t.shape[self.concat] for t in tensors], dim=self.concat))
 
     def describe(self) -> list[object]:
         """All but the tensors' names, as plain data: with the tensors' digests it decides the numbers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,8 @@ from toolchain.ir.blocks import Block, BlockPair, extract_blocks
 from toolchain.ir.graph import Graph, capture, with_function
 from toolchain.ir.legalise import legalise
 from toolchain.ir.passes import Pipeline
-from toolchain.ir.target import Target
+from toolchain.ir.target import Target, UnsupportedStorageError
+from toolchain.ir.uses import Use, weight_uses
 from toolchain.listener import Listener
 from toolchain.models.family import Definition, Forms
 from toolchain.planning.residency import resident_blocks
@@ -142,20 +144,35 @@ def lower_graph(
     for rewrite in passes.rewrites:
         graph = rewrite(graph)
         listener.graph(graph.component, str(rewrite), graph)
-    _check_storages(graph, target)
-    legal = legalise(graph, target.forms)
+    legal = _kept(legalise(graph, target.forms), target)
     listener.graph(graph.component, "legalise", legal)
     cut = passes.partition(legal)
     listener.graph(graph.component, str(passes.partition), cut)
     return cut, passes.partition(graph)
 
 
-def _check_storages(graph: Graph, target: Target) -> None:
-    """Refuse what the target's artifacts cannot express, rather than store it as something else."""
-    taken = target.storages
+def _kept(graph: Graph, target: Target) -> Graph:
+    """The legal graph with every weight kept as its target does; refuses what that cannot express."""
+    uses = weight_uses(graph)
+    weights = {}
     for name, weight in graph.weights.items():
-        if weight.storage.name not in taken:
+        use = uses[name].use if name in uses else "other"
+        where = f"{graph.component}: weight '{name}' is to be kept as {weight.storage}"
+        if refusal := weight.storage.refusal(weight.shape):
+            raise RecipeError(f"{where}, but {refusal}")
+        try:
+            storage = target.keep(weight.storage, use)
+        except UnsupportedStorageError as e:
             raise RecipeError(
-                f"{graph.component}: weight '{name}' is to be kept as {weight.storage}, which target '{target.name}' "
-                f"with precision {target.precision} cannot; it takes {', '.join(taken)}"
-            )
+                f"{where}, which target '{target.name}' with precision {target.precision} cannot; for {_KINDS[use]}, {e}"
+            ) from e
+        weights[name] = dataclasses.replace(weight, storage=storage)
+    return dataclasses.replace(graph, weights=weights)
+
+
+_KINDS: Mapping[Use, str] = {
+    "linear": "the matrix of a linear layer",
+    "convolution": "the weight of a convolution",
+    "embedding": "a table that is looked up",
+    "other": "such a weight",
+}

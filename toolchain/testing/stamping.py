@@ -87,7 +87,7 @@ def _bound(target: Target, block: Block, folder: Path, seed: int) -> tuple[Templ
     folder.mkdir()
     weights = unique_weights(block, seed)
     artifact = target.lower(block, weights, folder / f"artifact{target.suffix}")
-    template = target.bind(artifact, weights)
+    template = target.bind(artifact, StoredParts(block.weights, weights))
     slots = json.loads(json.dumps(template.slots))
     require(slots == template.slots, "its slots are not plain data: JSON gives others back")
     _check_no_weights(template.artifact.path, block, weights)

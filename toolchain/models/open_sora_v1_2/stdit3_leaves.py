@@ -107,6 +107,7 @@ class TimestepEmbedder(Leaf):
     """Embeds a scalar (the timestep, frames per second): 256 cosines and sines, then an MLP."""
 
     kind = "timestep"
+    delicate = True
     frequencies = 256
 
     def __init__(self, dim: int) -> None:
@@ -129,6 +130,7 @@ class ModulationProjection(Leaf):
     """``Linear(SiLU(t))``: what all blocks add to their own modulation tables."""
 
     kind = "modulation"
+    delicate = True
 
     def __init__(self, dim: int, out: int) -> None:
         super().__init__()
@@ -159,6 +161,7 @@ class FinalLayer(Leaf):
     """Norm, modulation by the timestep itself (not its projection), and the projection to pixels."""
 
     kind = "final"
+    delicate = True
 
     def __init__(self, dim: int, patch: tuple[int, int, int], out_channels: int) -> None:
         super().__init__()

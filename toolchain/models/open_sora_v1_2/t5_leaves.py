@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from toolchain.ir.contracts import AttentionLeaf, GeluLeaf, ResidualLeaf
+from toolchain.ir.contracts import AttentionLeaf, EmbeddingLeaf, GeluLeaf, ResidualLeaf
 from toolchain.ir.leaves import Leaf
 from toolchain.models.open_sora_v1_2.attention import MASKED, RMSNorm
 
@@ -22,7 +22,7 @@ SMALLEST_PEAK = 2.0**-14
 """The smallest normal float16 number; keeps the reciprocal of a row's peak finite."""
 
 
-class TokenEmbedding(ResidualLeaf):
+class TokenEmbedding(ResidualLeaf, EmbeddingLeaf):
     """The table of tokens."""
 
     kind = "embedding"

@@ -1,0 +1,175 @@
+"""Weights as small integers times scales: ``weight = scale · (value - zero)``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from toolchain.ir.dtypes import DTYPES, DType
+from toolchain.ir.storage import Part, Storage
+
+if TYPE_CHECKING:
+    import torch
+
+Clip = Literal["none", "error", "half-quadratic"]
+"""How the range of a scale is chosen: from the largest number; by the least squared error among ranges clipped more and
+more; or by half-quadratic optimisation (Badri and Shaji, 2023), which lets few large errors be for many small ones."""
+
+VALUES, SCALE, ZERO = "values", "scale", "zero"
+SHRUNK = tuple(1.0 - 0.025 * i for i in range(24))
+"""Ranges that ``error`` tries, as shares of the largest number."""
+HALF_QUADRATIC_STEPS, HALF_QUADRATIC_NORM, HALF_QUADRATIC_BETA, HALF_QUADRATIC_GROWTH = 20, 0.7, 10.0, 1.01
+
+
+@dataclass(frozen=True)
+class Affine(Storage):
+    """Integers of ``bits`` bits with a scale for each channel (dimension 0), or for each block of a channel's numbers.
+
+    Parts, for a weight ``[N, K, …]``: ``values`` int8 ``[N, K, …]`` in -2^(bits-1) … 2^(bits-1) - 1, ``scale``
+    ``[N, K / block or 1, 1 …]``, and where the range is asymmetric ``zero``, int8 of the scale's shape and of as
+    many bits. Symmetric values leave out the lowest number unless the range is clipped.
+
+    Args:
+        bits: 4 or 8.
+        block: how many numbers along dimension 1 share a scale; None for a whole channel.
+        symmetric: whether zero is in the middle of the range.
+        clip: how ranges are chosen.
+        scale: the type of scales.
+    """
+
+    bits: int
+    block: int | None = None
+    symmetric: bool = True
+    clip: Clip = "none"
+    scale: DType = DTYPES["float32"]
+
+    @property
+    def name(self) -> str:
+        parts = [f"int{self.bits}"]
+        parts += [f"block{self.block}"] if self.block else []
+        parts += [] if self.symmetric else ["asymmetric"]
+        parts += [] if self.clip == "none" else [f"clip-{self.clip}"]
+        return "-".join([*parts, self.scale.short])
+
+    @property
+    def lowest(self) -> int:
+        """The lowest value."""
+        return -(1 << (self.bits - 1))
+
+    @property
+    def highest(self) -> int:
+        """The highest value."""
+        return (1 << (self.bits - 1)) - 1
+
+    def refusal(self, shape: Sequence[int]) -> str | None:
+        if len(shape) < 2:
+            return f"{self.name} needs at least two dimensions, it has the shape {list(shape)}"
+        if self.block and shape[1] % self.block:
+            fits = [b for b in (16, 32, 64, 128, 256) if shape[1] % b == 0]
+            hint = f"{', '.join(map(str, fits))} do" if fits else "no power of two from 16 on does; use int8"
+            return f"blocks of {self.block} do not divide its {shape[1]} columns; {hint}"
+        return None
+
+    def parts(self, shape: Sequence[int]) -> tuple[Part, ...]:
+        scales = self._scale_shape(shape)
+        parts = [
+            Part(VALUES, tuple(shape), DTYPES["int8"], self.bits),
+            Part(SCALE, scales, self.scale),
+        ]
+        return tuple(parts if self.symmetric else [*parts, Part(ZERO, scales, DTYPES["int8"], self.bits)])
+
+    def _scale_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        blocks = shape[1] // self.block if self.block else 1
+        return (shape[0], blocks, *(1 for _ in shape[2:]))
+
+    def encode(self, weight: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        import torch
+
+        shape = self._scale_shape(weight.shape)
+        rows = weight.detach().float().reshape(shape[0] * shape[1], -1)
+        # in pieces that the processor's cache holds: whole tensors would be written and read a dozen times
+        count = max(1, (1 << 18) // rows.shape[1])
+        found = [self._encode_rows(piece) for piece in rows.split(count)]
+        values, scale, zero = (torch.cat(parts) for parts in zip(*found, strict=True))
+        encoded = {VALUES: values.reshape(weight.shape), SCALE: scale.reshape(shape)}
+        return encoded if self.symmetric else encoded | {ZERO: zero.to(torch.int8).reshape(shape)}
+
+    def _encode_rows(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        scale, zero = self._ranges(rows, 1.0)
+        if self.clip == "error":
+            scale, zero = self._by_least_error(rows, scale, zero)
+        elif self.clip == "half-quadratic":
+            scale, zero = self._half_quadratic(rows, scale, zero)
+        return self._rounded(rows, scale, zero).to(torch_int8()), scale, zero
+
+    def _ranges(self, rows: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scales (rounded to their type) and zeros of rows ``[R, n]``, ``[R, 1]`` each."""
+        import torch
+
+        if self.symmetric:
+            scale = self._settled(rows.abs().amax(1, keepdim=True) * (share / self.highest))
+            return scale, torch.zeros_like(scale, dtype=torch.float32)
+        low, high = rows.amin(1, keepdim=True).clamp(max=0) * share, rows.amax(1, keepdim=True).clamp(min=0) * share
+        scale = self._settled((high - low) / (self.highest - self.lowest))
+        zero = (self.lowest - low / scale.float()).round().clamp(self.lowest, self.highest)
+        return scale, zero
+
+    def _settled(self, scale: torch.Tensor) -> torch.Tensor:
+        """``scale`` as it is stored: 1 for rows of zeros, and never rounded to 0."""
+        import torch
+
+        kind = self.scale.torch
+        least = torch.finfo(kind).smallest_normal
+        return torch.where(scale > 0, scale.clamp(min=least), torch.ones_like(scale)).to(kind)
+
+    def _rounded(self, rows: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        return (rows / scale.float()).round_().add_(zero).clamp_(self.lowest, self.highest)
+
+    def _by_least_error(
+        self, rows: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        import torch
+
+        def error(scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+            return (self._rounded(rows, scale, zero).sub_(zero).mul_(scale.float()) - rows).square_().sum(1, True)
+
+        least = error(scale, zero)
+        for share in SHRUNK[1:]:
+            tried = self._ranges(rows, share)
+            now = error(*tried)
+            better = now < least
+            least = torch.where(better, now, least)
+            scale, zero = torch.where(better, tried[0], scale), torch.where(better, tried[1], zero)
+        return scale, zero
+
+    def _half_quadratic(
+        self, rows: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Alternate between the sparse error, which is set aside, and the scales that fit what is left."""
+        beta = HALF_QUADRATIC_BETA
+        for _ in range(HALF_QUADRATIC_STEPS):
+            values = self._rounded(rows, scale, zero)
+            error = rows - (values - zero) * scale.float()
+            size = error.abs()
+            shrink = size.clamp(min=1e-8).pow(HALF_QUADRATIC_NORM - 1) / beta
+            target = rows - error.sign() * (size - shrink).clamp(min=0)
+            steps = values - zero
+            scale = self._settled((target * steps).sum(1, True) / steps.square().sum(1, True).clamp(min=1e-12))
+            beta *= HALF_QUADRATIC_GROWTH
+        return scale, zero
+
+    def decode(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        scale, values = parts[SCALE], parts[VALUES]
+        blocked = values.reshape(*scale.shape[:2], -1).float()
+        one = (*scale.shape[:2], 1)
+        if not self.symmetric:
+            blocked -= parts[ZERO].float().reshape(one)
+        return blocked.mul_(scale.float().reshape(one)).reshape(values.shape)
+
+
+def torch_int8() -> torch.dtype:
+    """Torch's int8; imports torch."""
+    import torch
+
+    return torch.int8
