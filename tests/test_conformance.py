@@ -23,7 +23,14 @@ from toolchain.ir.blocks import Block
 from toolchain.ir.graph import Graph, compute_nodes, copy_module, output_node
 from toolchain.ir.leaves import LegalForm, LegalLeaf
 from toolchain.ir.passes import Pass, PassConfig
-from toolchain.ir.target import Artifact, EngineUnavailableError, Target, Template, UnboundTemplateError
+from toolchain.ir.target import (
+    Artifact,
+    EngineUnavailableError,
+    Target,
+    Template,
+    UnboundTemplateError,
+    UnsupportedStorageError,
+)
 from toolchain.testing.passes import check_pass
 from toolchain.testing.samples import sample_graph, sample_pairs
 from toolchain.testing.targets import check_target
@@ -310,9 +317,17 @@ def rough_read(self: Any, path: Path) -> Any:
         raise KeyError(str(e)) from e
 
 
+def refusing(said: str) -> Any:
+    def keep(self: Any, asked: Any, use: Any) -> Any:
+        raise UnsupportedStorageError(said)
+
+    return keep
+
+
 COUNT = itertools.count()
 BROKEN_TARGETS: dict[str, tuple[dict[str, Any], str]] = {
-    "storage": ({"storages": ("int4",)}, "its storage 'float32' is none of its storages"),
+    "storage": ({"keep": refusing("it takes int4")}, "it refuses to keep a weight as float32"),
+    "refusal": ({"keep": refusing("no")}, "which does not say what it takes"),
     "versions": ({"versions": lambda self: {"torch": 2}}, "needed is a dict of texts"),
     "random versions": ({"versions": lambda self: {"a": str(next(COUNT))}}, "differ from call to call"),
     "form without answer": (gelu_form(lambda leaf: None), "has no answer"),

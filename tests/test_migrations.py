@@ -45,7 +45,7 @@ def manifest(tmp_path: Path) -> Manifest:
 
 def test_it_is_of_todays_version(manifest: Manifest) -> None:
     assert OLD["format_version"] == 1
-    assert manifest.format_version == FORMAT_VERSION == 2
+    assert manifest.format_version == FORMAT_VERSION == 3
     assert Manifest.model_validate(manifest.model_dump(mode="json")) == manifest
 
 
@@ -158,7 +158,9 @@ def test_what_is_else_in_it_stays(manifest: Manifest) -> None:
         for key in ("precision", "dims", "config", "tables_file", "tables", "load_order", "resident"):
             assert component[key] == before[key]
         assert component["default_function"] == "base"
-        assert [{k: v for k, v in b.items() if k != "weight_bytes"} for b in component["blocks"]] == before["blocks"]
+        new = {"weight_bytes", "quantized", "quantization"}
+        assert [{k: v for k, v in b.items() if k not in new} for b in component["blocks"]] == before["blocks"]
+        assert all(b["quantized"] == {} and b["quantization"] is None for b in component["blocks"])
 
 
 def test_frames_given_as_condition(tmp_path: Path) -> None:

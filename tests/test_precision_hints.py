@@ -44,10 +44,12 @@ def test_a_precision_without_a_limit() -> None:
         precision = "bfloat16"  # type: ignore[assignment]
 
     with pytest.raises(RecipeError) as error:
-        gate_limit(parse_recipe(RECIPE), Brain())
+        gate_limit(parse_recipe(RECIPE), Brain().precision)
     said = re.search(r"gate\.max_relative_error: no limit for bfloat16; add '(\S+): (\S+)'", str(error.value))
     assert said is not None, str(error.value)
     limits: dict[str, Any] = {said[1]: float(said[2])}
-    assert gate_limit(parse_recipe({**RECIPE, "gate": {"max_relative_error": limits}}), Brain()) == float(said[2])
+    assert gate_limit(parse_recipe({**RECIPE, "gate": {"max_relative_error": limits}}), Brain().precision) == float(
+        said[2]
+    )
     with pytest.raises(RecipeError, match="no precision is called 'flaot16'; did you mean 'float16'"):
         parse_recipe({**RECIPE, "gate": {"max_relative_error": {"flaot16": 1e-3}}})

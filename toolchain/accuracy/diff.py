@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from toolchain.formats import manifest as m
 from toolchain.formats.bundle import Bundle, load_bundle
 from toolchain.player.opening import open_engine, signatures
 
-LEFT_OUT = ("accuracy", "activations", "goldens", "files", "sha256", "bytes", "structure")
+LEFT_OUT = ("accuracy", "quantization", "activations", "goldens", "files", "sha256", "bytes", "structure")
 """Compared by themselves, or no difference of their own."""
 MISSING = "-"
 
@@ -38,6 +38,9 @@ class BlockDifference:
     same: bool
     a_error: float | None
     b_error: float | None
+    a_price: float | None
+    b_price: float | None
+    """What quantization costs."""
     outputs: dict[str, float] | None
     reason: str = ""
 
@@ -108,12 +111,22 @@ def _block(first: Bundle, second: Bundle, component: str, a: m.BlockEntry, b: m.
         except SoraCompileError as e:
             reason = str(e)
     a_bytes, b_bytes = (sum(f.bytes for f in x.files) for x in (a, b))
-    name = f"{component}/{a.name}"
-    return BlockDifference(name, a_bytes, b_bytes, same, _worst(a), _worst(b), outputs, reason)
+    return BlockDifference(
+        f"{component}/{a.name}",
+        a_bytes,
+        b_bytes,
+        same,
+        a_error=_worst(a.accuracy),
+        b_error=_worst(b.accuracy),
+        a_price=_worst(a.quantization),
+        b_price=_worst(b.quantization),
+        outputs=outputs,
+        reason=reason,
+    )
 
 
-def _worst(block: m.BlockEntry) -> float | None:
-    return max((x.relative_error for x in (block.accuracy or {}).values()), default=None)
+def _worst(figures: Mapping[str, m.Accuracy] | None) -> float | None:
+    return max((x.relative_error for x in (figures or {}).values()), default=None)
 
 
 def _outputs(first: Bundle, second: Bundle, component: str, a: m.BlockEntry, b: m.BlockEntry) -> dict[str, float]:

@@ -44,7 +44,7 @@ def explain_block(bundle: Bundle | str | Path, name: str, *, base: str | Path = 
     block, plain = pair.lowered, pair.plain
     checkpoint = open_checkpoint(recipe.components()[component].checkpoint, Path(base))
     aliases = planned.definition.aliases
-    weights, own = (BlockWeights(b, checkpoint, aliases) for b in (plain, block))
+    weights, own = (BlockWeights(b, checkpoint, aliases, stored=block.weights) for b in (plain, block))
     engine = open_engine(bundle, component, entry, planned.target)
     tensors = load_file(bundle.path / entry.goldens.path)
     found = []

@@ -107,3 +107,17 @@ def require(where: str, accuracy: Accuracy) -> None:
             f"largest difference {accuracy.max_abs:.3g}); "
             "the artifact is wrong, or gate.max_relative_error is too strict for this model"
         )
+
+
+def require_price(where: str, component: str, price: Accuracy) -> None:
+    """Refuse what quantization costs over its limit.
+
+    Raises:
+        AccuracyError: ``where``, and the figures.
+    """
+    if not price.relative_error <= price.limit:
+        raise AccuracyError(
+            f"{where}: quantization costs a relative error of {price.relative_error:.3g}, over the limit "
+            f"{price.limit:.3g} (SQNR {price.sqnr_db:.1f} dB); give the block more bits by a rule of 'quantize', "
+            f"or raise gate.max_quantization_error.{component}"
+        )

@@ -52,6 +52,11 @@ def run_eager(block: Block, function: str, weights: Weights, inputs: Mapping[str
     return Case(function, dict(inputs), outputs, watched.ranges)
 
 
+def stored_case(block: Block, case: Case, weights: Weights) -> Case:
+    """The same run on ``weights`` as an artifact keeps them: what it is held against."""
+    return run_eager(block, case.function, weights, case.inputs)
+
+
 class References:
     """A graph's blocks run eagerly one after the other, each on what those before it gave.
 

@@ -28,6 +28,8 @@ class Check:
     now: float
     built: float
     limit: float
+    price: float | None = None
+    """What quantization costs, as measured when it was built."""
 
     @property
     def passed(self) -> bool:
@@ -132,4 +134,5 @@ def _block(
     engine = open_engine(bundle, component, block, target)
     for function, found in goldens.run(path, signatures(block), block.functions, engine, 0.0).items():
         built = golden.accuracy[function]
-        yield Check(component, block.name, function, found.relative_error, built.relative_error, built.limit)
+        price = golden.quantization[function].relative_error if golden.quantization else None
+        yield Check(component, block.name, function, found.relative_error, built.relative_error, built.limit, price)

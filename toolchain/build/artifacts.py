@@ -129,9 +129,10 @@ class Builder:
         unbound = None if entry is None else entry.meta.get("unbound")
         return NewEntry({"functions": list(artifact.functions), "unbound": unbound}, artifact.digests)
 
-    def weights(self, block: Block) -> BlockWeights:
-        """A block's weights, read when asked for."""
-        return BlockWeights(block, self.plan.resolved.checkpoint, self._aliases)
+    def weights(self, block: Block, stored: Block | None = None) -> BlockWeights:
+        """A block's weights, read when asked for; what the artifact of ``stored``, the same block, keeps of them."""
+        kept = None if stored is None else stored.weights
+        return BlockWeights(block, self.plan.resolved.checkpoint, self._aliases, stored=kept)
 
     def weights_digest(self, block: Block) -> str:
         """The digest of a block's weights."""

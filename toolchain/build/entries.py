@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -61,17 +61,20 @@ def block(
         outputs=[m.TensorSpec(**_tensor(p, target)) for p in block.outputs],
         other_shapes={f: shapes for f, shapes in others.items() if shapes},
         parameters=block.parameters,
-        weight_bytes=_bytes_by_storage(block),
+        weight_bytes=bytes_by_storage([block]),
+        quantized=block.quantized,
         structure=block.structure(),
         accuracy=None if passed is None else passed.accuracy,
+        quantization=None if passed is None else passed.quantization,
         activations=None if passed is None else passed.activations,
         goldens=goldens,
     )
 
 
-def _bytes_by_storage(block: Block) -> dict[str, int]:
+def bytes_by_storage(blocks: Iterable[Block]) -> dict[str, int]:
+    """Bytes of the weights of blocks by how they are stored."""
     found: dict[str, int] = {}
-    for weight in block.weights.values():
+    for weight in (w for block in blocks for w in block.weights.values()):
         found[weight.storage.name] = found.get(weight.storage.name, 0) + weight.bytes
     return dict(sorted(found.items()))
 
@@ -152,7 +155,7 @@ def manifest(
     mode: GateMode = recipe.gate.mode
     if mode == "every" and any(b.accuracy is None for c in components.values() for b in c.blocks):
         mode = "interface"
-    precisions = {c.precision for c in components.values()}
+    precisions = {plan.target.arithmetic(b) for plan in planned.components.values() for b in plan.blocks}
     return m.Manifest(
         name=recipe.name,
         model=recipe.model,

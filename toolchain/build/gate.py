@@ -10,17 +10,17 @@ from typing import Any
 import torch
 
 from toolchain.accuracy import goldens
-from toolchain.accuracy.metrics import measure, require, worst
-from toolchain.accuracy.references import Case, References
+from toolchain.accuracy.metrics import compare, measure, require, require_price, worst
+from toolchain.accuracy.references import Case, References, stored_case
 from toolchain.build.artifacts import ARTIFACT_STEM, Builder
 from toolchain.build.tables import table_digests
 from toolchain.errors import AccuracyError, LoweringError, RecipeError
 from toolchain.formats import manifest as m
-from toolchain.formats.recipe import Recipe
+from toolchain.formats.recipe import QUANTIZATION_DEFAULT, Recipe
 from toolchain.ir.blocks import Block, BlockPair, scales
 from toolchain.ir.dtypes import FLOAT16_MAX
 from toolchain.ir.graph import Graph
-from toolchain.ir.target import Engine, EngineUnavailableError, Target
+from toolchain.ir.target import Engine, EngineUnavailableError
 from toolchain.listener import Listener
 from toolchain.planning.plan import Plan
 from toolchain.system.code import code_digest
@@ -37,6 +37,7 @@ class Passed:
     """What the gate found out about a block; ``goldens`` is the file to put into the bundle."""
 
     accuracy: dict[str, m.Accuracy]
+    quantization: dict[str, m.Accuracy] | None
     activations: dict[str, m.Activations]
     goldens: Path
 
@@ -52,7 +53,7 @@ class ComponentGate:
         self._builder, self._recipe, self._tables, self._listener = builder, planned.recipe, tables, listener
         self._family = planned.resolved.family
         self._table_digests = table_digests(tables)
-        self._limit = gate_limit(planned.recipe, builder.plan.target)
+        self._price_limit = planned.recipe.gate.max_quantization_error.get(builder.plan.name, QUANTIZATION_DEFAULT)
         self._pairs = {pair.name: pair for pair in builder.plan.pairs}
         self._stand_in = self._representatives()
         self._references: dict[str, References] = {}
@@ -138,15 +139,20 @@ class ComponentGate:
         except EngineUnavailableError as e:
             self._listener.remark(f"{self._builder.plan.target.name}: not executed: {e}")
             return None
-        accuracy = {f: m.Accuracy(**a | {"limit": self._limit}) for f, a in found.meta["accuracy"].items()}
+        limit, price = self._limit(block), found.meta["quantization"]
+        accuracy = {f: m.Accuracy(**a | {"limit": limit}) for f, a in found.meta["accuracy"].items()}
+        quantization = price and {f: m.Accuracy(**a | {"limit": self._price_limit}) for f, a in price.items()}
         for function, figures in accuracy.items():
+            where = f"{block.component}: block '{block.name}', function '{function}'"
             try:
-                require(f"block '{block.name}', function '{function}'", figures)
+                require(where, figures)
             except AccuracyError as e:
-                raise AccuracyError(f"{e}; {self._explain(block, artifact, function)}") from e
+                raise AccuracyError(f"{e}; {self._explain(pair, artifact, function)}") from e
+            if quantization:
+                require_price(where, block.component, quantization[function])
         activations = {f: m.Activations(**a) for f, a in found.meta["activations"].items()}
         self._warn(block, activations)
-        return Passed(accuracy, activations, found.data / GOLDENS) if every else None
+        return Passed(accuracy, quantization, activations, found.data / GOLDENS) if every else None
 
     def _engine(self, block: Block, artifact: Entry) -> Engine:
         target = self._builder.plan.target
@@ -156,29 +162,41 @@ class ComponentGate:
         block, plain = pair.lowered, pair.plain
         functions: Sequence[str] = artifact.meta["functions"]
         engine = self._engine(block, artifact)
-        cases = self._references[block.name].cases(block.name)
-        accuracy = measure(block, functions, engine, cases, self._limit)
+        limit = self._limit(block)
+        exact = self._references[block.name].cases(block.name)
+        weights = self._builder.weights(plain, stored=block)
+        cases = [stored_case(plain, case, weights) for case in exact] if block.quantized else exact
+        accuracy = measure(block, functions, engine, cases, limit)
         if self._recipe.gate.mode == "every":
-            chosen = goldens.golden_cases(block, plain, functions, cases, self._builder.weights(plain))
+            chosen = goldens.golden_cases(block, plain, functions, cases, weights)
             goldens.write(folder / GOLDENS, block, chosen)
             again = [f for f, (_, case) in chosen.items() if not any(case is c for c in cases)]
-            on_goldens = goldens.run(folder / GOLDENS, block.signatures, again, engine, self._limit)
+            on_goldens = goldens.run(folder / GOLDENS, block.signatures, again, engine, limit)
             accuracy = {f: worst([a, on_goldens.get(f, a)]) for f, a in accuracy.items()}
         release()
         return NewEntry(
             {
                 "accuracy": {f: a.model_dump() for f, a in accuracy.items()},
-                "activations": {f: _activations(block, cases, f) for f in functions},
+                "quantization": {f: _price(exact, cases, f).model_dump() for f in functions}
+                if block.quantized
+                else None,
+                "activations": {f: _activations(block, exact, f) for f in functions},
             }
         )
 
-    def _explain(self, block: Block, artifact: Entry, function: str) -> str:
+    def _limit(self, block: Block) -> float:
+        return gate_limit(self._recipe, self._builder.plan.target.arithmetic(block))
+
+    def _explain(self, pair: BlockPair, artifact: Entry, function: str) -> str:
         """Show the table of a function's steps; says which of them is to blame."""
         from toolchain.accuracy.walk import explain
 
+        block = pair.lowered
         case = next(c for c in self._references[block.name].cases(block.name) if c.function == function)
         target, engine = self._builder.plan.target, self._engine(block, artifact)
-        found = explain(block, self._builder.weights(block), case, engine, target, self._limit)
+        if block.quantized:
+            case = stored_case(pair.plain, case, self._builder.weights(pair.plain, stored=block))
+        found = explain(block, self._builder.weights(block, stored=block), case, engine, target, self._limit(block))
         self._listener.remark(found.text())
         return found.verdict
 
@@ -208,14 +226,20 @@ def _activations(block: Block, cases: Sequence[Case], function: str) -> dict[str
     return {"low": float(f"{low:.4g}"), "high": float(f"{high:.4g}"), "step": step}
 
 
-def gate_limit(recipe: Recipe, target: Target) -> float:
-    """The gate's limit for the target's precision.
+def _price(exact: Sequence[Case], stored: Sequence[Case], function: str) -> m.Accuracy:
+    """What stored weights cost a function: the worst of its runs."""
+    both = zip(exact, stored, strict=True)
+    return worst([compare(s.outputs, e.outputs, 0.0) for e, s in both if e.function == function])
+
+
+def gate_limit(recipe: Recipe, precision: str) -> float:
+    """The gate's limit for the precision that a block is computed in (:meth:`toolchain.ir.target.Target.arithmetic`).
 
     Raises:
         RecipeError: the recipe gives none.
     """
     limits = recipe.gate.max_relative_error
-    if target.precision not in limits:
-        hint = f"add '{target.precision}: 0.001' or the like"
-        raise RecipeError(f"gate.max_relative_error: no limit for {target.precision}; {hint}")
-    return limits[target.precision]
+    if precision not in limits:
+        hint = f"add '{precision}: 0.001' or the like"
+        raise RecipeError(f"gate.max_relative_error: no limit for {precision}; {hint}")
+    return limits[precision]

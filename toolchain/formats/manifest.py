@@ -16,7 +16,7 @@ from toolchain.formats.schedule import BASE, Leap, StaticLeap
 from toolchain.ir.dtypes import PortType
 from toolchain.ir.feeds import Feed, Given
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 FILE_NAME = "manifest.json"
 
 
@@ -77,7 +77,8 @@ class ComponentOutput(Entry):
 
 
 class Accuracy(Entry):
-    """A function of a block, executed and held against eager float32; the worst of its runs and outputs.
+    """A function of a block, executed and held against eager float32 on the weights that the artifact stores; the worst
+    of its runs and outputs.
 
     ``relative_error`` is the norm of the difference over the norm of the reference; ``sqnr_db`` the same as a
     signal-to-noise ratio, 200 where there is no difference; ``max_abs`` the largest difference of a number.
@@ -117,9 +118,14 @@ class BlockEntry(Entry):
     )
     parameters: int
     weight_bytes: dict[str, int] = Field(description="Bytes of its weights by how they are stored, such as float16.")
+    quantized: dict[str, str] = Field(description="How weights are stored that are no plain numbers, by their names.")
     structure: str = Field(description="Digest shared by blocks that differ in their weights alone.")
     accuracy: dict[str, Accuracy] | None = Field(
         description="By function; null where the artifact was not executed (see gate)."
+    )
+    quantization: dict[str, Accuracy] | None = Field(
+        description="What storing weights so costs: eager float32 on the stored weights against eager float32 on the "
+        "checkpoint's, by function; null where accuracy is, or nothing is quantized."
     )
     activations: dict[str, Activations] | None = Field(description="By function; null where accuracy is.")
     goldens: File | None = Field(description="Inputs and outputs to run the artifact on; null where accuracy is.")
@@ -330,7 +336,7 @@ class TargetEntry(Entry):
 class Manifest(Entry):
     """The whole bundle."""
 
-    format_version: Literal[2] = 2
+    format_version: Literal[3] = 3
     name: str
     model: str
     target: TargetEntry

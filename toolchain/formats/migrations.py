@@ -63,6 +63,14 @@ def _from_1(data: Data) -> Data:
     return data | {"format_version": 2}
 
 
+def _from_2(data: Data) -> Data:
+    """Until format 2 weights were stored as plain numbers."""
+    for component in data["components"].values():
+        for block in component["blocks"]:
+            block["quantized"], block["quantization"] = {}, None
+    return data | {"format_version": 3}
+
+
 def _stages(decoding: Data, frames: int) -> list[Data]:
     """Chunks of latents, then groups of frames."""
     together = int(decoding["frames_per_call"])
@@ -77,5 +85,5 @@ def _stages(decoding: Data, frames: int) -> list[Data]:
     ]
 
 
-_STEPS: Mapping[int, Callable[[Data], Data]] = {1: _from_1}
+_STEPS: Mapping[int, Callable[[Data], Data]] = {1: _from_1, 2: _from_2}
 """From each older version to the next."""

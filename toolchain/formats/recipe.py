@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Protocol
 
 import yaml
@@ -22,11 +23,14 @@ from toolchain.errors import RecipeError
 from toolchain.formats.pass_specs import Named, PassSpecs
 from toolchain.formats.schedule import PRESETS, Leap
 from toolchain.formats.yaml_text import QuotingDumper
-from toolchain.ir.dtypes import DTYPES
+from toolchain.ir.dtypes import DTYPES, INT8_ACTIVATIONS
 from toolchain.validation import Bytes
 
-GATE_DEFAULTS = {"float32": 1e-3, "float16": 2e-2}
+GATE_DEFAULTS = {"float32": 1e-3, "float16": 2e-2, INT8_ACTIVATIONS: 1e-1}
 """Largest relative error of a block by precision: norm of the difference over norm of the reference."""
+COMPONENTS = ("text_encoder", "transformer", "vae")
+QUANTIZATION_DEFAULT = 0.1
+"""Largest relative error of a block that storing its weights in few bits may cost."""
 
 
 class Strict(BaseModel):
@@ -168,6 +172,11 @@ class GateRecipe(Strict):
     max_relative_error: dict[str, float] = Field(
         default_factory=lambda: dict(GATE_DEFAULTS), description="Largest relative error of a block, by precision."
     )
+    max_quantization_error: dict[str, float] = Field(
+        default_factory=dict,
+        description=f"Largest relative error that quantized weights may cost a block, by component; "
+        f"{QUANTIZATION_DEFAULT} if absent.",
+    )
     mode: Literal["every", "structure", "none"] = Field(
         default="every",
         description="Execute every artifact; or one of each structure, checking the others' weights; or nothing.",
@@ -181,13 +190,21 @@ class GateRecipe(Strict):
     @field_validator("max_relative_error")
     @classmethod
     def _known(cls, limits: dict[str, float]) -> dict[str, float]:
-        known = [d.name for d in DTYPES.values() if d.is_float]
-        for name in limits:
-            if name not in known:
-                close = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
-                raise ValueError(f"no precision is called '{name}'; {hint}")
-        return limits
+        return _all_known(limits, [*(d.name for d in DTYPES.values() if d.is_float), INT8_ACTIVATIONS], "precision")
+
+    @field_validator("max_quantization_error")
+    @classmethod
+    def _components(cls, limits: dict[str, float]) -> dict[str, float]:
+        return _all_known(limits, COMPONENTS, "component")
+
+
+def _all_known(limits: dict[str, float], known: Sequence[str], what: str) -> dict[str, float]:
+    for name in limits:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
+            raise ValueError(f"no {what} is called '{name}'; {hint}")
+    return limits
 
 
 class _Family(Protocol):

@@ -90,7 +90,7 @@ class Affine(Storage):
         rows = weight.detach().float().reshape(shape[0] * shape[1], -1)
         # in pieces that the processor's cache holds: whole tensors would be written and read a dozen times
         count = max(1, (1 << 18) // rows.shape[1])
-        found = [self._encode_rows(piece) for piece in rows.split(count)]
+        found = [self._encode_rows(piece) for piece in torch.split(rows, count)]
         values, scale, zero = (torch.cat(parts) for parts in zip(*found, strict=True))
         encoded = {VALUES: values.reshape(weight.shape), SCALE: scale.reshape(shape)}
         return encoded if self.symmetric else encoded | {ZERO: zero.to(torch.int8).reshape(shape)}

@@ -25,6 +25,7 @@ from toolchain.ir.graph import (
     output_values,
 )
 from toolchain.ir.graph_text import function_text, leaves_text
+from toolchain.ir.storage import Plain
 from toolchain.ir.weights import Weight
 
 TABLES = "tables"
@@ -94,6 +95,11 @@ class Block:
     def weight_bytes(self) -> int:
         """Bytes of the weights as the artifact keeps them."""
         return sum(w.bytes for w in self.weights.values())
+
+    @property
+    def quantized(self) -> dict[str, str]:
+        """Names of the storages of weights that are no plain numbers, by weight."""
+        return {n: w.storage.name for n, w in self.weights.items() if not isinstance(w.storage, Plain)}
 
     def own_function(self, function: str) -> str:
         """The function that runs when ``function`` is asked for: ``base``, where the block does not have it."""

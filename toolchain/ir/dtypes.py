@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 FLOAT16_MAX: Final = 65504.0
 """The largest float16 number."""
 
+INT8_ACTIVATIONS: Final = "int8"
+"""What the gate's limits call the precision of artifacts that round activations to eight bits before they multiply."""
+
 PortType = Literal["float16", "bfloat16", "float32", "int32"]
 """What a block may take and give."""
 

@@ -139,6 +139,10 @@ class Target(abc.ABC):
             raise UnsupportedStorageError(f"it takes {self.storage}")
         return asked
 
+    def arithmetic(self, block: Block) -> str:
+        """The precision that a block's artifact computes in, by which the gate's limit is chosen."""
+        return self.precision
+
     def port_dtype(self, port: HasDtype) -> DType:
         """What an artifact takes or gives for a port; see :func:`port_dtype`."""
         return port_dtype(port, self.precision)
@@ -171,8 +175,9 @@ class Target(abc.ABC):
     def stamp(self, template: Template, weights: Mapping[str, torch.Tensor], out: Path) -> Artifact:
         """Write the template's artifact with ``weights``: byte for byte what ``lower`` gives for them.
 
-        ``weights`` are the parts by key, as for :meth:`bind`. Plain ones are of any floating dtype. They are taken one after the other, so that ``weights`` may read each
-        from disk when it is asked for, and what was written is compared with each.
+        ``weights`` are the parts by key, as for :meth:`bind`. Plain ones are of any floating dtype. They are taken one
+        after the other, so that ``weights`` may read each from disk when it is asked for, and what was written is
+        compared with each.
 
         (Where ``lower`` simplifies degenerate weights, such as a bias of zeros, the template's structure is
         kept: the numbers are the same, the bytes are not.)

@@ -46,7 +46,7 @@ def weight_uses(graph: Graph) -> dict[str, WeightUse]:
         leaf = leaf_of(graph.functions["base"], node)
         if leaf is None:
             continue
-        owners = {path: module for path, module in leaf.named_modules()}
+        owners = dict(leaf.named_modules())
         for name in graph.weights_at(str(node.target)):
             inner = name.removeprefix(f"{node.target}.")
             owner, _, last = inner.rpartition(".")

@@ -55,7 +55,7 @@ class WeightSource:
         place.copy_(value.reshape(place.shape))
         if len(tensors) == 1:
             return [whole]
-        return list(whole.split([t.shape[self.concat] for t in tensors], dim=self.concat))
+        return list(torch.split(whole, [t.shape[self.concat] for t in tensors], dim=self.concat))
 
     def describe(self) -> list[object]:
         """All but the tensors' names, as plain data: with the tensors' digests it decides the numbers."""

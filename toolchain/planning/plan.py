@@ -163,9 +163,8 @@ def _kept(graph: Graph, target: Target) -> Graph:
         try:
             storage = target.keep(weight.storage, use)
         except UnsupportedStorageError as e:
-            raise RecipeError(
-                f"{where}, which target '{target.name}' with precision {target.precision} cannot; for {_KINDS[use]}, {e}"
-            ) from e
+            cannot = f"which target '{target.name}' with precision {target.precision} cannot"
+            raise RecipeError(f"{where}, {cannot}; for {_KINDS[use]}, {e}") from e
         weights[name] = dataclasses.replace(weight, storage=storage)
     return dataclasses.replace(graph, weights=weights)
 

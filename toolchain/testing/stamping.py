@@ -11,6 +11,7 @@ import torch
 from toolchain.errors import LoweringError
 from toolchain.ir.blocks import Block, BlockPair
 from toolchain.ir.dtypes import FLOAT16_MAX
+from toolchain.ir.stored import StoredParts
 from toolchain.ir.target import Artifact, Target, Template, UnboundTemplateError, unique_weights
 from toolchain.testing.files import content, difference, file_digest
 from toolchain.testing.report import Report, require, require_refusal

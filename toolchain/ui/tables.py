@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from toolchain.build.entries import sampler
+from toolchain.build.entries import bytes_by_storage, sampler
 from toolchain.formats.bundle import Bundle
 from toolchain.formats.manifest import BlockEntry, Manifest
 from toolchain.ir.target import distinct_functions
@@ -50,6 +50,7 @@ def _component_json(plan: ComponentPlan) -> dict[str, Any]:
         "passes": str(plan.passes),
         "parameters": plan.parameters,
         "weight_bytes": plan.weight_bytes,
+        "bytes_by_storage": bytes_by_storage(plan.blocks),
         "distinct_structures": len({b.structure() for b in plan.blocks}),
         "blocks": [
             {
@@ -59,6 +60,7 @@ def _component_json(plan: ComponentPlan) -> dict[str, Any]:
                 "functions": list(distinct_functions(b)),
                 "parameters": b.parameters,
                 "weight_bytes": b.weight_bytes,
+                "bytes_by_storage": bytes_by_storage([b]),
                 "structure": b.structure(),
                 "inputs": {p.name: {"shape": list(p.shape), "source": b.sources[p.name]} for p in b.inputs},
                 "outputs": {p.name: {"shape": list(p.shape)} for p in b.outputs},
@@ -88,7 +90,7 @@ def plan_table(planned: Plan) -> RenderableType:
         groups.append(
             Text(
                 f"{component['parameters']:,} parameters, {readable_size(component['weight_bytes'])} "
-                f"of {component['precision']} in {len(component['blocks'])} blocks "
+                f"({_by_storage(component['bytes_by_storage'])}) in {len(component['blocks'])} blocks "
                 f"of {component['distinct_structures']} structures"
             )
         )
@@ -140,11 +142,20 @@ def bundle_table(bundle: Bundle) -> RenderableType:
     groups: list[RenderableType] = []
     for name, component in m.components.items():
         table = Table(title=f"{name}, {component.precision}, in the order in which it runs", title_justify="left")
-        for column in ("block", "runs", "functions", "parameters", "bytes", "relative error", "inputs from"):
+        for column in (
+            "block",
+            "runs",
+            "functions",
+            "parameters",
+            "bytes",
+            "stored as",
+            "relative error",
+            "inputs from",
+        ):
             table.add_column(column, justify="right" if column in ("parameters", "bytes") else "left")
         for b in component.blocks:
             sources = dict.fromkeys(i.source.split(".")[0] for i in b.inputs)
-            figures = (f"{b.parameters:,}", readable_size(sum(f.bytes for f in b.files)))
+            figures = (f"{b.parameters:,}", readable_size(sum(f.bytes for f in b.files)), _by_storage(b.weight_bytes))
             table.add_row(b.name, runs(b.rate), ", ".join(b.functions), *figures, _errors(b), ", ".join(sources))
         groups.append(table)
     g, s = m.geometry, m.sampler
@@ -163,7 +174,17 @@ def bundle_table(bundle: Bundle) -> RenderableType:
 def _errors(block: BlockEntry) -> str:
     if block.accuracy is None:
         return "not executed"
-    return ", ".join(f"{a.relative_error:.2g}" for a in block.accuracy.values())
+    errors = ", ".join(f"{a.relative_error:.2g}" for a in block.accuracy.values())
+    if not block.quantization:
+        return errors
+    return f"{errors}; of quantization {', '.join(f'{a.relative_error:.2g}' for a in block.quantization.values())}"
+
+
+def _by_storage(bytes_: Mapping[str, int]) -> str:
+    """How bytes are stored, most first: what is alone without its size."""
+    if len(bytes_) < 2:
+        return "".join(bytes_)
+    return ", ".join(f"{k} {readable_size(v)}" for k, v in sorted(bytes_.items(), key=lambda kv: -kv[1]))
 
 
 def verification_json(found: Verification) -> dict[str, Any]:
@@ -179,12 +200,13 @@ def verification_json(found: Verification) -> dict[str, Any]:
 def verification_table(found: Verification) -> RenderableType:
     """What ``verify`` found, for people."""
     table = Table(title=f"{found.bundle} against its goldens", title_justify="left")
-    for column in ("block", "function", "now", "when built", "limit", ""):
-        table.add_column(column, justify="right" if column in ("now", "when built", "limit") else "left")
+    for column in ("block", "function", "now", "when built", "limit", "quantization", ""):
+        table.add_column(column, justify="left" if column in ("block", "function", "") else "right")
     for c in found.checks:
         unit = " dB" if not c.function else ""
         figures = (f"{v:.3g}{unit}" for v in (c.now, c.built, c.limit))
-        table.add_row(f"{c.component}/{c.block}", c.function, *figures, "ok" if c.passed else "FAILED")
+        price = "" if c.price is None else f"{c.price:.3g}"
+        table.add_row(f"{c.component}/{c.block}", c.function, *figures, price, "ok" if c.passed else "FAILED")
     lines = [f"{len(found.checks)} checks, {len(found.failed)} failed; all files are what was built"]
     if found.unchecked:
         lines.append(f"{len(found.unchecked)} blocks have no goldens: another of their structure was executed")
@@ -223,11 +245,12 @@ def comparison_table(found: Comparison) -> RenderableType:
         groups.append(table)
     changed = [b for b in found.blocks if not b.same]
     if changed:
-        table = Table("block", "bytes", "relative error", "outputs, B against A")
+        table = Table("block", "bytes", "relative error", "of quantization", "outputs, B against A")
         for b in changed:
-            errors = " → ".join("-" if e is None else f"{e:.2g}" for e in (b.a_error, b.b_error))
+            both = ((b.a_error, b.b_error), (b.a_price, b.b_price))
+            errors = (" → ".join("-" if e is None else f"{e:.2g}" for e in pair) for pair in both)
             outputs = b.reason if b.outputs is None else ", ".join(f"{f} {e:.2g}" for f, e in b.outputs.items())
-            table.add_row(b.block, f"{readable_size(b.a_bytes)} → {readable_size(b.b_bytes)}", errors, outputs)
+            table.add_row(b.block, f"{readable_size(b.a_bytes)} → {readable_size(b.b_bytes)}", *errors, outputs)
         groups.append(table)
     same = len(found.blocks) - len(changed)
     groups.append(Text(f"{len(changed)} blocks differ, {same} are the same byte for byte"))

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 
 from toolchain.ir.blocks import Block
+from toolchain.ir.stored import decoding_reader
+from toolchain.ir.weights import Weight
 from toolchain.weights.checkpoint import Checkpoint
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -19,15 +21,23 @@ class BlockWeights(Mapping[str, torch.Tensor]):
     ``dict(weights)`` reads all of them.
 
     Args:
+        stored: read the checkpoint as if it held what these weights decode to, the same block's as its target keeps it.
         halves: leave float16 and bfloat16 as they are, for those who store them as something else at once.
     """
 
     def __init__(
-        self, block: Block, checkpoint: Checkpoint, aliases: Mapping[str, str], *, halves: bool = False
+        self,
+        block: Block,
+        checkpoint: Checkpoint,
+        aliases: Mapping[str, str],
+        *,
+        stored: Mapping[str, Weight] | None = None,
+        halves: bool = False,
     ) -> None:
         self._kept = HALVES if halves else ()
         self._weights = block.weights
-        self._read = reader(checkpoint, aliases)
+        read = reader(checkpoint, aliases)
+        self._read = read if stored is None else decoding_reader(stored, read)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         weight = self._weights[name].source.value(self._read)

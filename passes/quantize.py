@@ -1,0 +1,145 @@
+"""Keep weights as small integers with scales, or as places in tables of few numbers.
+
+The pass changes nothing but how weights are stored (see :mod:`toolchain.ir.affine` and :mod:`toolchain.ir.palette`);
+a target says at plan time what it cannot keep so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import fnmatch
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from toolchain.errors import LoweringError
+from toolchain.ir.affine import Affine, Clip
+from toolchain.ir.graph import Graph
+from toolchain.ir.palette import BITS, Palette
+from toolchain.ir.pass_config import PassConfig
+from toolchain.ir.passes import Pass
+from toolchain.ir.storage import Plain, Storage
+from toolchain.ir.uses import WeightUse, weight_uses
+
+Scheme = Literal["float", "int8", "int4", "palette"]
+BLOCK = 32
+"""Numbers that share a scale in int4, unless an option says otherwise."""
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "float": (),
+    "int8": ("block", "symmetric", "clip"),
+    "int4": ("block", "symmetric", "clip"),
+    "palette": ("bits", "group"),
+}
+"""Which options a scheme has."""
+
+
+class SchemeConfig(PassConfig):
+    """How weights are kept.
+
+    ``float`` leaves them as they are. ``int8`` has a scale for each channel, ``int4`` one for each ``block`` of a
+    channel's numbers. ``palette`` has a table of 2^``bits`` numbers for the whole weight, or for each ``group`` of
+    channels.
+    """
+
+    scheme: Scheme = Field(description="float, int8, int4 or palette.")
+    block: int | None = Field(default=None, ge=16, description="Numbers that share a scale; int4 has 32 by default.")
+    symmetric: bool | None = Field(default=None, description="Ranges with zero in their middle; true if absent.")
+    clip: Clip | None = Field(
+        default=None, description="How ranges are chosen: none (the largest number), error or half-quadratic."
+    )
+    bits: int | None = Field(default=None, description="Of a palette: 1, 2, 3, 4, 6 or 8; 4 if absent.")
+    group: int | None = Field(default=None, ge=1, description="Channels that share a palette; all if absent.")
+
+    @model_validator(mode="after")
+    def _fits(self) -> SchemeConfig:
+        for option in ("block", "symmetric", "clip", "bits", "group"):
+            if getattr(self, option) is not None and option not in OPTIONS[self.scheme]:
+                own = ", ".join(OPTIONS[self.scheme]) or "none"
+                raise ValueError(f"'{option}' is no option of the scheme {self.scheme}; it has {own}")
+        if self.bits is not None and self.bits not in BITS:
+            raise ValueError(f"bits: a palette has {', '.join(map(str, BITS))} bits, not {self.bits}")
+        if self.block is not None and self.block & (self.block - 1):
+            raise ValueError(f"block: expected a power of two from 16 on, got {self.block}")
+        return self
+
+    def storage(self, plain: Storage) -> Storage:
+        """What a weight that is kept as ``plain`` is kept as instead."""
+        if self.scheme == "float":
+            return plain
+        if self.scheme == "palette":
+            return Palette(self.bits or 4, self.group)
+        bits, block = (8, self.block) if self.scheme == "int8" else (4, self.block or BLOCK)
+        return Affine(bits, block, self.symmetric is not False, self.clip or "none")
+
+
+class Rule(SchemeConfig):
+    """Another scheme for the weights that ``match`` names."""
+
+    match: str = Field(
+        min_length=1,
+        description="A pattern with * and ? over UNIT.KIND.WEIGHT, as 'pair.3.*.mlp.*', or over a weight's own name.",
+    )
+
+
+class QuantizeConfig(SchemeConfig):
+    """A scheme for all weights but the delicate ones, and rules for those that a pattern names.
+
+    Rules are looked at in order; the last that matches a weight wins, whatever the weight is.
+    """
+
+    rules: tuple[Rule, ...] = ()
+
+
+class Quantize(Pass):
+    """Sets the storage of a graph's weights.
+
+    Left alone unless a rule names them: vectors (biases, norms), tables of modulation, small tensors, and leaves
+    that the model calls delicate: embeddings of time, size and position, and the final projection.
+    """
+
+    name = "quantize"
+    Config = QuantizeConfig
+    config: QuantizeConfig
+
+    def requires(self, graph: Graph) -> None:
+        if graph.blocks():
+            raise LoweringError("the graph is partitioned already; put 'quantize' before 'partition'")
+        if any(not isinstance(w.storage, Plain) for w in graph.weights.values()):
+            raise LoweringError("its weights are quantized already; list the pass once, with rules")
+
+    def call(self, graph: Graph) -> Graph:
+        uses = weight_uses(graph)
+        chosen = {name: -1 for name, use in uses.items() if not use.delicate}
+        for number, rule in enumerate(self.config.rules):
+            matched = [name for name, use in uses.items() if _matches(rule.match, name, use)]
+            if not matched:
+                raise LoweringError(_nothing_matches(number, rule.match, uses))
+            chosen |= dict.fromkeys(matched, number)
+        for number, rule in enumerate(self.config.rules):
+            if number not in chosen.values():
+                raise LoweringError(
+                    f"rules[{number}]: later rules decide about all that '{rule.match}' matches; the last rule that "
+                    "matches wins, so put it after them or remove it"
+                )
+        weights = dict(graph.weights)
+        for name, number in chosen.items():
+            scheme = self.config if number < 0 else self.config.rules[number]
+            weight = weights[name]
+            weights[name] = dataclasses.replace(weight, storage=scheme.storage(weight.storage))
+        return dataclasses.replace(graph, weights=weights)
+
+    def ensures(self, graph: Graph) -> None:
+        asked = {self.config.scheme, *(rule.scheme for rule in self.config.rules)} - {"float"}
+        if asked and all(isinstance(w.storage, Plain) for w in graph.weights.values()):
+            raise LoweringError("no weight is quantized: all are delicate or small; name some by rules")
+
+
+def _matches(pattern: str, name: str, use: WeightUse) -> bool:
+    return fnmatch.fnmatchcase(use.address, pattern) or fnmatch.fnmatchcase(name, pattern)
+
+
+def _nothing_matches(number: int, pattern: str, uses: dict[str, WeightUse]) -> str:
+    addresses = sorted({use.address for use in uses.values()})
+    close = difflib.get_close_matches(pattern, addresses, n=1, cutoff=0.0)
+    return f"rules[{number}].match '{pattern}' matches no weight; one is called '{close[0] if close else ''}'"
