@@ -90,6 +90,7 @@ class PatchEmbedLeaf(Leaf):
     """
 
     kind = "patch_embed"
+    delicate = True
     proj: nn.Conv3d | nn.Linear
 
 

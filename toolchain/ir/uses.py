@@ -9,7 +9,8 @@ from typing import Literal
 from torch import nn
 
 from toolchain.ir.contracts import EmbeddingLeaf
-from toolchain.ir.graph import Graph, compute_nodes, leaf_of
+from toolchain.ir.graph import Graph, compute_nodes
+from toolchain.ir.leaves import Leaf
 
 Use = Literal["linear", "convolution", "embedding", "other"]
 """``other`` is everything that is no matrix of a linear layer or convolution and no table that is looked up."""
@@ -28,11 +29,11 @@ LEAST_NUMBERS = 4096
 
 @dataclass(frozen=True)
 class WeightUse:
-    """What a weight of a graph is used as, and by which leaf."""
+    """What a weight of a graph is used as, and by what module."""
 
     use: Use
     kind: str
-    """Of the leaf that has the weight."""
+    """Of the leaf that has the weight; of a module of torch's, its name in small letters."""
     address: str
     """``UNIT.KIND.NAME``: the unit of the partition, the kind of leaf, and the weight's name within the leaf."""
     delicate: bool
@@ -40,22 +41,29 @@ class WeightUse:
 
 
 def weight_uses(graph: Graph) -> dict[str, WeightUse]:
-    """Every weight that belongs to a leaf, by its name in the graph."""
+    """Every weight that belongs to a module which the graph calls, by its name in the graph."""
     found: dict[str, WeightUse] = {}
-    for node in compute_nodes(graph.functions["base"]):
-        leaf = leaf_of(graph.functions["base"], node)
-        if leaf is None:
+    base = graph.functions["base"]
+    for node in compute_nodes(base):
+        if node.op != "call_module":
             continue
-        owners = dict(leaf.named_modules())
+        module = base.get_submodule(str(node.target))
+        kind, left_alone = (module.kind, module.delicate) if isinstance(module, Leaf) else (_kind(module), False)
+        owners = dict(module.named_modules())
         for name in graph.weights_at(str(node.target)):
             inner = name.removeprefix(f"{node.target}.")
             owner, _, last = inner.rpartition(".")
             shape = graph.weights[name].shape
             use = _use(owners[owner], last) if len(shape) > 1 else "other"
-            delicate = leaf.delicate or use == "other" or math.prod(shape) < LEAST_NUMBERS
-            address = ".".join((*node.meta["unit"], leaf.kind, inner))
-            found[name] = WeightUse(use, leaf.kind, address, delicate)
+            delicate = left_alone or use == "other" or math.prod(shape) < LEAST_NUMBERS
+            address = ".".join((*node.meta["unit"], kind, inner))
+            found[name] = WeightUse(use, kind, address, delicate)
     return found
+
+
+def _kind(module: nn.Module) -> str:
+    """What a module of torch's that is a leaf by itself is called: ``linear``."""
+    return type(module).__name__.lower()
 
 
 def _use(owner: nn.Module, name: str) -> Use:
