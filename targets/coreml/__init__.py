@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,16 +14,28 @@ from targets.forms.gelu import GELU_FORMULA
 from targets.forms.patch_embedding import PATCHES_BY_LINEAR
 from targets.forms.residual_stream import SMALL_RESIDUAL_STREAM
 from targets.streams import quiet
+from toolchain.ir.affine import Affine
 from toolchain.ir.blocks import Block, Port
+from toolchain.ir.dtypes import DTYPES
 from toolchain.ir.leaves import LegalForm
+from toolchain.ir.palette import BITS, Palette
+from toolchain.ir.storage import Storage
 from toolchain.ir.target import (
     Artifact,
     Engine,
     Target,
     TargetConfig,
     Template,
+    UnsupportedStorageError,
     package_versions,
 )
+from toolchain.ir.uses import Use
+
+COMPRESSED: frozenset[Use] = frozenset({"linear", "convolution", "embedding"})
+"""What operators take a weight for that Core ML decompresses."""
+
+AFFINE_BITS = (8, 4)
+"""Widths of the integers that Core ML scales."""
 
 
 class CoreMLConfig(TargetConfig):
@@ -38,6 +51,22 @@ class CoreMLTarget(Target):
     def forms(self) -> tuple[LegalForm, ...]:
         always = (PATCHES_BY_LINEAR, GELU_FORMULA)
         return (*always, SMALL_RESIDUAL_STREAM) if self.precision == "float16" else always
+
+    def keep(self, asked: Storage, use: Use) -> Storage:
+        """Scales and tables are of the precision: Core ML gives a decompressed weight their type."""
+        if use not in COMPRESSED:
+            return super().keep(asked, use)
+        if asked == self.storage:
+            return asked
+        number = DTYPES[self.precision]
+        if isinstance(asked, Affine) and asked.bits in AFFINE_BITS:
+            return dataclasses.replace(asked, scale=number)
+        if isinstance(asked, Palette) and asked.bits in BITS:
+            return dataclasses.replace(asked, number=number)
+        integers = ", ".join(f"int{bits}" for bits in AFFINE_BITS)
+        raise UnsupportedStorageError(
+            f"it takes {self.storage}, {integers} and palettes of {', '.join(map(str, BITS))} bits"
+        )
 
     def lower(self, block: Block, weights: Mapping[str, torch.Tensor], out: Path) -> Artifact:
         with quiet():

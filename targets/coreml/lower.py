@@ -14,6 +14,7 @@ from coremltools.converters.mil import Builder
 
 from targets.coreml.canonical import canonicalise
 from targets.coreml.float16 import with_own_float16
+from targets.coreml.quantized import Plan, Quantized, StandIns, with_quantized
 from targets.exporting import export, reason
 from targets.streams import quiet
 from toolchain.errors import LoweringError
@@ -26,16 +27,17 @@ PRECISIONS = {"float16": ct.precision.FLOAT16, "float32": ct.precision.FLOAT32}
 
 
 def lower(block: Block, weights: Mapping[str, torch.Tensor], out: Path, precision: str) -> Artifact:
-    """One package with a function per function; their equal weights are stored once.
+    """One package with a function per function; their equal weights are stored once, quantized ones as they are kept.
 
     A block with one function gets a plain package, whose function Core ML calls ``main``.
     """
     functions = distinct_functions(block)
+    quantized = Quantized(block.weights, weights)
     own = tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.stem}-")
     with quiet(), own as tmp, full_disk_named(out.parent):
         packages = {}
         for f in functions:
-            packages[f] = _convert(block, f, weights, precision, Path(tmp) / f"{f}.mlpackage")
+            packages[f] = _convert(block, f, weights, precision, Path(tmp) / f"{f}.mlpackage", quantized)
             release()
         merged = ct.utils.MultiFunctionDescriptor()
         for function, path in packages.items():
@@ -46,9 +48,22 @@ def lower(block: Block, weights: Mapping[str, torch.Tensor], out: Path, precisio
     return Artifact(out, functions)
 
 
-def _convert(block: Block, function: str, weights: Mapping[str, torch.Tensor], precision: str, path: Path) -> Path:
+def _convert(
+    block: Block,
+    function: str,
+    weights: Mapping[str, torch.Tensor],
+    precision: str,
+    path: Path,
+    quantized: Quantized | None = None,
+) -> Path:
     compute = PRECISIONS[precision]
-    program = export(block, function, weights)
+    quantized = quantized or Quantized(block.weights, weights)
+    program = export(block, function, StandIns(quantized, weights) if quantized.weights else weights)
+    pipeline = ct.PassPipeline.DEFAULT
+    if precision == "float16":
+        pipeline = with_own_float16(pipeline)
+    if quantized.weights:
+        pipeline = with_quantized(pipeline, Plan(quantized, program))
     signature = block.signatures[function]
     # operators without a name are counted, and only the end of a conversion sets the count back: what else this
     # process built of MIL would change our bytes
@@ -63,10 +78,12 @@ def _convert(block: Block, function: str, weights: Mapping[str, torch.Tensor], p
             outputs=[ct.TensorType(name=p.name, dtype=numpy_dtype(p, precision)) for p in signature.outputs],
             minimum_deployment_target=ct.target.iOS18,
             compute_precision=compute,
-            pass_pipeline=with_own_float16(ct.PassPipeline.DEFAULT) if precision == "float16" else None,
+            pass_pipeline=pipeline,
             skip_model_load=True,
         )
         model.save(str(path))
+    except LoweringError as e:
+        raise LoweringError(f"block '{block.name}', function '{function}': {e}") from e
     except Exception as e:  # the converter raises whatever it likes
         raise LoweringError(f"block '{block.name}', function '{function}': Core ML cannot lower it: {reason(e)}") from e
     return path

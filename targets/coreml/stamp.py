@@ -1,8 +1,10 @@
 """Replacing the weights of a Core ML package.
 
-Tensors of ten elements and more lie in ``weight.bin`` as blobs: at a multiple of 64 bytes a header (sentinel, type,
-size, offset), then the data. Smaller ones stand in the program itself, as immediate values of constants. Two
-packages of one structure differ in nothing else. Stamping does without coremltools, whose import takes seconds.
+Weights are given as their stored parts: floats for what is kept plainly, and for scales and tables; integers for what
+they scale or look up, which a file may pack into fewer bits. Tensors of ten elements and more lie in ``weight.bin`` as
+blobs: at a multiple of 64 bytes a header (sentinel, type, size, offset), then the data. Smaller ones stand in the
+program itself, as immediate values of constants. Two packages of one structure differ in nothing else. Stamping does
+without coremltools, whose import takes seconds.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import functools
 import hashlib
 import mmap
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,37 +21,45 @@ from typing import Any
 import numpy as np
 import torch
 
+from targets.coreml.dtypes import DTYPES, DType
+from targets.coreml.packing import pack
 from targets.coreml.schema import MODEL, read_model
 from targets.coreml.values import HEADER, SENTINEL
 from targets.stamping import Stretch, copy_with, cut, raw
-from toolchain.ir.dtypes import DTYPES, dtype_of
+from toolchain.ir.stored import MARK
 from toolchain.ir.target import Artifact, Template, UnboundTemplateError
 
 WEIGHTS = Path("Data/com.apple.CoreML/weights/weight.bin")
 ALIGNMENT = 64
-BLOB_TYPES: Mapping[int, torch.dtype] = {1: torch.float16, 2: torch.float32}
+FLOATS: Mapping[str, torch.dtype] = {"float16": torch.float16, "float32": torch.float32}
+BLOB_TYPES: Mapping[int, DType] = {
+    d.blob: d for d in DTYPES.values() if d.blob is not None and (d.name in FLOATS or d.bits <= 8)
+}
+"""Types of blobs that weights are stored as, by their number."""
+HEAD = 16
+"""Elements by which a blob is told from others before all are looked at: packed, they fill whole bytes."""
 LARGEST_IMMEDIATE = 9
 """Elements of the largest tensor that coremltools keeps in the program."""
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a weight, or a part of one, lies: in which file of the package, which elements, and at which byte."""
+    """Where a weight, a stored part of one, or a stretch of it lies: which elements, in which file, at which byte.
+
+    ``weight`` is the part's key; ``size`` is in bytes.
+    """
 
     weight: str
     start: int
     count: int
     file: str
     offset: int
+    size: int
     dtype: str
 
-    @property
-    def size(self) -> int:
-        return self.count * DTYPES[self.dtype].bytes
 
-
-def blobs(data: mmap.mmap) -> Iterator[tuple[torch.dtype | None, int, int]]:
-    """Type (None for integers), size and data offset of every blob of a ``weight.bin``, in order.
+def blobs(data: mmap.mmap) -> Iterator[tuple[DType | None, int, int]]:
+    """Type (None for wide integers), size and data offset of every blob of a ``weight.bin``, in order.
 
     Raises:
         UnboundTemplateError: the file has another layout than the one that is known.
@@ -64,6 +74,7 @@ def blobs(data: mmap.mmap) -> Iterator[tuple[torch.dtype | None, int, int]]:
 
 
 def bind(artifact: Artifact, weights: Mapping[str, torch.Tensor]) -> Template:
+    weights = dict(weights)  # encoded once: every blob is looked for in all of them
     found: list[Slot] = []
     constants: list[list[Any]] = []
     file = artifact.path / WEIGHTS
@@ -92,26 +103,18 @@ def bind(artifact: Artifact, weights: Mapping[str, torch.Tensor]) -> Template:
     return Template(artifact, [asdict(s) for s in slots], constants)
 
 
-def _find(blob: bytes, dtype: torch.dtype, offset: int, weights: Mapping[str, torch.Tensor]) -> Slot | None:
-    """The weight, or the part of one, that a blob holds, whole ones being looked for first; None for a constant.
+def _find(blob: bytes, dtype: DType, offset: int, weights: Mapping[str, torch.Tensor]) -> Slot | None:
+    """The part that a blob holds, or a stretch of which it holds; whole ones are looked for first; None for a constant.
 
     Raises:
-        UnboundTemplateError: several weights hold it.
+        UnboundTemplateError: several parts hold it.
     """
-    size = dtype.itemsize
-    count = len(blob) // size
-    head = blob[: 16 * size]
-    for whole in (True, False):
-        found = []
-        for name, weight in weights.items():
-            if weight.numel() < count or whole != (weight.numel() == count):
-                continue
-            if whole and bytes(raw(weight.reshape(-1)[:16].to(dtype))) != head:
-                continue
-            content = bytes(raw(weight.to(dtype)))
-            at = 0 if whole and content == blob else content.find(blob) if not whole else -1
-            if at >= 0 and at % size == 0:
-                found.append(Slot(name, at // size, count, WEIGHTS.as_posix(), offset, dtype_of(dtype).name))
+    for find in (_as_whole, _as_stretch) if dtype.name in FLOATS else (_as_whole,):
+        found = [
+            Slot(name, start, count, WEIGHTS.as_posix(), offset, len(blob), dtype.name)
+            for name, part in weights.items()
+            for start, count in find(blob, dtype, part)
+        ]
         if len(found) == 1:
             return found[0]
         if found:
@@ -119,17 +122,47 @@ def _find(blob: bytes, dtype: torch.dtype, offset: int, weights: Mapping[str, to
     return None
 
 
+def _as_whole(blob: bytes, dtype: DType, part: torch.Tensor) -> Iterator[tuple[int, int]]:
+    """First element and number of elements, if a blob is all of a part."""
+    count = part.numel()
+    if _can_hold(dtype, part) and len(blob) == -(-count * dtype.bits // 8):
+        head = bytes(raw(_stored(part.reshape(-1)[:HEAD], dtype)))
+        if blob.startswith(head[: len(blob)]) and bytes(raw(_stored(part, dtype))) == blob:
+            yield 0, count
+
+
+def _as_stretch(blob: bytes, dtype: DType, part: torch.Tensor) -> Iterator[tuple[int, int]]:
+    """First element and number of elements, if a blob is a stretch of a part of floats."""
+    size = dtype.bits // 8
+    if _can_hold(dtype, part) and part.numel() * size > len(blob):
+        at = bytes(raw(_stored(part, dtype))).find(blob)
+        if at >= 0 and at % size == 0:
+            yield at // size, len(blob) // size
+
+
+def _can_hold(dtype: DType, part: torch.Tensor) -> bool:
+    """Floats are stored as any float, integers as integers of the same sign and as few bits as they need."""
+    if part.dtype.is_floating_point:
+        return dtype.name in FLOATS
+    return dtype.name not in FLOATS and dtype.is_signed == part.dtype.is_signed
+
+
+def _stored(part: torch.Tensor, dtype: DType) -> torch.Tensor:
+    """A part as a file holds it: floats cast, integers packed."""
+    return part.to(FLOATS[dtype.name]) if dtype.name in FLOATS else pack(part, dtype.bits)
+
+
 def _immediates(package: Path, weights: Mapping[str, torch.Tensor]) -> Iterator[Slot]:
-    """The program's constants that hold small weights.
+    """The program's constants that hold small weights; of integers none are looked for, too much is equal to them.
 
     Raises:
         UnboundTemplateError: a constant's bytes are not found in the file.
     """
     small = {
-        (dtype_of(dtype).name, bytes(raw(w.to(dtype)))): name
+        (dtype, bytes(raw(w.to(kind)))): name
         for name, w in weights.items()
-        if w.numel() <= LARGEST_IMMEDIATE
-        for dtype in BLOB_TYPES.values()
+        if w.numel() <= LARGEST_IMMEDIATE and w.dtype.is_floating_point
+        for dtype, kind in FLOATS.items()
     }
     if not small:
         return
@@ -143,7 +176,7 @@ def _immediates(package: Path, weights: Mapping[str, torch.Tensor]) -> Iterator[
             offset = _place(spec, tensor, written)
             if written[offset : offset + len(content)] != content:
                 raise UnboundTemplateError(f"weight '{name}': its bytes are not found in the program's file")
-            yield Slot(name, 0, weights[name].numel(), MODEL.as_posix(), offset, dtype)
+            yield Slot(name, 0, weights[name].numel(), MODEL.as_posix(), offset, len(content), dtype)
 
 
 def _float_constants(spec: Any) -> Iterator[Any]:
@@ -176,20 +209,45 @@ def _place(spec: Any, tensor: Any, written: bytes) -> int:
     return int(differing[0]) - sign if len(differing) == 1 else len(written)
 
 
+class _Small:
+    """The parts of weights, by key; those in the program's file are kept when others of the same weight are read.
+
+    For they are written last, and a weight that is asked for again would be encoded again.
+    """
+
+    def __init__(self, weights: Mapping[str, torch.Tensor], slots: Sequence[Slot]) -> None:
+        self._weights, self._kept = weights, dict[str, torch.Tensor]()
+        self._siblings: dict[str, list[str]] = {}
+        for slot in slots:
+            if MARK in slot.weight and slot.file == MODEL.as_posix():
+                self._siblings.setdefault(slot.weight.rpartition(MARK)[0], []).append(slot.weight)
+
+    def part(self, key: str) -> torch.Tensor:
+        """One part."""
+        if key in self._kept:
+            return self._kept[key]
+        found = self._weights[key]
+        for sibling in self._siblings.get(key.rpartition(MARK)[0], ()):
+            self._kept[sibling] = self._weights[sibling]
+        return found
+
+
 def stamp(template: Template, weights: Mapping[str, torch.Tensor], out: Path) -> Artifact:
     slots = [Slot(**s) for s in template.slots]
     source = template.artifact.path
     last: dict[str, torch.Tensor] = {}
+    small = _Small(weights, slots)
 
     def read(slot: Slot) -> torch.Tensor:
-        if slot.weight not in last:  # a weight's parts follow one another: each tensor is read once
+        if slot.weight not in last:  # a weight's stretches follow one another: each tensor is read once
             last.clear()
-            last[slot.weight] = weights[slot.weight].reshape(-1)
-        return last[slot.weight][slot.start : slot.start + slot.count]
+            last[slot.weight] = small.part(slot.weight).reshape(-1)
+        part = last[slot.weight][slot.start : slot.start + slot.count]
+        return part if slot.dtype in FLOATS else pack(part, DTYPES[slot.dtype].bits)
 
     stretches: dict[str, list[Stretch]] = {}
     for slot in slots:
-        dtype = DTYPES[slot.dtype].torch
+        dtype = FLOATS.get(slot.dtype, torch.uint8)
         stretch = Stretch(slot.offset, slot.size, slot.weight, dtype, functools.partial(read, slot))
         stretches.setdefault(slot.file, []).append(stretch)
     shutil.copytree(source, out, ignore=lambda _, names: [n for n in names if n == WEIGHTS.name])

@@ -1,0 +1,168 @@
+"""Quantized weights in Core ML's programs: operators over constants that stand where a dense weight stood.
+
+A block is converted with random stand-ins for the weights that are to be quantized. They tell which constant of the
+converted program is which weight: one that the converter transposed, scaled or folded into something is not found,
+and nothing is stored of it. So the structure of the program does not depend on the numbers either.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import coremltools as ct
+import numpy as np
+import torch
+from coremltools.converters.mil import Builder
+from coremltools.converters.mil.mil import types
+from coremltools.converters.mil.mil.passes.graph_pass import AbstractGraphPass
+from coremltools.converters.mil.mil.passes.pass_registry import register_pass
+
+from targets.coreml.float16 import NAMESPACE
+from toolchain.errors import LoweringError
+from toolchain.ir.affine import SCALE, VALUES, ZERO, Affine
+from toolchain.ir.palette import INDICES, TABLE, Palette
+from toolchain.ir.storage import Plain
+from toolchain.ir.stored import encoded
+from toolchain.ir.weights import Weight
+
+PASS_NAME = "keep_quantized"
+OWN_PASS = f"{NAMESPACE}::{PASS_NAME}"
+SUFFIX = "_quantized"
+HEAD = 16
+"""Numbers by which a constant is told from others before all are looked at."""
+
+
+class Quantized:
+    """A block's quantized weights: the numbers that stand in for them, and their encoded parts, made once."""
+
+    def __init__(self, weights: Mapping[str, Weight], values: Mapping[str, torch.Tensor]) -> None:
+        self._values = values
+        self.weights = {n: w for n, w in weights.items() if not isinstance(w.storage, Plain)}
+        self._parts: dict[str, Mapping[str, torch.Tensor]] = {}
+
+    def stand_in(self, name: str) -> torch.Tensor:
+        """Random numbers of a weight's shape, the same whenever they are asked for, and no other weight's."""
+        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big")
+        return torch.randn(self.weights[name].shape, generator=torch.Generator().manual_seed(seed))
+
+    def parts(self, name: str) -> Mapping[str, torch.Tensor]:
+        """A weight's stored parts. They are kept: each function of a block needs them."""
+        if name not in self._parts:
+            self._parts[name] = encoded(name, self.weights[name], self._values[name])
+        return self._parts[name]
+
+
+class StandIns(Mapping[str, torch.Tensor]):
+    """A block's weights as it is converted with: dense ones as they are, stand-ins for those that are quantized."""
+
+    def __init__(self, quantized: Quantized, values: Mapping[str, torch.Tensor]) -> None:
+        self._quantized, self._values = quantized, values
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._quantized.stand_in(name) if name in self._quantized.weights else self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
+class Plan:
+    """What is to be quantized in one function: weights, and how many operators of the exported program take each."""
+
+    def __init__(self, quantized: Quantized, program: torch.export.ExportedProgram) -> None:
+        signature = program.graph_signature
+        names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        self.quantized = quantized
+        self.uses = {
+            names[node.name]: len(node.users)
+            for node in program.graph.nodes
+            if names.get(node.name) in quantized.weights and node.users
+        }
+
+
+def with_quantized(pipeline: ct.PassPipeline, plan: Plan) -> ct.PassPipeline:
+    """``pipeline`` with :class:`KeepQuantized` at its end, where no other pass takes weights apart any more."""
+    pipeline.passes = [*pipeline.passes, OWN_PASS]  # a new list: the old one is that of every default pipeline
+    pipeline.set_options(OWN_PASS, {"plan": plan})
+    return pipeline
+
+
+@register_pass(namespace=NAMESPACE, name=PASS_NAME, override=True)
+class KeepQuantized(AbstractGraphPass):
+    """Puts an operator over a weight's parts in the place of the constant that stands in for it."""
+
+    plan: Plan | None = None
+
+    def apply(self, prog: Any) -> None:
+        """Replace every weight of the plan.
+
+        Raises:
+            LoweringError: a weight is not in the program as it is, in one place; names it.
+        """
+        if self.plan is None:
+            raise ValueError("the pass was given no plan")
+        for function in prog.functions.values():
+            with function:  # what is built is built into it
+                _replace(function, self.plan)
+
+
+def _replace(block: Any, plan: Plan) -> None:
+    constants: dict[tuple[int, ...], list[Any]] = {}
+    for op in block.operations:
+        if op.op_type == "const" and isinstance(op.val.val, np.ndarray) and op.val.val.dtype.kind == "f":
+            constants.setdefault(op.val.val.shape, []).append(op)
+    for name, uses in plan.uses.items():
+        weight = plan.quantized.weights[name]
+        found = _found(plan.quantized.stand_in(name), constants.get(tuple(weight.shape), []))
+        where = f"weight '{name}' is to be kept as {weight.storage}, but"
+        if len(found) != 1:
+            raise LoweringError(f"{where} the converted program has no constant that is it: it was changed or folded")
+        (op,) = found
+        if len(op.outputs[0].child_ops) != uses or op.outputs[0] in block.outputs:
+            taken = len(op.outputs[0].child_ops)
+            raise LoweringError(f"{where} {taken} of the {uses} operators that use it take it as it is")
+        kept = _decompressed(op, weight, plan.quantized.parts(name))
+        block.replace_uses_of_var_after_op(anchor_op=op, old_var=op.outputs[0], new_var=kept, force_replace=True)
+        constants[tuple(weight.shape)].remove(op)
+        block.remove_ops([op])
+
+
+def _found(stand_in: torch.Tensor, constants: list[Any]) -> list[Any]:
+    """The constants that are the stand-in, number by number, in their own type."""
+    numbers, found = stand_in.numpy().reshape(-1), []
+    for op in constants:
+        value = op.val.val.reshape(-1)
+        if all(np.array_equal(value[:n], numbers[:n].astype(value.dtype)) for n in (HEAD, len(value))):
+            found.append(op)
+    return found
+
+
+def _decompressed(op: Any, weight: Weight, parts: Mapping[str, torch.Tensor]) -> Any:
+    """The value that Core ML makes of a weight's parts, before ``op``, which has the weight's name and type.
+
+    Raises:
+        LoweringError: this operator set has no way to say it, or the weight's type is not that of its scales.
+    """
+    storage, rank = weight.storage, len(weight.shape)
+    given = {name: part.numpy() for name, part in parts.items()}
+    name = op.name + SUFFIX
+    if isinstance(storage, Affine):
+        number = given[SCALE]
+        kind = types.np_int4_dtype if storage.bits == 4 else np.int8
+        arguments = {"data": given[VALUES].view(kind), "scale": number}
+        arguments |= {} if storage.symmetric else {"offset": given[ZERO].view(kind)}
+        build = Builder.constexpr_blockwise_shift_scale
+    elif isinstance(storage, Palette):
+        number = given[TABLE].reshape(-1, *[1] * (rank - 1), 1 << storage.bits, 1)
+        kind = types.nptype_from_builtin(types.string_to_builtin(f"uint{storage.bits}"))
+        arguments = {"indices": given[INDICES].view(kind), "lut": number}
+        build = Builder.constexpr_lut_to_dense
+    else:
+        raise LoweringError(f"a weight is to be kept as {storage}, which no operator of Core ML decodes")
+    if number.dtype != op.val.val.dtype:
+        raise LoweringError(f"'{name}' is computed in {op.val.val.dtype}, the scales of {storage} are {number.dtype}")
+    return build(**arguments, name=name, before_op=op)
