@@ -60,7 +60,7 @@ def stored_pieces(name: str, weight: torch.Tensor, dtype: torch.dtype, buffers: 
     """
     for part in weight.detach().reshape(-1).split(PIECE_BYTES // dtype.itemsize):
         stored = part if part.dtype == dtype else buffers.cast(part, dtype)
-        if not _finite(stored):
+        if stored.dtype.is_floating_point and not _finite(stored):
             if _finite(part.float()):
                 largest = float(weight.abs().max())
                 raise PrecisionError(f"weight '{name}' reaches {largest:.3g}, which {dtype_of(dtype).name} cannot hold")
