@@ -10,7 +10,9 @@ import torch
 
 from targets.streams import quiet
 from toolchain.ir.blocks import Block, Port
+from toolchain.ir.storage import Storage
 from toolchain.ir.target import Artifact, Engine, Target, TargetConfig, Template, package_versions
+from toolchain.ir.uses import Use
 
 
 class OnnxConfig(TargetConfig):
@@ -21,6 +23,11 @@ class OnnxTarget(Target):
     name = "onnx"
     suffix = ""
     Config = OnnxConfig
+
+    def keep(self, asked: Storage, use: Use) -> Storage:
+        from targets.onnx.storages import keep
+
+        return keep(asked, use)
 
     def lower(self, block: Block, weights: Mapping[str, torch.Tensor], out: Path) -> Artifact:
         with quiet():

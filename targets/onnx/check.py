@@ -8,6 +8,7 @@ import onnx
 
 from targets.exporting import reason
 from targets.onnx import weights as store
+from targets.onnx.storages import specs
 from toolchain.errors import LoweringError
 from toolchain.ir.blocks import Block, Port
 from toolchain.ir.dtypes import dtype_of
@@ -24,7 +25,7 @@ def check(folder: Path, block: Block) -> None:
     expected = set(distinct_functions(block))
     if found != expected:
         raise LoweringError(f"block '{block.name}': folder has functions {sorted(found)}, expected {sorted(expected)}")
-    slots = store.layout({name: weight.shape for name, weight in block.weights.items()})
+    slots = store.layout(specs(block.weights))
     _check_size(folder, store.total_bytes(slots))
     for function in sorted(expected):
         model = read(folder / f"{function}.onnx")

@@ -1,14 +1,15 @@
 """Lowering a block to ONNX models.
 
 The weights take no part in it: they are inputs of the graph while it is exported and simplified, so that no
-tool can fold, transpose or merge them, and become references to the file of weights only then. What a model
-looks like therefore depends on the block's structure alone, and a weight's bytes are its checkpoint's.
+tool can fold, transpose or merge them, and become references to the file of weights only then; those that are
+quantized, to their parts. What a model looks like therefore depends on the block's structure alone, and a plain
+weight's bytes are its checkpoint's.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,14 @@ from onnxscript import ir
 
 from targets.exporting import export, reason
 from targets.onnx import weights as store
+from targets.onnx.dequantize import dequantize
 from targets.onnx.naming import name_values
+from targets.onnx.storages import specs
 from targets.onnx.translate import OPSET, TRANSLATIONS
 from targets.streams import quiet
 from toolchain.errors import LoweringError
 from toolchain.ir.blocks import Block
+from toolchain.ir.stored import StoredParts
 from toolchain.ir.target import Artifact, distinct_functions
 
 
@@ -31,19 +35,21 @@ def lower(block: Block, weights: Mapping[str, torch.Tensor], out: Path) -> Artif
     """A folder with ``FUNCTION.onnx`` for each distinct function, and one file of weights for all.
 
     Raises:
-        LoweringError: names the block, the function and, where known, the operator.
+        LoweringError: names the block, the function and, where known, the operator or the weight.
     """
     functions = distinct_functions(block)
-    slots = store.layout({name: weight.shape for name, weight in block.weights.items()})
+    slots = store.layout(specs(block.weights))
     models = {}
     for function in functions:
-        exported = symbolic(block, function)
-        models[function] = refer(simplify(exported, f"block '{block.name}', function '{function}'"), slots)
+        where = f"block '{block.name}', function '{function}'"
+        model = simplify(symbolic(block, function), where)
+        tables = dequantize(model, block.weights, where)
+        models[function] = refer(model, block.weights, slots, tables)
     out.mkdir()
     try:
         for function, model in models.items():
             (out / f"{function}.onnx").write_bytes(model.SerializeToString(deterministic=True))
-        store.write(out / store.FILE, slots, weights)
+        store.write(out / store.FILE, slots, StoredParts(block.weights, weights))
     except BaseException:
         shutil.rmtree(out)
         raise
@@ -116,14 +122,22 @@ def strip(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-def refer(model: onnx.ModelProto, slots: Mapping[str, store.Slot]) -> onnx.ModelProto:
-    """The model with those inputs that are weights as references to the file of weights; in place."""
+def refer(
+    model: onnx.ModelProto,
+    weights: Collection[str],
+    slots: Mapping[str, store.Slot],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> onnx.ModelProto:
+    """The model with those inputs that are weights as references to the file of weights; in place.
+
+    ``shapes`` are those of parts that the model declares otherwise than their slots.
+    """
     graph = model.graph
     used = {name for node in graph.node for name in node.input}
-    ports = [i for i in graph.input if i.name not in slots]
+    ports = [i for i in graph.input if i.name not in weights]
     del graph.input[:]
     graph.input.extend(ports)
-    graph.initializer.extend(slot.reference() for name, slot in slots.items() if name in used)
+    graph.initializer.extend(slot.reference(shapes.get(key)) for key, slot in slots.items() if key in used)
     return model
 
 

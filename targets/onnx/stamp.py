@@ -12,15 +12,19 @@ import onnx
 import torch
 
 from targets.onnx import weights as store
+from targets.onnx.packing import packed
+from targets.onnx.storages import Form, Spec
 from targets.stamping import Stretch, copy_with, cut, raw
+from toolchain.ir.stored import MARK
 from toolchain.ir.target import Artifact, Template, UnboundTemplateError
 
 
 def bind(artifact: Artifact, weights: Mapping[str, torch.Tensor]) -> Template:
     """Hold the models' references and the stored bytes against ``weights``; where these lie, names decide."""
-    slots = store.layout({name: tuple(w.shape) for name, w in weights.items()})
-    for function in artifact.functions:
-        model = onnx.load(str(artifact.path / f"{function}.onnx"), load_external_data=False)
+    models = {f: onnx.load(str(artifact.path / f"{f}.onnx"), load_external_data=False) for f in artifact.functions}
+    specs = _specs(models, weights)
+    slots = store.layout(specs)
+    for function, model in models.items():
         for tensor in store.foreign(model, slots):
             raise UnboundTemplateError(f"'{function}.onnx' looks for weight '{tensor}' in another place")
     path = artifact.path / store.FILE
@@ -29,20 +33,40 @@ def bind(artifact: Artifact, weights: Mapping[str, torch.Tensor]) -> Template:
     if slots:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as stored:
             for slot in slots.values():
-                if stored[slot.offset : slot.offset + slot.size] != raw(weights[slot.weight]):
+                expected = raw(packed(weights[slot.weight], slot.spec.form))
+                if stored[slot.offset : slot.offset + slot.size] != expected:
                     raise UnboundTemplateError(f"weight '{slot.weight}' is not where '{store.FILE}' should have it")
     cut(path, [(slot.offset, slot.size) for slot in slots.values()])
-    return Template(artifact, [{"weight": s.weight, "offset": s.offset, "size": s.size} for s in slots.values()])
+    entries = [{"weight": s.weight, "offset": s.offset, "size": s.size, "form": s.spec.form} for s in slots.values()]
+    return Template(artifact, entries)
+
+
+def _specs(models: Mapping[str, onnx.ModelProto], weights: Mapping[str, torch.Tensor]) -> dict[str, Spec]:
+    """What models say of the parts, and of plain weights that none of them uses, what these are."""
+    found = {key: spec for model in models.values() for key, spec in store.declared(model)}
+    for key in weights.keys() - found.keys():
+        if MARK in key:
+            raise UnboundTemplateError(f"no model looks for '{key}'")
+        found[key] = Spec("float32", tuple(weights[key].shape))
+    for key in found.keys() - weights.keys():
+        raise UnboundTemplateError(f"a model looks for '{key}', which is no weight's")
+    return found
 
 
 def stamp(template: Template, weights: Mapping[str, torch.Tensor], out: Path) -> Artifact:
-    """Copy the models, and the file of weights with each weight's bytes replaced, one after the other."""
+    """Copy the models, and the file of weights with each part's bytes replaced, one after the other."""
     source = template.artifact.path
     out.mkdir()
     for function in template.artifact.functions:
         shutil.copyfile(source / f"{function}.onnx", out / f"{function}.onnx")
+
+    def read(key: str, form: Form) -> torch.Tensor:
+        return packed(weights[key], form)
+
     stretches = [
-        Stretch(s["offset"], s["size"], s["weight"], torch.float32, functools.partial(weights.__getitem__, s["weight"]))
+        Stretch(
+            s["offset"], s["size"], s["weight"], store.dtype(s["form"]), functools.partial(read, s["weight"], s["form"])
+        )
         for s in template.slots
     ]
     digest = copy_with(source / store.FILE, out / store.FILE, stretches)
