@@ -38,6 +38,8 @@ BLOB_TYPES: Mapping[int, DType] = {
 """Types of blobs that weights are stored as, by their number."""
 HEAD = 16
 """Elements by which a blob is told from others before all are looked at: packed, they fill whole bytes."""
+DECOMPRESSING = "constexpr_"
+"""How operators are called whose constants are written with them."""
 LARGEST_IMMEDIATE = 9
 """Elements of the largest tensor that coremltools keeps in the program."""
 
@@ -180,12 +182,18 @@ def _immediates(package: Path, weights: Mapping[str, torch.Tensor]) -> Iterator[
 
 
 def _float_constants(spec: Any) -> Iterator[Any]:
-    """The tensors of floats that stand in the program itself."""
+    """The tensors of floats that stand in the program itself: as constants, or among what decompresses a weight."""
     for _, function in sorted(spec.mlProgram.functions.items()):
         for operation in function.block_specializations[function.opset].operations:
-            if operation.type == "const" and operation.attributes["val"].HasField("immediateValue"):
-                tensor = operation.attributes["val"].immediateValue.tensor
-                if tensor.WhichOneof("value") in ("floats", "bytes"):
+            if operation.type == "const":
+                values = [operation.attributes["val"]]
+            elif operation.type.startswith(DECOMPRESSING):
+                values = [a.value for _, given in sorted(operation.inputs.items()) for a in given.arguments]
+            else:
+                continue
+            for value in values:
+                tensor = value.immediateValue.tensor
+                if value.HasField("immediateValue") and tensor.WhichOneof("value") in ("floats", "bytes"):
                     yield tensor
 
 
