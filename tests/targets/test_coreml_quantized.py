@@ -264,16 +264,40 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
             make()
 
 
-def test_few_zeros_are_not_told_apart(tmp_path: Path) -> None:
-    """Integers of few channels stand in the program, where too much is equal to them: such blocks are not stamped."""
-    target = CoreMLTarget()
-    kept = target.keep(Affine(8, symmetric=False), "linear")
-    block = block_of(nn.Sequential(nn.Linear(64, 4)), {"x": (2, 64)}, {"0.weight": kept})
+@pytest.mark.parametrize("precision", ["float16", "float32"])
+@pytest.mark.parametrize("storage", [Affine(8, symmetric=False), Affine(4, symmetric=False), Palette(1)], ids=str)
+def test_small_parts_stand_in_the_program(storage: Storage, precision: str, tmp_path: Path) -> None:
+    """And are told apart by the weight that their operator decompresses, for many are equal."""
+    target = CoreMLTarget(CoreMLConfig(precision=precision))  # type: ignore[arg-type]
+    kept = target.keep(storage, "linear")
+    layers = nn.Sequential(nn.Linear(64, 4), nn.Linear(4, 64), nn.Linear(64, 4), nn.Linear(4, 5))
+    block = block_of(layers, {"x": (2, 64)}, {f"{i}.weight": kept for i in range(4)})
+    template = bound(target, block, tmp_path)
+    assert [s for s in template.slots if s["weight"] == "2.weight:zero"] or storage == Palette(1)
     weights = trained(block)
-    artifact = target.lower(block, weights, tmp_path / "a.mlpackage")
-    hold_numbers(target, block, artifact.path, weights)
-    with pytest.raises(UnboundTemplateError, match="0 of 4 elements are in the package"):
-        target.bind(artifact, StoredParts(block.weights, weights))
+    weights["2.weight"] = weights["2.weight"].abs()
+    stamped = target.stamp(template, StoredParts(block.weights, weights), tmp_path / "stamped.mlpackage")
+    assert files(stamped.path) == files(target.lower(block, weights, tmp_path / "direct.mlpackage").path)
+    hold_numbers(target, block, stamped.path, weights)
+
+
+def test_equal_tables_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = Palette.encode
+    table = torch.tensor([[-1.0, 1.0]], dtype=torch.float16)
+    monkeypatch.setattr(Palette, "encode", lambda self, w: {**before(self, w), "table": table})
+    target, block = four(Palette(1))
+    template = bound(target, block, tmp_path)
+    monkeypatch.undo()
+    weights = trained(block)
+    stamped = target.stamp(template, StoredParts(block.weights, weights), tmp_path / "stamped.mlpackage")
+    assert files(stamped.path) == files(target.lower(block, weights, tmp_path / "direct.mlpackage").path)
+
+
+def test_parts_that_are_not_found(tmp_path: Path) -> None:
+    target, block = four(Affine(4, block=32))
+    artifact = target.lower(block, trained(block), tmp_path / "a.mlpackage")
+    with pytest.raises(UnboundTemplateError, match=r"weight 'conv\.weight:values': 0 of 4608 elements are in"):
+        target.bind(artifact, StoredParts(block.weights, trained(block) | {"conv.weight": torch.randn(16, 32, 3, 3)}))
 
 
 # --- what is refused ---------------------------------------------------------------------------------
