@@ -23,10 +23,13 @@ import torch
 
 from targets.coreml.dtypes import DTYPES, DType
 from targets.coreml.packing import pack
+from targets.coreml.program import KINDS
 from targets.coreml.schema import MODEL, read_model
 from targets.coreml.values import HEADER, SENTINEL
 from targets.stamping import Stretch, copy_with, cut, raw
-from toolchain.ir.stored import MARK
+from toolchain.ir.affine import SCALE, ZERO
+from toolchain.ir.palette import TABLE
+from toolchain.ir.stored import MARK, part_key
 from toolchain.ir.target import Artifact, Template, UnboundTemplateError
 
 WEIGHTS = Path("Data/com.apple.CoreML/weights/weight.bin")
@@ -38,6 +41,10 @@ BLOB_TYPES: Mapping[int, DType] = {
 """Types of blobs that weights are stored as, by their number."""
 HEAD = 16
 """Elements by which a blob is told from others before all are looked at: packed, they fill whole bytes."""
+CONTENTS: Mapping[str, str] = {"floats": "float32", "bytes": "float16"}
+"""Fields of tensors that stand in the program, and the floats that they hold."""
+SMALL_PARTS: Mapping[str, str] = {"scale": SCALE, "offset": ZERO, "lut": TABLE}
+"""Parameters of operators that decompress weights, and the parts that are given for them."""
 LARGEST_IMMEDIATE = 9
 """Elements of the largest tensor that coremltools keeps in the program."""
 
@@ -87,7 +94,7 @@ def bind(artifact: Artifact, weights: Mapping[str, torch.Tensor]) -> Template:
                     found.append(slot)
                 else:
                     constants.append([offset, hashlib.sha256(blob).hexdigest()])
-    immediates = list(_immediates(artifact.path, weights))
+    immediates = list(_immediates(artifact.path, weights, found))
     covered = dict.fromkeys(weights, 0)
     for slot in found:
         covered[slot.weight] += slot.count
@@ -152,41 +159,75 @@ def _stored(part: torch.Tensor, dtype: DType) -> torch.Tensor:
     return part.to(FLOATS[dtype.name]) if dtype.name in FLOATS else pack(part, dtype.bits)
 
 
-def _immediates(package: Path, weights: Mapping[str, torch.Tensor]) -> Iterator[Slot]:
-    """The program's constants that hold small weights; of integers none are looked for, too much is equal to them.
+def _immediates(package: Path, weights: Mapping[str, torch.Tensor], found: Sequence[Slot]) -> Iterator[Slot]:
+    """The program's values that hold small parts; ``found`` is what the weight file holds.
 
     Raises:
-        UnboundTemplateError: a constant's bytes are not found in the file.
+        UnboundTemplateError: a value's bytes are not found in the file.
     """
-    small = {
-        (dtype, bytes(raw(w.to(kind)))): name
-        for name, w in weights.items()
-        if w.numel() <= LARGEST_IMMEDIATE and w.dtype.is_floating_point
-        for dtype, kind in FLOATS.items()
-    }
-    if not small:
+    if not any(part.numel() <= LARGEST_IMMEDIATE for part in weights.values()):
         return
     spec, _ = read_model(package)
     written = (package / MODEL).read_bytes()
-    for tensor in _float_constants(spec):
-        dtype = "float32" if tensor.WhichOneof("value") == "floats" else "float16"
-        content = np.asarray(tensor.floats.values, "<f4").tobytes() if dtype == "float32" else tensor.bytes.values
-        name = small.get((dtype, content))
-        if name is not None:
-            offset = _place(spec, tensor, written)
-            if written[offset : offset + len(content)] != content:
-                raise UnboundTemplateError(f"weight '{name}': its bytes are not found in the program's file")
-            yield Slot(name, 0, weights[name].numel(), MODEL.as_posix(), offset, len(content), dtype)
+    for key, dtype, tensor in (*_constants(spec, weights), *_decompressed(spec, weights, found)):
+        content = _content(tensor)
+        offset = _place(spec, tensor, written)
+        if written[offset : offset + len(content)] != content:
+            raise UnboundTemplateError(f"weight '{key}': its bytes are not found in the program's file")
+        yield Slot(key, 0, weights[key].numel(), MODEL.as_posix(), offset, len(content), dtype)
 
 
-def _float_constants(spec: Any) -> Iterator[Any]:
-    """The tensors of floats that stand in the program itself."""
+def _constants(spec: Any, weights: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, str, Any]]:
+    """Key, type and tensor of the constants that are small plain weights, told by their numbers."""
+    small = {
+        (dtype, bytes(raw(w.to(kind)))): name
+        for name, w in weights.items()
+        if w.numel() <= LARGEST_IMMEDIATE and MARK not in name
+        for dtype, kind in FLOATS.items()
+    }
+    for operation in _operations(spec):
+        if operation.type == "const" and operation.attributes["val"].HasField("immediateValue"):
+            tensor = operation.attributes["val"].immediateValue.tensor
+            if tensor.WhichOneof("value") in CONTENTS:
+                dtype = CONTENTS[tensor.WhichOneof("value")]
+                name = small.get((dtype, _content(tensor)))
+                if name is not None:
+                    yield name, dtype, tensor
+
+
+def _decompressed(
+    spec: Any, weights: Mapping[str, torch.Tensor], found: Sequence[Slot]
+) -> Iterator[tuple[str, str, Any]]:
+    """Key, type and tensor of small scales, zeros and tables, told by what else their operator is given.
+
+    They are written with the operator. Their numbers would not tell them: tables of two numbers are much alike.
+    """
+    at = {slot.offset - ALIGNMENT: slot.weight for slot in found}
+    for operation in _operations(spec):
+        main = next((operation.inputs[n] for n in ("data", "indices") if n in operation.inputs), None)
+        if main is None or not operation.type.startswith("constexpr_"):
+            continue
+        weight = at.get(main.arguments[0].value.blobFileValue.offset, "").rpartition(MARK)[0]
+        for name, part in SMALL_PARTS.items():
+            key = part_key(weight, part)
+            if key not in weights or name not in operation.inputs:
+                continue
+            value = operation.inputs[name].arguments[0].value
+            dtype = DTYPES[KINDS[value.type.tensorType.dataType]]
+            if value.HasField("immediateValue") and value.immediateValue.tensor.WhichOneof("value") in CONTENTS:
+                content = _content(value.immediateValue.tensor)
+                if _can_hold(dtype, weights[key]) and content == bytes(raw(_stored(weights[key], dtype))):
+                    yield key, dtype.name, value.immediateValue.tensor
+
+
+def _operations(spec: Any) -> Iterator[Any]:
     for _, function in sorted(spec.mlProgram.functions.items()):
-        for operation in function.block_specializations[function.opset].operations:
-            if operation.type == "const" and operation.attributes["val"].HasField("immediateValue"):
-                tensor = operation.attributes["val"].immediateValue.tensor
-                if tensor.WhichOneof("value") in ("floats", "bytes"):
-                    yield tensor
+        yield from function.block_specializations[function.opset].operations
+
+
+def _content(tensor: Any) -> bytes:
+    """The bytes of a tensor that stands in the program."""
+    return np.asarray(tensor.floats.values, "<f4").tobytes() if tensor.HasField("floats") else tensor.bytes.values
 
 
 def _place(spec: Any, tensor: Any, written: bytes) -> int:

@@ -20,10 +20,10 @@ from torch.fx.passes.shape_prop import ShapeProp
 from targets.coreml import CoreMLConfig, CoreMLTarget
 from targets.coreml.dtypes import DTYPES as STORED
 from targets.coreml.packing import pack
-from targets.coreml.program import Ref, read_program
+from targets.coreml.program import read_program
 from targets.coreml.schema import read_model
 from targets.coreml.stamp import WEIGHTS
-from targets.coreml.values import unpack
+from targets.coreml.values import Constant, unpack
 from toolchain.errors import LoweringError
 from toolchain.ir.affine import Affine
 from toolchain.ir.blocks import Block, Port, Signature
@@ -47,8 +47,6 @@ STORAGES: tuple[Storage, ...] = (
 LIMITS = {"float16": 2e-3, "float32": 1e-5}
 DECOMPRESSED = ("constexpr_blockwise_shift_scale", "constexpr_lut_to_dense")
 INPUTS = {"x": (2, 5, 64), "z": (1, 32, 6, 6), "v": (1, 32, 3, 4, 4), "ids": (7,)}
-SMALL = {"x": (2, 3, 64)}
-"""Shapes that the function ``merged`` has otherwise."""
 MATRICES = ("fc.weight", "conv.weight", "video.weight", "table.weight")
 
 # --- a block of every operator that takes a quantized weight -----------------------------------------
@@ -57,28 +55,31 @@ MATRICES = ("fc.weight", "conv.weight", "video.weight", "table.weight")
 class Four(nn.Module):
     """A linear layer, convolutions of images and of videos, and a table that is looked up."""
 
-    def __init__(self) -> None:
+    def __init__(self, merged: bool = False) -> None:
         super().__init__()
+        self.merged = merged
         self.fc = nn.Linear(64, 48)
         self.conv = nn.Conv2d(32, 16, 3, padding=1)
         self.video = nn.Conv3d(32, 16, (1, 3, 3))
         self.table = nn.Embedding(40, 64)
 
     def forward(self, x: Any, z: Any, v: Any, ids: Any) -> Any:
+        x = x.relu() if self.merged else x
         return self.fc(x), self.conv(z), self.video(v), self.table(ids)
 
 
-def block_of(module: nn.Module, inputs: Mapping[str, Any], storages: Mapping[str, Storage], **others: Any) -> Block:
-    """A block of one module; ``others`` are further functions' shapes, where they differ."""
-    shapes = {"base": inputs} | {f: {**inputs, **changed} for f, changed in others.items()}
+def block_of(
+    module: nn.Module, inputs: Mapping[str, Any], storages: Mapping[str, Storage], **others: nn.Module
+) -> Block:
+    """A block of one module; ``others`` are further functions' modules, of the same weights."""
     functions, signatures = {}, {}
-    for function, given in shapes.items():
-        gm = fx.symbolic_trace(module)
-        values = [torch.zeros(s, dtype=torch.int32 if n == "ids" else torch.float32) for n, s in given.items()]
+    for function, own in {"base": module, **others}.items():
+        gm = fx.symbolic_trace(own)
+        values = [torch.zeros(s, dtype=torch.int32 if n == "ids" else torch.float32) for n, s in inputs.items()]
         results = module(*values)
         results = results if isinstance(results, tuple) else (results,)
         outputs = tuple(Port(f"out{i}", tuple(r.shape)) for i, r in enumerate(results))
-        ports = tuple(Port(n, tuple(v.shape), v.dtype) for n, v in zip(given, values, strict=True))
+        ports = tuple(Port(n, tuple(v.shape), v.dtype) for n, v in zip(inputs, values, strict=True))
         if len(results) == 1:  # blocks always give tuples
             (output,) = (n for n in gm.graph.nodes if n.op == "output")
             output.args = ((output.args[0],),)
@@ -92,8 +93,9 @@ def block_of(module: nn.Module, inputs: Mapping[str, Any], storages: Mapping[str
     return Block("test", "four", "step", functions, signatures, {}, weights)
 
 
-def four(storage: Storage, precision: str = "float16", **others: Any) -> tuple[CoreMLTarget, Block]:
+def four(storage: Storage, precision: str = "float16", merged: bool = False) -> tuple[CoreMLTarget, Block]:
     """The target, and the block with its four matrices kept as the target keeps ``storage``."""
+    others = {"merged": Four(merged=True)} if merged else {}
     target = CoreMLTarget(CoreMLConfig(precision=precision))  # type: ignore[arg-type]
     kept = target.keep(storage, "linear")
     return target, block_of(Four(), INPUTS, dict.fromkeys(MATRICES, kept), **others)
@@ -105,17 +107,13 @@ def trained(block: Block, seed: int = 5) -> dict[str, torch.Tensor]:
 
 
 def degenerate(block: Block) -> dict[str, torch.Tensor]:
-    """A channel of zeros, one outlier, two equal channels, one channel of a single number; biases of zeros."""
+    """A channel of zeros, one outlier, two equal channels, one channel of a single number."""
     weights = trained(block, 6)
-    for name, value in weights.items():
-        if value.dim() == 1:
-            value[:] = 0
-            continue
+    for value in (weights[name] for name in MATRICES):
         value[0] = 0
         value[1].view(-1)[3] = 100.0
         value[3] = value[2]
         value[4] = -0.25
-        weights[name] = value
     return weights
 
 
@@ -197,17 +195,14 @@ def test_weights_take_as_many_bits_as_they_say(storage: Storage, tmp_path: Path)
     assert stored <= kept + plain + 64 + 128 * parts
     (function,) = read_program(artifact.path).values()
     expected = {Affine: "int", Palette: "uint"}[type(storage)] + str(storage.bits)  # type: ignore[attr-defined]
-    data = [
-        op.arguments["data" if isinstance(storage, Affine) else "indices"]
-        for op in function.operations
-        if op.type in DECOMPRESSED
-    ]
-    assert [function.constants[d.name].dtype.name for d in data if isinstance(d, Ref)] == [expected] * len(MATRICES)
+    part = "data" if isinstance(storage, Affine) else "indices"
+    data = [op.arguments[part] for op in function.operations if op.type in DECOMPRESSED]
+    assert [d.dtype.name for d in data if isinstance(d, Constant)] == [expected] * len(MATRICES)
 
 
 @pytest.mark.parametrize("storage", [Affine(4, block=32), Palette(6, group=8), Palette(2)], ids=str)
 def test_functions_share_what_is_stored(storage: Storage, tmp_path: Path) -> None:
-    target, block = four(storage, merged=SMALL)
+    target, block = four(storage, merged=True)
     weights = trained(block)
     both = target.lower(block, weights, tmp_path / "both.mlpackage")
     assert both.functions == ("base", "merged")
@@ -224,7 +219,7 @@ def test_functions_share_what_is_stored(storage: Storage, tmp_path: Path) -> Non
 @pytest.mark.parametrize("weights_of", [trained, degenerate])
 @pytest.mark.parametrize("storage", STORAGES, ids=str)
 def test_stamped_is_direct_byte_for_byte(storage: Storage, weights_of: Callable[..., Any], tmp_path: Path) -> None:
-    target, block = four(storage, merged=SMALL)
+    target, block = four(storage, merged=True)
     template = bound(target, block, tmp_path)
     weights = weights_of(block)
     stamped = target.stamp(template, StoredParts(block.weights, weights), tmp_path / "stamped.mlpackage")
@@ -269,16 +264,40 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
             make()
 
 
-def test_few_zeros_are_not_told_apart(tmp_path: Path) -> None:
-    """Integers of few channels stand in the program, where too much is equal to them: such blocks are not stamped."""
-    target = CoreMLTarget()
-    kept = target.keep(Affine(8, symmetric=False), "linear")
-    block = block_of(nn.Sequential(nn.Linear(64, 4)), {"x": (2, 64)}, {"0.weight": kept})
+@pytest.mark.parametrize("precision", ["float16", "float32"])
+@pytest.mark.parametrize("storage", [Affine(8, symmetric=False), Affine(4, symmetric=False), Palette(1)], ids=str)
+def test_small_parts_stand_in_the_program(storage: Storage, precision: str, tmp_path: Path) -> None:
+    """And are told apart by the weight that their operator decompresses, for many are equal."""
+    target = CoreMLTarget(CoreMLConfig(precision=precision))  # type: ignore[arg-type]
+    kept = target.keep(storage, "linear")
+    layers = nn.Sequential(nn.Linear(64, 4), nn.Linear(4, 64), nn.Linear(64, 4), nn.Linear(4, 5))
+    block = block_of(layers, {"x": (2, 64)}, {f"{i}.weight": kept for i in range(4)})
+    template = bound(target, block, tmp_path)
+    assert [s for s in template.slots if s["weight"] == "2.weight:zero"] or storage == Palette(1)
     weights = trained(block)
-    artifact = target.lower(block, weights, tmp_path / "a.mlpackage")
-    hold_numbers(target, block, artifact.path, weights)
-    with pytest.raises(UnboundTemplateError, match="0 of 4 elements are in the package"):
-        target.bind(artifact, StoredParts(block.weights, weights))
+    weights["2.weight"] = weights["2.weight"].abs()
+    stamped = target.stamp(template, StoredParts(block.weights, weights), tmp_path / "stamped.mlpackage")
+    assert files(stamped.path) == files(target.lower(block, weights, tmp_path / "direct.mlpackage").path)
+    hold_numbers(target, block, stamped.path, weights)
+
+
+def test_equal_tables_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = Palette.encode
+    table = torch.tensor([[-1.0, 1.0]], dtype=torch.float16)
+    monkeypatch.setattr(Palette, "encode", lambda self, w: {**before(self, w), "table": table})
+    target, block = four(Palette(1))
+    template = bound(target, block, tmp_path)
+    monkeypatch.undo()
+    weights = trained(block)
+    stamped = target.stamp(template, StoredParts(block.weights, weights), tmp_path / "stamped.mlpackage")
+    assert files(stamped.path) == files(target.lower(block, weights, tmp_path / "direct.mlpackage").path)
+
+
+def test_parts_that_are_not_found(tmp_path: Path) -> None:
+    target, block = four(Affine(4, block=32))
+    artifact = target.lower(block, trained(block), tmp_path / "a.mlpackage")
+    with pytest.raises(UnboundTemplateError, match=r"weight 'conv\.weight:values': 0 of 4608 elements are in"):
+        target.bind(artifact, StoredParts(block.weights, trained(block) | {"conv.weight": torch.randn(16, 32, 3, 3)}))
 
 
 # --- what is refused ---------------------------------------------------------------------------------
