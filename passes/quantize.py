@@ -136,6 +136,9 @@ class Quantize(Pass):
 
 
 def _matches(pattern: str, name: str, use: WeightUse) -> bool:
+    """Whether a rule names a weight. Vectors and tables of modulation must be named in full, not by a pattern."""
+    if use.use == "other":
+        return pattern in (use.address, name)
     return fnmatch.fnmatchcase(use.address, pattern) or fnmatch.fnmatchcase(name, pattern)
 
 

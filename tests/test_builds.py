@@ -62,8 +62,8 @@ def built(one_pair: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 # --- the same bytes ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("target", ["onnx", "coreml"])
-def test_path_time_jobs_and_hashes_do_not_matter(run_cli: Any, project: Path, tmp_path: Path, target: str) -> None:
+def test_path_time_jobs_and_hashes_do_not_matter(run_cli: Any, project: Path, tmp_path: Path) -> None:
+    target = "coreml"  # the others' bytes are held by tests of their own
     bundles = []
     for n, jobs in enumerate((1, 2)):
         place = tmp_path / f"place {n}" / ("deep" if n else "flat")
@@ -135,13 +135,12 @@ def test_a_checkpoint_lowers_nothing(built: Any, tmp_path: Path) -> None:
 # --- killed, damaged, shared -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_killed_at_any_moment(start_cli: Any, project: Path, built: Any, tmp_path: Path, seed: int) -> None:
+def test_killed_at_any_moment(start_cli: Any, project: Path, built: Any, tmp_path: Path) -> None:
     """And then run again: the same bytes, nothing left behind."""
     cache = tmp_path / "cache"
     arguments = ("recipe.yaml", "-o", "bundle", "--set", f"target={TARGET}")
-    random_ = random.Random(seed)
-    for _ in range(2):
+    random_ = random.Random(0)
+    for _ in range(5):
         process = start_cli(*arguments, cwd=project, cache=cache)
         time.sleep(random_.uniform(2, 15))
         process.kill()
@@ -176,7 +175,7 @@ mount -o remount,size=100m "$OLDPWD/disk" || exit 99
 """Runs a command on a disk of a size, and once more when it has grown; ends as the first run ended."""
 
 
-@pytest.mark.parametrize(("target", "bytes_"), [("onnx", 1_500_000), ("onnx", 2_200_000), ("coreml", 1_700_000)])
+@pytest.mark.parametrize(("target", "bytes_"), [("onnx", 1_500_000), ("coreml", 1_700_000)])
 def test_a_full_disk(project: Path, tmp_path: Path, target: str, bytes_: int) -> None:
     """One line says so, nothing is left behind, and with more room the same command goes on."""
     (tmp_path / "disk").mkdir()

@@ -243,7 +243,8 @@ def test_other_targets_show_every_step(target: Target, cut_small: Any, tmp_path:
     cut = cut_small(target.forms, frames=5)
     block = cut.block("pair_0")
     path = target.lower(block, cut.weights(block), tmp_path / f"pair_0{target.suffix}").path
-    for function in ("base", "merged"):
+    # what cannot be traced is lowered again for every function
+    for function in ("base", "merged") if target.name == "onnx" else ("merged",):
         objection, found = judge(target, cut, path, function)
         assert objection is None
         measured = [r for r in found.rows if r.own is not None]

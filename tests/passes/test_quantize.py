@@ -105,6 +105,12 @@ def test_a_rule_can_leave_weights_alone(graph: Graph) -> None:
     assert "spatial_blocks.0.attn.qkv.weight" in found
 
 
+def test_a_pattern_means_matrices(graph: Graph) -> None:
+    found = storages(quantize(scheme="float", rules=[{"match": "pair.0.spatial.*", "scheme": "int8"}])(graph))
+    assert found
+    assert all(len(graph.weights[name].shape) == 2 and name.endswith(".weight") for name in found)
+
+
 def test_addresses_are_unit_kind_and_name(graph: Graph) -> None:
     uses = weight_uses(graph)
     assert uses["spatial_blocks.1.mlp.fc1.weight"].address == "pair.1.spatial.mlp.fc1.weight"

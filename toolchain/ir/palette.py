@@ -88,7 +88,7 @@ def _means(row: torch.Tensor, count: int) -> torch.Tensor:
     ordered = row.sort().values
     if len(ordered) > SEEN:
         ordered = ordered[(torch.arange(SEEN, dtype=torch.float64) * ((len(ordered) - 1) / (SEEN - 1))).round().long()]
-    distinct = ordered.unique_consecutive()
+    distinct = torch.unique_consecutive(ordered)
     if len(distinct) <= count:  # the table holds them all; what is left over repeats the last
         return torch.cat([distinct, distinct[-1:].expand(count - len(distinct))])
     numbers = ordered.double()
