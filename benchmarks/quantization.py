@@ -119,15 +119,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", default=",".join(TARGETS))
     parser.add_argument("--component", default="transformer", choices=["transformer", "text_encoder"])
-    parser.add_argument("--schemes", default=",".join(SCHEMES).replace(", ", ";"), help=argparse.SUPPRESS)
+    parser.add_argument("--schemes", default=";".join(SCHEMES), help="names of schemes, parted by ;")
     args = parser.parse_args()
     from toolchain.errors import RecipeError, SoraCompileError
 
     print("| target | scheme | MB | weights alone, MB | lowering | quantization | of the change | stamping, s |")
     print("|---|---|---|---|---|---|---|---|")
     for target in args.targets.split(","):
-        for name in args.schemes.split(","):
-            name = name.replace(";", ", ")
+        for name in args.schemes.split(";"):
             with tempfile.TemporaryDirectory() as tmp:
                 try:
                     row = measured(args.component, TARGETS[target], SCHEMES[name], Path(tmp))

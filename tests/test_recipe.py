@@ -26,7 +26,13 @@ from toolchain.models.family import find_family
 from toolchain.validation import Bytes, shortest_size
 
 TINY = {"hidden_size": 8, "num_heads": 2, "depth": 2, "caption_channels": 4, "model_max_length": 3}
-SHIPPED = ["open-sora-v1.2-android", "open-sora-v1.2-iphone-15-pro", "tiny"]
+SHIPPED = [
+    "open-sora-v1.2-android",
+    "open-sora-v1.2-iphone-15-pro",
+    "open-sora-v1.2-iphone-15-pro-int4",
+    "open-sora-v1.2-iphone-15-pro-int8",
+    "tiny",
+]
 
 
 def changed(data: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -159,8 +165,8 @@ UNPLANNABLE = [
         "transformer.passes.0: no pass is called 'token-merg'; did you mean 'token-merge'?",
     ),
     (
-        {"transformer.passes.1": "quantize"},
-        "transformer.passes.1: no pass is called 'quantize'; known: partition, token-merge",
+        {"transformer.passes.1": "quantise"},
+        "transformer.passes.1: no pass is called 'quantise'; did you mean 'quantize'?",
     ),
     (
         {"transformer.passes.1": {"partition": {"layer_per_block": 1}}},
