@@ -246,7 +246,9 @@ def test_a_block_that_fails_names_itself(run_cli: Any, project: Path) -> None:
     assert (ran.code, ran.out) == (5, "")
     *table, line = ran.err.splitlines()
     assert "what the artifact gave, step by step" in table[0]
-    assert re.match(r"sora-compile: transformer: block '\w+', function 'base': relative error \S+ is over the limit 1e-12 \(", line)
+    assert re.match(
+        r"sora-compile: transformer: block '\w+', function 'base': relative error \S+ is over the limit 1e-12 \(", line
+    )
     assert contents(project) == before
 
 

@@ -45,6 +45,9 @@ STORAGES: tuple[Storage, ...] = (
     Palette(4, group=8),
     Palette(3, group=4),
 )
+QUICK = (STORAGES[0], STORAGES[4], Palette(3))
+EACH = [pytest.param(s, id=str(s), marks=[] if s in QUICK else pytest.mark.slow) for s in STORAGES]
+"""One storage of every kind, the others as slow ones."""
 LIMITS = {"float16": 2e-3, "float32": 1e-5}
 DECOMPRESSED = ("constexpr_blockwise_shift_scale", "constexpr_lut_to_dense")
 INPUTS = {"x": (2, 5, 64), "z": (1, 32, 6, 6), "v": (1, 32, 3, 4, 4), "ids": (7,)}
@@ -176,8 +179,11 @@ def lowered(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Storage], Low
 
 @pytest.mark.parametrize(
     ("storage", "precision"),
-    [*((s, "float16") for s in STORAGES), *((s, "float32") for s in (STORAGES[1], STORAGES[3], STORAGES[-1]))],
-    ids=str,
+    [
+        pytest.param(s, p, id=f"{s}-{p}", marks=[] if s in QUICK and p == "float16" else pytest.mark.slow)
+        for p, storages in (("float16", STORAGES), ("float32", (STORAGES[1], STORAGES[3], STORAGES[-1])))
+        for s in storages
+    ],
 )
 def test_lowered_computes_what_is_decoded(
     storage: Storage, precision: str, lowered: Callable[[Storage], Lowered], tmp_path: Path
@@ -210,7 +216,7 @@ def test_lowered_computes_what_is_decoded(
         assert torch.equal(found, decoded[name].to(getattr(torch, precision)).float())
 
 
-@pytest.mark.parametrize("storage", STORAGES, ids=str)
+@pytest.mark.parametrize("storage", EACH)
 def test_weights_take_as_many_bits_as_they_say(storage: Storage, lowered: Callable[[Storage], Lowered]) -> None:
     _, block, _, artifact = lowered(storage)
     stored = (artifact.path / WEIGHTS).stat().st_size
@@ -241,7 +247,7 @@ def test_functions_share_what_is_stored(storage: Storage, tmp_path: Path) -> Non
 # --- stamping ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("storage", STORAGES, ids=str)
+@pytest.mark.parametrize("storage", EACH)
 def test_stamped_is_direct_byte_for_byte(
     storage: Storage, lowered: Callable[[Storage], Lowered], tmp_path: Path
 ) -> None:
