@@ -11,7 +11,7 @@ import torch
 
 from toolchain.accuracy import goldens
 from toolchain.accuracy.metrics import compare, measure, require, require_price, worst
-from toolchain.accuracy.references import Case, References, stored_case
+from toolchain.accuracy.references import Case, References, Weights, stored_case
 from toolchain.build.artifacts import ARTIFACT_STEM, Builder
 from toolchain.build.tables import table_digests
 from toolchain.errors import AccuracyError, LoweringError, RecipeError
@@ -164,7 +164,9 @@ class ComponentGate:
         engine = self._engine(block, artifact)
         limit = self._limit(block)
         exact = self._references[block.name].cases(block.name)
-        weights = self._builder.weights(plain, stored=block)
+        weights: Weights = self._builder.weights(plain, stored=block)
+        if block.quantized:  # read once for all runs: reading means to encode and decode
+            weights = dict(weights)
         cases = [stored_case(plain, case, weights) for case in exact] if block.quantized else exact
         accuracy = measure(block, functions, engine, cases, limit)
         if self._recipe.gate.mode == "every":
