@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,9 @@ from toolchain.ir.graph import capture
 from toolchain.ir.leaves import LegalForm
 from toolchain.ir.legalise import legalise
 from toolchain.ir.passes import Pipeline
+from toolchain.ir.storage import Plain
+from toolchain.ir.stored import encoded
+from toolchain.ir.weights import Weight
 from toolchain.models.family import find_family
 from toolchain.models.open_sora_v1_2.stdit3 import LoweredSTDiT3, STDiT3, STDiT3Config, position_scale
 from toolchain.planning.resolve import load_pipeline
@@ -61,6 +64,28 @@ def write_project(folder: Path, one_pair: tuple[dict[str, Any], dict[str, torch.
     write_checkpoint(folder / "checkpoint", *one_pair)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
     return folder
+
+
+class Decoded(Mapping[str, torch.Tensor]):
+    """The numbers that stored weights stand for, float32, by name; made when asked for.
+
+    What is kept plainly is left as it is: rounding to float16 is not quantization.
+    """
+
+    def __init__(self, weights: Mapping[str, Weight], values: Mapping[str, torch.Tensor]) -> None:
+        self._weights, self._values = weights, values
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        weight, value = self._weights[name], self._values[name]
+        if isinstance(weight.storage, Plain):
+            return value
+        return weight.storage.decode(encoded(name, weight, value))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
 
 
 class Cut:

@@ -10,13 +10,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import Decoded
 
 from toolchain.errors import LoweringError
 from toolchain.ir.affine import Affine
 from toolchain.ir.dtypes import DTYPES
 from toolchain.ir.palette import Palette
 from toolchain.ir.storage import FLOAT16, Storage
-from toolchain.ir.stored import Decoded, StoredParts, decoding_reader, part_key
+from toolchain.ir.stored import StoredParts, decoding_reader, part_key
 from toolchain.ir.weights import Weight, WeightSource
 
 F16, F32, BF16 = DTYPES["float16"], DTYPES["float32"], DTYPES["bfloat16"]

@@ -22,10 +22,10 @@ import numpy as np
 import torch
 
 from targets.coreml.dtypes import DTYPES, DType
-from targets.coreml.packing import pack
 from targets.coreml.program import KINDS
 from targets.coreml.schema import MODEL, read_model
 from targets.coreml.values import HEADER, SENTINEL
+from targets.packing import pack
 from targets.stamping import Stretch, copy_with, cut, raw
 from toolchain.ir.affine import SCALE, ZERO
 from toolchain.ir.palette import TABLE

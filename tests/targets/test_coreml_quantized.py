@@ -15,23 +15,24 @@ import numpy as np
 import pytest
 import torch
 from coremltools.converters.mil.frontend.milproto.load import load as load_program
+from support import Decoded
 from torch import fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from targets.coreml import CoreMLConfig, CoreMLTarget
 from targets.coreml.dtypes import DTYPES as STORED
-from targets.coreml.packing import pack
 from targets.coreml.program import read_program
 from targets.coreml.schema import read_model
 from targets.coreml.stamp import WEIGHTS
 from targets.coreml.values import Constant, unpack
+from targets.packing import pack
 from toolchain.errors import LoweringError
 from toolchain.ir.affine import Affine
 from toolchain.ir.blocks import Block, Port, Signature
 from toolchain.ir.dtypes import DTYPES
 from toolchain.ir.palette import BITS, Palette
 from toolchain.ir.storage import BFLOAT16, FLOAT16, FLOAT32, Storage
-from toolchain.ir.stored import Decoded, StoredParts
+from toolchain.ir.stored import StoredParts
 from toolchain.ir.target import Artifact, Template, UnboundTemplateError, UnsupportedStorageError, unique_weights
 from toolchain.ir.weights import Weight, WeightSource
 

@@ -18,6 +18,7 @@ import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
+from support import Decoded
 from test_executorch import toy_block
 from torch import nn
 
@@ -28,7 +29,7 @@ from toolchain.ir.affine import Affine
 from toolchain.ir.blocks import Block
 from toolchain.ir.leaves import Leaf
 from toolchain.ir.storage import FLOAT32, Storage
-from toolchain.ir.stored import Decoded, StoredParts
+from toolchain.ir.stored import StoredParts
 from toolchain.ir.target import Artifact, Template, UnboundTemplateError, unique_weights
 from toolchain.ir.uses import Use
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from targets.onnx import OnnxTarget
-from targets.onnx.packing import PIECE, packed
+from targets.onnx.packing import packed
 from targets.onnx.storages import specs
+from targets.packing import PIECE
 from toolchain.ir.affine import Affine
 from toolchain.ir.dtypes import DTYPES
 from toolchain.ir.palette import Palette
@@ -45,7 +46,7 @@ def test_scales_are_float32() -> None:
     assert TARGET.keep(FLOAT32, "other") == FLOAT32
 
 
-@pytest.mark.parametrize("count", [1, 2, 7, 2 * PIECE, 4 * PIECE + 3])
+@pytest.mark.parametrize("count", [1, 2, 7, PIECE, 2 * PIECE + 3])
 def test_nibbles(count: int) -> None:
     values = torch.randint(-8, 8, (3, count), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
     rows = np.pad(values.numpy(), ((0, 0), (0, count % 2)))

@@ -61,28 +61,6 @@ def encoded(name: str, weight: Weight, value: torch.Tensor) -> Mapping[str, torc
     return weight.storage.encode(value)
 
 
-class Decoded(Mapping[str, torch.Tensor]):
-    """The numbers that stored weights stand for, float32, by name; made when asked for.
-
-    What is kept plainly is left as it is: rounding to float16 is not quantization.
-    """
-
-    def __init__(self, weights: Mapping[str, Weight], values: Mapping[str, torch.Tensor]) -> None:
-        self._weights, self._values = weights, values
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        weight, value = self._weights[name], self._values[name]
-        if isinstance(weight.storage, Plain):
-            return value
-        return weight.storage.decode(encoded(name, weight, value))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._weights)
-
-    def __len__(self) -> int:
-        return len(self._weights)
-
-
 def decoding_reader(
     weights: Mapping[str, Weight], read: Callable[[str], torch.Tensor]
 ) -> Callable[[str], torch.Tensor]:
@@ -99,7 +77,7 @@ def decoding_reader(
     def value(tensor: str) -> torch.Tensor:
         found = read(tensor)
         if tensor in of:
-            found = found.float().clone()
+            found = found.float()
         for name, weight in of.get(tensor, ()):
             source = weight.source
             stored = weight.storage.decode(encoded(name, weight, source.value(read)))

@@ -1,4 +1,4 @@
-"""Numbers of few bits as a weight file holds them: one after the other, from the least significant bit upwards."""
+"""Numbers of few bits as files of weights hold them: one after the other, from the least significant bit upwards."""
 
 from __future__ import annotations
 
