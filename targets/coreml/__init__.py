@@ -31,9 +31,6 @@ from toolchain.ir.target import (
 )
 from toolchain.ir.uses import Use
 
-COMPRESSED: frozenset[Use] = frozenset({"linear", "convolution", "embedding"})
-"""What operators take a weight for that Core ML decompresses."""
-
 AFFINE_BITS = (8, 4)
 """Widths of the integers that Core ML scales."""
 
@@ -54,7 +51,7 @@ class CoreMLTarget(Target):
 
     def keep(self, asked: Storage, use: Use) -> Storage:
         """Scales and tables are of the precision: Core ML gives a decompressed weight their type."""
-        if use not in COMPRESSED:
+        if use == "other":  # no operator takes it that Core ML decompresses weights for
             return super().keep(asked, use)
         if asked == self.storage:
             return asked

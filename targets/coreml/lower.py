@@ -54,11 +54,10 @@ def _convert(
     weights: Mapping[str, torch.Tensor],
     precision: str,
     path: Path,
-    quantized: Quantized | None = None,
+    quantized: Quantized,
 ) -> Path:
     compute = PRECISIONS[precision]
-    quantized = quantized or Quantized(block.weights, weights)
-    program = export(block, function, StandIns(quantized, weights) if quantized.weights else weights)
+    program = export(block, function, StandIns(quantized, weights))
     pipeline = ct.PassPipeline.DEFAULT
     if precision == "float16":
         pipeline = with_own_float16(pipeline)

@@ -15,6 +15,7 @@ from benchmarks import synthetic
 from targets.coreml import CoreMLConfig, CoreMLTarget
 from targets.coreml.engine import CoreMLEngine
 from targets.coreml.lower import _convert
+from targets.coreml.quantized import Quantized
 from toolchain.formats.recipe import Recipe
 from toolchain.formats.recipe_file import parse_recipe
 from toolchain.ir.blocks import Block, Port
@@ -214,7 +215,9 @@ def dense(cut_small: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     cut = cut_small(CoreMLTarget().forms, frames=2, merged=False)
     block = cut.block("pair_0")
     folder = tmp_path_factory.mktemp("dense")
-    path = _convert(block, "base", cut.weights(block), "float16", folder / "pair.mlpackage")
+    weights = cut.weights(block)
+    quantized = Quantized(block.weights, weights)
+    path = _convert(block, "base", weights, "float16", folder / "pair.mlpackage", quantized)
     return path, block, cut.inputs("pair_0")
 
 

@@ -101,7 +101,7 @@ class Affine(Storage):
             scale, zero = self._by_least_error(rows, scale, zero)
         elif self.clip == "half-quadratic":
             scale, zero = self._half_quadratic(rows, scale, zero)
-        return self._rounded(rows, scale, zero).to(torch_int8()), scale, zero
+        return self._rounded(rows, scale, zero).to(DTYPES["int8"].torch), scale, zero
 
     def _ranges(self, rows: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Scales (rounded to their type) and zeros of rows ``[R, n]``, ``[R, 1]`` each."""
@@ -166,10 +166,3 @@ class Affine(Storage):
         if not self.symmetric:
             blocked -= parts[ZERO].float().reshape(one)
         return blocked.mul_(scale.float().reshape(one)).reshape(values.shape)
-
-
-def torch_int8() -> torch.dtype:
-    """Torch's int8; imports torch."""
-    import torch
-
-    return torch.int8

@@ -22,21 +22,18 @@ if TYPE_CHECKING:
 class Part:
     """One tensor of a stored weight. ``name`` is empty where it is the weight itself.
 
-    ``bits`` is what a number takes when it is packed: a part of ``dtype`` int8 or uint8 may need fewer than 8.
+    ``bits`` is what a number takes when it is packed, if that is fewer than ``dtype`` has.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: DType
-    bits: int = 0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "bits", self.bits or 8 * self.dtype.bytes)
+    bits: int | None = None
 
     @property
     def bytes(self) -> int:
         """Size of its packed numbers, without what a file adds for alignment."""
-        return -(-math.prod(self.shape) * self.bits // 8)
+        return -(-math.prod(self.shape) * (self.bits or 8 * self.dtype.bytes) // 8)
 
 
 class Storage(abc.ABC):

@@ -32,10 +32,10 @@ class WeightUse:
     """What a weight of a graph is used as, and by what module."""
 
     use: Use
-    kind: str
-    """Of the leaf that has the weight; of a module of torch's, its name in small letters."""
     address: str
-    """``UNIT.KIND.NAME``: the unit of the partition, the kind of leaf, and the weight's name within the leaf."""
+    """``UNIT.KIND.NAME``: the unit of the partition, the kind of leaf, and the weight's name within the leaf.
+
+    The kind of a module of torch's is its name in small letters: ``linear``."""
     delicate: bool
     """The model asks for it to be left as it is, or it is a vector, or small."""
 
@@ -48,7 +48,10 @@ def weight_uses(graph: Graph) -> dict[str, WeightUse]:
         if node.op != "call_module":
             continue
         module = base.get_submodule(str(node.target))
-        kind, left_alone = (module.kind, module.delicate) if isinstance(module, Leaf) else (_kind(module), False)
+        if isinstance(module, Leaf):
+            kind, left_alone = module.kind, module.delicate
+        else:
+            kind, left_alone = type(module).__name__.lower(), False
         owners = dict(module.named_modules())
         for name in graph.weights_at(str(node.target)):
             inner = name.removeprefix(f"{node.target}.")
@@ -57,13 +60,8 @@ def weight_uses(graph: Graph) -> dict[str, WeightUse]:
             use = _use(owners[owner], last) if len(shape) > 1 else "other"
             delicate = left_alone or use == "other" or math.prod(shape) < LEAST_NUMBERS
             address = ".".join((*node.meta["unit"], kind, inner))
-            found[name] = WeightUse(use, kind, address, delicate)
+            found[name] = WeightUse(use, address, delicate)
     return found
-
-
-def _kind(module: nn.Module) -> str:
-    """What a module of torch's that is a leaf by itself is called: ``linear``."""
-    return type(module).__name__.lower()
 
 
 def _use(owner: nn.Module, name: str) -> Use:
