@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fnmatch
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -90,6 +91,16 @@ class QuantizeConfig(SchemeConfig):
 
     rules: tuple[Rule, ...] = ()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _settled(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and "budget" in data:
+            raise ValueError(
+                "a budget becomes rules when weights are read: build the recipe, or have 'sora-compile quantize' write "
+                "it with rules; nothing else takes one"
+            )
+        return data
+
 
 class Quantize(Pass):
     """Sets the storage of a graph's weights.
@@ -108,31 +119,39 @@ class Quantize(Pass):
         if any(not isinstance(w.storage, Plain) for w in graph.weights.values()):
             raise LoweringError("its weights are quantized already; list the pass once, with rules")
 
-    def call(self, graph: Graph) -> Graph:
+    def idle(self, graph: Graph) -> Mapping[str, str]:
+        found: dict[str, str] = {}
         uses = weight_uses(graph)
-        chosen = {name: -1 for name, use in uses.items() if not use.delicate}
+        chosen = self._chosen(uses)
         for number, rule in enumerate(self.config.rules):
-            matched = [name for name, use in uses.items() if _matches(rule.match, name, use)]
-            if not matched:
-                raise LoweringError(_nothing_matches(number, rule.match, uses))
-            chosen |= dict.fromkeys(matched, number)
-        for number, rule in enumerate(self.config.rules):
-            if number not in chosen.values():
-                raise LoweringError(
+            if not any(_matches(rule.match, name, use) for name, use in uses.items()):
+                found[f"rules[{number}]"] = _nothing_matches(number, rule.match, uses)
+            elif number not in chosen.values():
+                found[f"rules[{number}]"] = (
                     f"rules[{number}]: later rules decide about all that '{rule.match}' matches; the last rule that "
                     "matches wins, so put it after them or remove it"
                 )
+        asked = {self.config.scheme, *(rule.scheme for rule in self.config.rules)} - {"float"}
+        if asked and all(self._scheme(number).scheme == "float" for number in chosen.values()):
+            found["scheme"] = "no weight is quantized: all are delicate or small; name some by rules"
+        return found
+
+    def call(self, graph: Graph) -> Graph:
         weights = dict(graph.weights)
-        for name, number in chosen.items():
-            scheme = self.config if number < 0 else self.config.rules[number]
-            weight = weights[name]
-            weights[name] = dataclasses.replace(weight, storage=scheme.storage(weight.storage))
+        for name, number in self._chosen(weight_uses(graph)).items():
+            storage = self._scheme(number).storage(weights[name].storage)
+            weights[name] = dataclasses.replace(weights[name], storage=storage)
         return dataclasses.replace(graph, weights=weights)
 
-    def ensures(self, graph: Graph) -> None:
-        asked = {self.config.scheme, *(rule.scheme for rule in self.config.rules)} - {"float"}
-        if asked and all(isinstance(w.storage, Plain) for w in graph.weights.values()):
-            raise LoweringError("no weight is quantized: all are delicate or small; name some by rules")
+    def _chosen(self, uses: Mapping[str, WeightUse]) -> dict[str, int]:
+        """Weight → the rule that decides about it, or -1 for the scheme of all; others are left alone."""
+        chosen = {name: -1 for name, use in uses.items() if not use.delicate}
+        for number, rule in enumerate(self.config.rules):
+            chosen |= {name: number for name, use in uses.items() if _matches(rule.match, name, use)}
+        return chosen
+
+    def _scheme(self, number: int) -> SchemeConfig:
+        return self.config if number < 0 else self.config.rules[number]
 
 
 def _matches(pattern: str, name: str, use: WeightUse) -> bool:
@@ -142,7 +161,7 @@ def _matches(pattern: str, name: str, use: WeightUse) -> bool:
     return fnmatch.fnmatchcase(use.address, pattern) or fnmatch.fnmatchcase(name, pattern)
 
 
-def _nothing_matches(number: int, pattern: str, uses: dict[str, WeightUse]) -> str:
+def _nothing_matches(number: int, pattern: str, uses: Mapping[str, WeightUse]) -> str:
     addresses = sorted({use.address for use in uses.values()})
     close = difflib.get_close_matches(pattern, addresses, n=1, cutoff=0.0)
     return f"rules[{number}].match '{pattern}' matches no weight; one is called '{close[0] if close else ''}'"

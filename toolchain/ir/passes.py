@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -40,15 +40,24 @@ class Pass(abc.ABC):
     def __init__(self, config: PassConfig | None = None) -> None:
         self.config = config if config is not None else self.Config()
 
-    def __call__(self, graph: Graph) -> Graph:
+    def __call__(self, graph: Graph, *, beside: Sequence[Graph] = ()) -> Graph:
         """The rewritten graph.
 
+        Args:
+            beside: the component's other graphs, before the pass: an option may be for one of them alone.
+
         Raises:
-            LoweringError: the graph does not fit, or the pass did not do what it says of itself.
+            LoweringError: the graph does not fit, an option is for none of the component's graphs, or the pass did not
+                do what it says of itself.
         """
         before = _everything(graph)
         try:
             self.requires(graph)
+            idle = dict(self.idle(graph))
+            for other in beside if idle else ():
+                idle = {option: why for option, why in idle.items() if option in self.idle(other)}
+            for why in idle.values():
+                raise LoweringError(why)
             result = self.call(graph)
             if _everything(graph) != before:
                 raise LoweringError("changed its argument; work on graph.copy()")
@@ -60,6 +69,10 @@ class Pass(abc.ABC):
 
     def requires(self, graph: Graph) -> None:
         """Raise if ``graph`` lacks what the pass needs."""
+
+    def idle(self, graph: Graph) -> Mapping[str, str]:
+        """Options that would do nothing to ``graph``, and why: refused if no graph of the component needs them."""
+        return {}
 
     @abc.abstractmethod
     def call(self, graph: Graph) -> Graph:

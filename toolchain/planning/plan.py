@@ -13,8 +13,10 @@ from toolchain.ir.blocks import Block, BlockPair, extract_blocks
 from toolchain.ir.graph import Graph, capture, with_function
 from toolchain.ir.legalise import legalise
 from toolchain.ir.passes import Pipeline
+from toolchain.ir.storage import Storage
 from toolchain.ir.target import Target, UnsupportedStorageError
 from toolchain.ir.uses import Use, weight_uses
+from toolchain.ir.weights import Weight
 from toolchain.listener import Listener
 from toolchain.models.family import Definition, Forms
 from toolchain.planning.residency import resident_blocks
@@ -110,8 +112,8 @@ def _component(
 ) -> ComponentPlan:
     graphs: list[Graph] = []
     pairs: list[BlockPair] = []
-    for forms in definition.forms:
-        legal, plain = lower_graph(forms, part.passes, part.target, listener)
+    for graph in rewritten_graphs(definition, part.passes, part.target, listener):
+        legal, plain = lower_graph(graph, part.passes, part.target, listener)
         graphs.append(legal)
         pairs += map(BlockPair, extract_blocks(legal), extract_blocks(plain))
     resident = resident_blocks([p.lowered for p in pairs], budget, definition.name)
@@ -126,24 +128,38 @@ def capture_forms(forms: Forms) -> Graph:
     return graph
 
 
+def rewritten_graphs(
+    definition: Definition, passes: Pipeline, target: Target, listener: Listener | None = None
+) -> list[Graph]:
+    """A component's graphs, captured and rewritten by its passes; not legalised, and not cut.
+
+    Raises:
+        LoweringError: a pass cannot be applied.
+    """
+    listener = listener or Listener()
+    graphs = [capture_forms(forms).stored_as(target.storage) for forms in definition.forms]
+    for graph in graphs:
+        listener.graph(definition.name, "capture", graph)
+    for rewrite in passes.rewrites:
+        graphs = [rewrite(graph, beside=[g for g in graphs if g is not graph]) for graph in graphs]
+        for graph in graphs:
+            listener.graph(definition.name, str(rewrite), graph)
+    return graphs
+
+
 def lower_graph(
-    forms: Forms, passes: Pipeline, target: Target, listener: Listener | None = None
+    graph: Graph, passes: Pipeline, target: Target, listener: Listener | None = None
 ) -> tuple[Graph, Graph]:
-    """Capture and run the passes, ``legalise`` with the target's forms before the partition.
+    """Cut a rewritten graph, ``legalise`` with the target's forms before the partition.
 
     Returns:
         The partitioned graph, and the same without legalisation.
 
     Raises:
         RecipeError: a weight is to be kept in a way that the target cannot express.
-        LoweringError: a pass cannot be applied.
+        LoweringError: the partition cannot be applied.
     """
     listener = listener or Listener()
-    graph = capture_forms(forms).stored_as(target.storage)
-    listener.graph(graph.component, "capture", graph)
-    for rewrite in passes.rewrites:
-        graph = rewrite(graph)
-        listener.graph(graph.component, str(rewrite), graph)
     legal = _kept(legalise(graph, target.forms), target)
     listener.graph(graph.component, "legalise", legal)
     cut = passes.partition(legal)
@@ -157,16 +173,27 @@ def _kept(graph: Graph, target: Target) -> Graph:
     weights = {}
     for name, weight in graph.weights.items():
         use = uses[name].use if name in uses else "other"
-        where = f"{graph.component}: weight '{name}' is to be kept as {weight.storage}"
-        if refusal := weight.storage.refusal(weight.shape):
-            raise RecipeError(f"{where}, but {refusal}")
         try:
-            storage = target.keep(weight.storage, use)
+            storage = kept_storage(weight, use, target)
         except UnsupportedStorageError as e:
-            cannot = f"which target '{target.name}' with precision {target.precision} cannot"
-            raise RecipeError(f"{where}, {cannot}; for {_KINDS[use]}, {e}") from e
+            raise RecipeError(f"{graph.component}: weight '{name}' is to be kept as {weight.storage}, {e}") from e
         weights[name] = dataclasses.replace(weight, storage=storage)
     return dataclasses.replace(graph, weights=weights)
+
+
+def kept_storage(weight: Weight, use: Use, target: Target) -> Storage:
+    """How ``target`` keeps a weight of a legal graph.
+
+    Raises:
+        UnsupportedStorageError: it cannot, or the weight's shape does not fit; says what is taken.
+    """
+    if refusal := weight.storage.refusal(weight.shape):
+        raise UnsupportedStorageError(f"but {refusal}")
+    try:
+        return target.keep(weight.storage, use)
+    except UnsupportedStorageError as e:
+        cannot = f"which target '{target.name}' with precision {target.precision} cannot"
+        raise UnsupportedStorageError(f"{cannot}; for {_KINDS[use]}, {e}") from e
 
 
 _KINDS: Mapping[Use, str] = {
