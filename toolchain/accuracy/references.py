@@ -10,6 +10,8 @@ import torch
 from torch import fx
 
 from toolchain.ir.blocks import Block
+from toolchain.ir.graph import Graph
+from toolchain.models.family import ModelFamily
 
 Weights = Mapping[str, torch.Tensor]
 Values = dict[str, torch.Tensor]
@@ -55,6 +57,16 @@ def run_eager(block: Block, function: str, weights: Weights, inputs: Mapping[str
 def stored_case(block: Block, case: Case, weights: Weights) -> Case:
     """The same run on ``weights`` as an artifact keeps them: what it is held against."""
     return run_eager(block, case.function, weights, case.inputs)
+
+
+def sample_inputs(graph: Graph, family: ModelFamily, seed: int) -> Callable[[str, int], Values]:
+    """What a component's blocks are run on, for a function of its ``graph`` and the number of a run."""
+
+    def inputs(function: str, run: int) -> Values:
+        generator = torch.Generator().manual_seed(seed * 1000 + run)
+        return {spec.name: family.sample_input(spec, generator) for spec in graph.inputs_of(function)}
+
+    return inputs
 
 
 class References:

@@ -19,6 +19,9 @@ import torch
 from toolchain.accuracy.references import Values, Weights
 from toolchain.ir.blocks import Block
 
+APART = 1 << 31
+"""Added to seeds: what a denoiser gives resembles the noise that it was given, and directions must resemble neither.
+(Of a seed, torch's generator heeds 32 bits.)"""
 Cotangents = list[dict[str, torch.Tensor]]
 """Gradients by port, for each direction."""
 
@@ -29,7 +32,7 @@ def directions(results: Values, number: int, seed: int) -> Cotangents:
     Args:
         results: of one run.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(APART + seed)
     found: Cotangents = []
     for _ in range(number):
         noise = {name: torch.randn(r.shape, generator=generator) for name, r in results.items()}

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from toolchain.build import entries
 from toolchain.build.artifacts import Builder
+from toolchain.build.budget import settle_budgets
 from toolchain.build.gate import ComponentGate
 from toolchain.build.keys import build_key
 from toolchain.build.parallel import Parallel, Serial, artifact_source
@@ -73,6 +74,7 @@ def compile_recipe(
     if tasks_at_once is not None and tasks_at_once < 1:
         raise RecipeError(f"tasks_at_once {tasks_at_once}: must be at least 1")
     prepare(out)
+    recipe = settle_budgets(recipe, Path(base or "."), store, listener, jobs=jobs, executor=executor)
     build = resolve(recipe, Path(base or "."), checkpoints=True)
     key = build_key(build, store, direct)
     done = up_to_date(out, key, store)

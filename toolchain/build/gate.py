@@ -11,7 +11,7 @@ import torch
 
 from toolchain.accuracy import goldens
 from toolchain.accuracy.metrics import compare, measure, require, require_price, worst
-from toolchain.accuracy.references import Case, References, Weights, stored_case
+from toolchain.accuracy.references import Case, References, Weights, sample_inputs, stored_case
 from toolchain.build.artifacts import ARTIFACT_STEM, Builder
 from toolchain.build.tables import table_digests
 from toolchain.errors import AccuracyError, LoweringError, RecipeError
@@ -80,12 +80,8 @@ class ComponentGate:
         }
 
     def _start(self, graph: Graph) -> References:
-        recipe, family, names = self._recipe, self._family, set(graph.blocks())
-
-        def inputs(function: str, run: int) -> dict[str, torch.Tensor]:
-            generator = torch.Generator().manual_seed(recipe.gate.seed * 1000 + run)
-            return {spec.name: family.sample_input(spec, generator) for spec in graph.inputs_of(function)}
-
+        names = set(graph.blocks())
+        inputs = sample_inputs(graph, self._family, self._recipe.gate.seed)
         blocks = tuple(pair.plain for pair in self._pairs.values() if pair.name in names)
         functions = tuple(graph.functions)
         stand_in = {name: self._stand_in[name] for name in names}

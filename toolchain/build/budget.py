@@ -1,0 +1,374 @@
+"""From a budget to rules: sweep, allocate, measure what was chosen, and choose again where the estimate was off.
+
+The errors of weights are taken to add up. What was chosen is then run as a whole, so that what is reported is measured
+and no estimate; a target in decibels is held on what was measured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from toolchain.accuracy.metrics import decibels
+from toolchain.build.measured import Measured, measure_choice
+from toolchain.build.sweep import Sweep
+from toolchain.build.sweep_tasks import run_sweeps
+from toolchain.build.tasks import builders
+from toolchain.errors import RecipeError
+from toolchain.formats.budget import Budget, read_budget
+from toolchain.formats.recipe import QUANTIZATION_DEFAULT, Recipe
+from toolchain.listener import Listener
+from toolchain.planning.allocation import Allocation, Option, UnreachableError, allocate, frontier
+from toolchain.planning.candidates import DEFAULT, PASS, Candidate, Item, read_candidates, rules, with_rules
+from toolchain.planning.plan import Plan, plan_resolved
+from toolchain.planning.resolve import resolve
+from toolchain.system.disk import readable_size
+from toolchain.system.memory import return_large_allocations
+from toolchain.system.store import Store
+
+TRIES = 6
+"""How often is chosen and measured at most."""
+NEAR_DB = 0.2
+"""What a choice may be better than a target in decibels before a smaller one is looked for."""
+FIRMER = 1.5
+"""How much more than it is over the gate's limit a block's errors are made to count in the next choice."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """How a weight is to be kept; ``error`` is what that is expected to cost the output (squared, as a share)."""
+
+    item: Item
+    candidate: Candidate
+    bytes: int
+    error: float
+
+
+@dataclass(frozen=True)
+class Point:
+    """A size of all weights, and the error expected of it; ``name`` where all weights are kept alike."""
+
+    bytes: int
+    error: float
+    name: str = ""
+
+    @property
+    def sqnr_db(self) -> float:
+        """The error in decibels."""
+        return decibels(math.sqrt(self.error))
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What a budget of one or several components became.
+
+    ``bytes`` are those of all their weights, ``plain_bytes`` what they would be without quantization. ``expected`` is
+    the error that was reckoned with, ``measured`` what it is, by component. ``gap`` bounds how much less the expected
+    error (or, of a budget of error, the bytes) could have been, relatively. ``curve`` has the best choices at other
+    sizes, ``alike`` each candidate for all weights that can be kept so; both expected.
+    """
+
+    components: tuple[str, ...]
+    budget: Budget
+    chosen: tuple[Chosen, ...]
+    bytes: int
+    plain_bytes: int
+    expected: float
+    measured: Mapping[str, Measured]
+    gap: float
+    curve: tuple[Point, ...]
+    alike: tuple[Point, ...]
+
+    @property
+    def error(self) -> float:
+        """The measured errors of all components, added."""
+        return sum(m.error for m in self.measured.values())
+
+
+def budgets_of(recipe: Recipe) -> dict[str, tuple[Budget, str]]:
+    """The budgets that a recipe's passes have, with their candidates, by component.
+
+    Raises:
+        RecipeError: a budget is wrong, or something stands beside it.
+    """
+    found = {}
+    for name, part in recipe.components().items():
+        for number, spec in enumerate(part.passes):
+            if spec.name == PASS and "budget" in spec.options:
+                key = f"{name}.passes.{number}.{PASS}"
+                if others := spec.options.keys() - {"budget", "candidates"}:
+                    raise RecipeError(f"{key}: '{min(others)}' has no place beside a budget, which takes 'candidates'")
+                found[name] = read_budget(spec.options["budget"], f"{key}.budget"), _candidates_text(spec.options, key)
+    return found
+
+
+def _candidates_text(options: Mapping[str, Any], key: str) -> str:
+    text = options.get("candidates", DEFAULT)
+    if not isinstance(text, str):
+        raise RecipeError(f"{key}.candidates: expected one text, such as '{DEFAULT[:26]}…'")
+    return text
+
+
+def settle_budgets(
+    recipe: Recipe,
+    base: Path,
+    store: Store,
+    listener: Listener | None = None,
+    *,
+    jobs: int = 1,
+    executor: Executor | None = None,
+) -> Recipe:
+    """``recipe`` with rules in the place of every budget; the recipe itself if it has none.
+
+    Raises:
+        RecipeError: as :func:`settle`.
+    """
+    for component, (budget, candidates) in budgets_of(recipe).items():
+        recipe, _ = settle(recipe, base, store, [component], budget, candidates, listener, jobs=jobs, executor=executor)
+    return recipe
+
+
+def settle(
+    recipe: Recipe,
+    base: Path,
+    store: Store,
+    components: Sequence[str],
+    budget: Budget,
+    candidates: str = DEFAULT,
+    listener: Listener | None = None,
+    *,
+    jobs: int = 1,
+    executor: Executor | None = None,
+) -> tuple[Recipe, Settled]:
+    """Choose how every weight of ``components`` is kept.
+
+    Several components share a budget of bytes: the sum of their outputs' errors, each as a share of its own output, is
+    least. The same arguments give the same rules.
+
+    Args:
+        candidates: see :func:`toolchain.planning.candidates.read_candidates`; those that the target lacks are left out.
+        jobs: how many processes measure blocks at once.
+        executor: runs the tasks (:func:`toolchain.build.sweep_tasks.run_sweep_task`) instead; it is not shut down.
+
+    Returns:
+        The recipe with rules for these components, and what they are expected to be and are.
+
+    Raises:
+        RecipeError: the budget cannot be met; says what can be.
+    """
+    listener = listener or Listener()
+    return_large_allocations()
+    ways = read_candidates(candidates, "candidates")
+    plain = with_rules(recipe, {**dict.fromkeys(budgets_of(recipe)), **dict.fromkeys(components)})
+    planned = plan_resolved(resolve(plain, base, checkpoints=True))
+    made = builders(planned, store, direct=False)
+    sweeps = {name: Sweep(made[name], planned, ways) for name in components}
+    run_sweeps(sweeps, plain, base, ways, store, listener, jobs, executor)
+    problem = _Problem(planned, sweeps, ways)
+    if not problem.items:
+        raise RecipeError(f"{', '.join(components)}: there is no weight to choose for; all are small or vectors")
+
+    def measure(chosen: Sequence[int]) -> tuple[Plan, dict[str, Measured]]:
+        with_them = plan_resolved(resolve(with_rules(plain, problem.rules(chosen)), base, checkpoints=True))
+        own = builders(with_them, store, direct=False)
+        for name in components:
+            listener.working(name, "all", "measure what was chosen")
+        return with_them, {name: measure_choice(own[name], with_them) for name in components}
+
+    search = _Search(problem, budget, plain)
+    for _ in range(TRIES):
+        allocation = search.next()
+        with_them, measured = measure(allocation.chosen)
+        if search.enough(allocation, with_them, measured):
+            break
+    best = search.best
+    if best.missed:
+        reached = decibels(math.sqrt(sum(m.error for m in best.measured.values())))
+        raise RecipeError(
+            f"{search.where}: a budget of {budget} cannot be met: {reached:.2f} dB is the best that was measured; give "
+            "candidates with more bits, such as float"
+        )
+    for warning in best.warnings:
+        listener.remark(warning)
+    rewritten = with_rules(recipe, problem.rules(best.allocation.chosen))
+    return rewritten, problem.settled(budget, best.allocation, best.measured)
+
+
+class _Problem:
+    """The weights of some components, and what each candidate costs in bytes and in error."""
+
+    def __init__(self, planned: Plan, sweeps: Mapping[str, Sweep], ways: Sequence[Candidate]) -> None:
+        self.components = tuple(sweeps)
+        self.items = [item for sweep in sweeps.values() for item in sweep.items]
+        errors = [found for sweep in sweeps.values() for found in sweep.errors()]
+        self.ways = ways
+        self.options = [
+            [(k, size, error) for k, (size, error) in enumerate(zip(item.sizes, found, strict=True)) if _both(size, error)]
+            for item, found in zip(self.items, errors, strict=True)
+        ]
+        for item, options in zip(self.items, self.options, strict=True):
+            if not options:
+                raise RecipeError(
+                    f"{item.component}: weight '{item.names[0]}' can be kept in none of the candidates; add float"
+                )
+        self.plain_bytes = sum(planned.components[name].weight_bytes for name in self.components)
+        plainly = (planned.components[item.component].target.storage for item in self.items)
+        copies = (item.copies for item in self.items)
+        own = (s.bytes(i.source.shape) * n for s, i, n in zip(plainly, self.items, copies, strict=True))
+        self.fixed = self.plain_bytes - sum(own)
+        """Bytes of the weights that there is no choice for."""
+
+    def rules(self, chosen: Sequence[int]) -> dict[str, dict[str, Any] | None]:
+        """The options of the pass by component."""
+        both = list(zip(self.items, (self._way(i, k) for i, k in enumerate(chosen)), strict=True))
+        return {name: rules((i, c) for i, c in both if i.component == name) for name in self.components}
+
+    def _way(self, item: int, option: int) -> Candidate:
+        return self.ways[self.options[item][option][0]]
+
+    def bytes(self, chosen: Sequence[int]) -> int:
+        """Of all weights of the components."""
+        return self.fixed + sum(options[k][1] for options, k in zip(self.options, chosen, strict=True))
+
+    def error(self, chosen: Sequence[int]) -> float:
+        """What is expected."""
+        return sum(options[k][2] for options, k in zip(self.options, chosen, strict=True))
+
+    def settled(self, budget: Budget, allocation: Allocation, measured: Mapping[str, Measured]) -> Settled:
+        chosen = [
+            Chosen(item, self._way(i, k), self.options[i][k][1], self.options[i][k][2])
+            for i, (item, k) in enumerate(zip(self.items, allocation.chosen, strict=True))
+        ]
+        own = [[Option(size, error) for _, size, error in options] for options in self.options]
+        curve = [Point(self.fixed + int(cost), value) for cost, value in frontier(own)]
+        return Settled(
+            self.components,
+            budget,
+            tuple(chosen),
+            self.bytes(allocation.chosen),
+            self.plain_bytes,
+            self.error(allocation.chosen),
+            measured,
+            allocation.gap,
+            tuple(curve),
+            tuple(self._alike()),
+        )
+
+    def _alike(self) -> list[Point]:
+        points = []
+        for k, way in enumerate(self.ways):
+            both = [next(((s, e) for w, s, e in options if w == k), None) for options in self.options]
+            known = [b for b in both if b is not None]
+            if len(known) == len(both) and way.scheme != "float":
+                points.append(Point(self.fixed + sum(s for s, _ in known), sum(e for _, e in known), str(way)))
+        return points
+
+
+def _both(size: int | None, error: float | None) -> bool:
+    return size is not None and error is not None
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    allocation: Allocation
+    measured: Mapping[str, Measured]
+    missed: bool
+    """The target in decibels was."""
+    excess: float
+    """How much the worst block is over the gate's limit, relatively."""
+    objective: float
+    warnings: tuple[str, ...]
+
+
+class _Search:
+    """What to try next, and which try was the best."""
+
+    def __init__(self, problem: _Problem, budget: Budget, recipe: Recipe) -> None:
+        self._problem, self._budget = problem, budget
+        self._limits = {
+            n: recipe.gate.max_quantization_error.get(n, QUANTIZATION_DEFAULT) for n in problem.components
+        }
+        self._weights = [1.0] * len(problem.items)
+        self._target = 10 ** (-budget.sqnr_db / 10) if budget.sqnr_db is not None else None
+        self._bound = self._target
+        self._attempts: list[_Attempt] = []
+        self.where = ", ".join(problem.components)
+
+    def next(self) -> Allocation:
+        """The choice to measure.
+
+        Raises:
+            RecipeError: there is none within the budget.
+        """
+        problem = self._problem
+        if self._bound is not None:
+            swapped = [
+                [Option(error * weight, size) for _, size, error in options]
+                for options, weight in zip(problem.options, self._weights, strict=True)
+            ]
+            try:
+                return allocate(swapped, self._bound)
+            except UnreachableError as e:
+                if self._attempts:  # a bound that was made too tight
+                    return self._attempts[-1].allocation
+                raise RecipeError(
+                    f"{self.where}: a budget of {self._budget} cannot be met: {decibels(math.sqrt(e.least)):.2f} dB is "
+                    "the best that these candidates can do; give candidates with more bits, such as float"
+                ) from e
+        assert self._budget.bytes is not None
+        own = [
+            [Option(size, error * weight) for _, size, error in options]
+            for options, weight in zip(problem.options, self._weights, strict=True)
+        ]
+        try:
+            return allocate(own, self._budget.bytes - problem.fixed)
+        except UnreachableError as e:
+            least = problem.fixed + int(e.least)
+            raise RecipeError(
+                f"{self.where}: a budget of {self._budget} cannot be met: {least} bytes ({readable_size(least)}) are the "
+                f"least that these candidates make of it; give more bytes, or candidates with fewer bits"
+            ) from e
+
+    def enough(self, allocation: Allocation, planned: Plan, measured: Mapping[str, Measured]) -> bool:
+        """Take down what a choice is; says whether to stop, else the next one will be another."""
+        again = any(a.allocation.chosen == allocation.chosen for a in self._attempts)
+        error = sum(m.error for m in measured.values())
+        missed = self._target is not None and error > self._target
+        over = {
+            (name, block): price / self._limits[name]
+            for name, found in measured.items()
+            for block, price in found.prices.items()
+            if price > self._limits[name]
+        }
+        warnings = tuple(
+            f"{name}: block '{block}' loses a relative error of {self._limits[name] * ratio:.3g}, over the gate's limit "
+            f"{self._limits[name]:.3g}; raise gate.max_quantization_error.{name} or the budget"
+            for (name, block), ratio in over.items()
+        )
+        excess = max(over.values(), default=1.0) - 1.0
+        objective = error if self._target is None else self._problem.bytes(allocation.chosen)
+        self._attempts.append(_Attempt(allocation, measured, missed, excess, objective, warnings))
+        self._weigh(over, planned)
+        if self._bound is None or self._target is None:
+            return again or not over
+        near = error >= self._target * 10 ** (-NEAR_DB / 10) and not missed
+        self._bound *= self._target / error * (0.98 if missed else 1.0) if error > 0 else 1.0
+        return again or ((near or error == 0) and not over)
+
+    def _weigh(self, over: Mapping[tuple[str, str], float], planned: Plan) -> None:
+        """Have the errors of blocks that are over the gate's limit count for more."""
+        for (name, block), ratio in over.items():
+            (pair,) = (p for p in planned.components[name].pairs if p.name == block)
+            sources = {w.source for w in pair.plain.weights.values()}
+            for i, item in enumerate(self._problem.items):
+                if item.component == name and item.source in sources:
+                    self._weights[i] *= FIRMER * ratio**2
+
+    @property
+    def best(self) -> _Attempt:
+        """The attempt that keeps to the target and the gate as far as any does, and is best otherwise."""
+        return min(self._attempts, key=lambda a: (a.missed, a.excess, a.objective))
