@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from toolchain.accuracy.verify import verify
     from toolchain.build.compile import compile_recipe
+    from toolchain.build.quantizing import quantize
     from toolchain.errors import SoraCompileError
     from toolchain.formats.bundle import Bundle, load_bundle
     from toolchain.formats.recipe import Recipe
@@ -35,6 +36,7 @@ _HOMES = {
     "load_recipe": "formats.recipe_file",
     "plan": "planning.plan",
     "play": "player",
+    "quantize": "build.quantizing",
     "verify": "accuracy.verify",
 }
 
@@ -50,6 +52,7 @@ __all__ = [
     "load_recipe",
     "plan",
     "play",
+    "quantize",
     "verify",
 ]
 

@@ -127,6 +127,61 @@ def plan(
 
 
 @app.command()
+def quantize(
+    recipe: RecipeArgument,
+    output: Annotated[
+        Path,
+        typer.Option("-o", "--output", metavar="RECIPE", help="The recipe with rules that is to be written."),
+    ],
+    component: Annotated[
+        str | None, typer.Option("--component", metavar="NAME", help="Choose for this one alone; all share the budget.")
+    ] = None,
+    bytes_: Annotated[
+        str | None, typer.Option("--bytes", metavar="SIZE", help="Most bytes of all weights, as 1.2GB.")
+    ] = None,
+    sqnr_db: Annotated[
+        float | None, typer.Option("--sqnr-db", metavar="DB", help="Least SQNR of each component's output.")
+    ] = None,
+    candidates: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Ways to keep a weight: 'float int8 palette{bits=6}'.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="PNG", help="Draw size against error into this file.")
+    ] = None,
+    overrides: SetOption = [],  # noqa: B006
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+    jobs: JobsOption = 1,
+) -> None:
+    """Choose how each weight is kept under a budget of bytes or of error; without one, under the recipe's own."""
+    from toolchain.ui.console import Console
+
+    with Console(as_json, verbose) as console:
+        import toolchain
+        from toolchain.formats.recipe_file import find_recipe
+        from toolchain.ui.curve import draw
+        from toolchain.ui.quantization import rules_file, settled_json, settled_table
+
+        with console.progress(None) as listener:
+            path = find_recipe(recipe)
+            loaded = toolchain.load_recipe(path, overrides)
+            asked = {"bytes": bytes_, "sqnr_db": sqnr_db}
+            found = toolchain.quantize(
+                loaded,
+                base=path.parent,
+                component=component,
+                budget={k: v for k, v in asked.items() if v is not None},
+                candidates=candidates,
+                listener=listener,
+                jobs=jobs,
+            )
+        output.write_text(rules_file(found, path.parent, output), encoding="utf-8")
+        if plot is not None:
+            draw(found.settled, plot)
+        console.answer(settled_json(found), settled_table(found, verbose))
+
+
+@app.command()
 def inspect(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")],
     as_json: JsonOption = False,

@@ -1,10 +1,10 @@
 """What storing a weight in few bits does to the output of the whole component, before it is done.
 
-The error of a component's output, as a share of the output's square, is ``E |J d|²`` for an error ``d`` of a weight and
+The error of a component's output, as a share of the output's square, is ``|J d|²`` for an error ``d`` of a weight and
 the derivative ``J`` of the output by that weight. A random direction ``v`` of unit variance in the output stands for
-all of them: ``E (v·J d)² = |J d|²``, and ``g = Jᵀv`` is what one backward pass gives for all weights at once (Hutchinson,
-1990). So the passes are few, whatever the number of weights and of ways to keep them; and since gradients go backward
-block by block, on what the blocks before gave, a block and its activations are all that is in memory.
+all of them: ``E (v·J d)² = |J d|²``, and ``g = Jᵀv`` is what one backward pass gives for all weights at once
+(Hutchinson, 1990). So the passes are few, whatever the number of weights and of ways to keep them; and since gradients
+go backward block by block, on what the blocks before gave, a block and its activations are all that is in memory.
 
 The errors of a weight's rows (output channels) are taken for independent, as roundings are: their squares are added,
 ``sum_i (g_i·d_i)²``. That makes many samples of few directions.

@@ -19,11 +19,11 @@ from toolchain.build.sweep import Sweep
 from toolchain.build.sweep_tasks import run_sweeps
 from toolchain.build.tasks import builders
 from toolchain.errors import RecipeError
-from toolchain.formats.budget import Budget, read_budget
+from toolchain.formats.budget import Budget
 from toolchain.formats.recipe import QUANTIZATION_DEFAULT, Recipe
 from toolchain.listener import Listener
 from toolchain.planning.allocation import Allocation, Option, UnreachableError, allocate, frontier
-from toolchain.planning.candidates import DEFAULT, PASS, Candidate, Item, read_candidates, rules, with_rules
+from toolchain.planning.candidates import PASS, Candidate, Item, read_candidates, rules, with_rules
 from toolchain.planning.plan import Plan, plan_resolved
 from toolchain.planning.resolve import resolve
 from toolchain.system.disk import readable_size
@@ -89,56 +89,13 @@ class Settled:
         return sum(m.error for m in self.measured.values())
 
 
-def budgets_of(recipe: Recipe) -> dict[str, tuple[Budget, str]]:
-    """The budgets that a recipe's passes have, with their candidates, by component.
-
-    Raises:
-        RecipeError: a budget is wrong, or something stands beside it.
-    """
-    found = {}
-    for name, part in recipe.components().items():
-        for number, spec in enumerate(part.passes):
-            if spec.name == PASS and "budget" in spec.options:
-                key = f"{name}.passes.{number}.{PASS}"
-                if others := spec.options.keys() - {"budget", "candidates"}:
-                    raise RecipeError(f"{key}: '{min(others)}' has no place beside a budget, which takes 'candidates'")
-                found[name] = read_budget(spec.options["budget"], f"{key}.budget"), _candidates_text(spec.options, key)
-    return found
-
-
-def _candidates_text(options: Mapping[str, Any], key: str) -> str:
-    text = options.get("candidates", DEFAULT)
-    if not isinstance(text, str):
-        raise RecipeError(f"{key}.candidates: expected one text, such as '{DEFAULT[:26]}…'")
-    return text
-
-
-def settle_budgets(
-    recipe: Recipe,
-    base: Path,
-    store: Store,
-    listener: Listener | None = None,
-    *,
-    jobs: int = 1,
-    executor: Executor | None = None,
-) -> Recipe:
-    """``recipe`` with rules in the place of every budget; the recipe itself if it has none.
-
-    Raises:
-        RecipeError: as :func:`settle`.
-    """
-    for component, (budget, candidates) in budgets_of(recipe).items():
-        recipe, _ = settle(recipe, base, store, [component], budget, candidates, listener, jobs=jobs, executor=executor)
-    return recipe
-
-
 def settle(
     recipe: Recipe,
     base: Path,
     store: Store,
     components: Sequence[str],
     budget: Budget,
-    candidates: str = DEFAULT,
+    candidates: str,
     listener: Listener | None = None,
     *,
     jobs: int = 1,
@@ -163,7 +120,7 @@ def settle(
     listener = listener or Listener()
     return_large_allocations()
     ways = read_candidates(candidates, "candidates")
-    plain = with_rules(recipe, {**dict.fromkeys(budgets_of(recipe)), **dict.fromkeys(components)})
+    plain = with_rules(recipe, dict.fromkeys([*components, *_unsettled(recipe)]))
     planned = plan_resolved(resolve(plain, base, checkpoints=True))
     made = builders(planned, store, direct=False)
     sweeps = {name: Sweep(made[name], planned, ways) for name in components}
@@ -198,6 +155,12 @@ def settle(
     return rewritten, problem.settled(budget, best.allocation, best.measured)
 
 
+def _unsettled(recipe: Recipe) -> list[str]:
+    """Components with a budget, which no pass takes: they are looked at without quantization meanwhile."""
+    parts = recipe.components().items()
+    return [n for n, part in parts if any(s.name == PASS and "budget" in s.options for s in part.passes)]
+
+
 class _Problem:
     """The weights of some components, and what each candidate costs in bytes and in error."""
 
@@ -207,8 +170,8 @@ class _Problem:
         errors = [found for sweep in sweeps.values() for found in sweep.errors()]
         self.ways = ways
         self.options = [
-            [(k, size, error) for k, (size, error) in enumerate(zip(item.sizes, found, strict=True)) if _both(size, error)]
-            for item, found in zip(self.items, errors, strict=True)
+            [(k, s, e) for k, (s, e) in enumerate(zip(item.sizes, own, strict=True)) if s is not None and e is not None]
+            for item, own in zip(self.items, errors, strict=True)
         ]
         for item, options in zip(self.items, self.options, strict=True):
             if not options:
@@ -268,10 +231,6 @@ class _Problem:
         return points
 
 
-def _both(size: int | None, error: float | None) -> bool:
-    return size is not None and error is not None
-
-
 @dataclass(frozen=True)
 class _Attempt:
     allocation: Allocation
@@ -289,12 +248,12 @@ class _Search:
 
     def __init__(self, problem: _Problem, budget: Budget, recipe: Recipe) -> None:
         self._problem, self._budget = problem, budget
-        self._limits = {
-            n: recipe.gate.max_quantization_error.get(n, QUANTIZATION_DEFAULT) for n in problem.components
-        }
+        self._limits = {n: recipe.gate.max_quantization_error.get(n, QUANTIZATION_DEFAULT) for n in problem.components}
         self._weights = [1.0] * len(problem.items)
         self._target = 10 ** (-budget.sqnr_db / 10) if budget.sqnr_db is not None else None
         self._bound = self._target
+        self._met, self._missed = 0.0, math.inf
+        """The largest bound whose choice met the target, and the least whose choice missed it."""
         self._attempts: list[_Attempt] = []
         self.where = ", ".join(problem.components)
 
@@ -329,8 +288,8 @@ class _Search:
         except UnreachableError as e:
             least = problem.fixed + int(e.least)
             raise RecipeError(
-                f"{self.where}: a budget of {self._budget} cannot be met: {least} bytes ({readable_size(least)}) are the "
-                f"least that these candidates make of it; give more bytes, or candidates with fewer bits"
+                f"{self.where}: a budget of {self._budget} cannot be met: {least} bytes ({readable_size(least)}) are "
+                "the least that these candidates make of it; give more bytes, or candidates with fewer bits"
             ) from e
 
     def enough(self, allocation: Allocation, planned: Plan, measured: Mapping[str, Measured]) -> bool:
@@ -345,8 +304,8 @@ class _Search:
             if price > self._limits[name]
         }
         warnings = tuple(
-            f"{name}: block '{block}' loses a relative error of {self._limits[name] * ratio:.3g}, over the gate's limit "
-            f"{self._limits[name]:.3g}; raise gate.max_quantization_error.{name} or the budget"
+            f"{name}: block '{block}' loses a relative error of {self._limits[name] * ratio:.3g}, over the limit "
+            f"{self._limits[name]:.3g} of the gate; raise gate.max_quantization_error.{name} or the budget"
             for (name, block), ratio in over.items()
         )
         excess = max(over.values(), default=1.0) - 1.0
@@ -355,8 +314,17 @@ class _Search:
         self._weigh(over, planned)
         if self._bound is None or self._target is None:
             return again or not over
-        near = error >= self._target * 10 ** (-NEAR_DB / 10) and not missed
-        self._bound *= self._target / error * (0.98 if missed else 1.0) if error > 0 else 1.0
+        if over:  # other weights, other bounds
+            self._met, self._missed = 0.0, math.inf
+        elif missed:
+            self._missed = min(self._missed, self._bound)
+        else:
+            self._met = max(self._met, self._bound)
+        near = self._target * 10 ** (-NEAR_DB / 10) <= error <= self._target
+        if self._met > 0 and self._missed < math.inf:
+            self._bound = math.sqrt(self._met * self._missed)
+        elif error > 0:
+            self._bound *= self._target / error * (0.98 if missed else 1.0)
         return again or ((near or error == 0) and not over)
 
     def _weigh(self, over: Mapping[tuple[str, str], float], planned: Plan) -> None:

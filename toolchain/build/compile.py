@@ -11,12 +11,12 @@ from pathlib import Path
 
 from toolchain.build import entries
 from toolchain.build.artifacts import Builder
-from toolchain.build.budget import settle_budgets
 from toolchain.build.gate import ComponentGate
 from toolchain.build.keys import build_key
 from toolchain.build.parallel import Parallel, Serial, artifact_source
 from toolchain.build.pinning import copy_tokenizer, pin, pinned_recipe
 from toolchain.build.placing import place_artifact, place_goldens
+from toolchain.build.quantizing import settle_budgets
 from toolchain.build.tables import component_tables, write_tables
 from toolchain.build.tasks import builders
 from toolchain.errors import RecipeError, ResourceError, SoraCompileError

@@ -62,7 +62,8 @@ def measure_choice(builder: Builder, planned: Plan) -> Measured:
     )
 
     def make(_: object) -> NewEntry:
-        error, prices = 0.0, {}
+        error = 0.0
+        prices: dict[str, float] = {}
         for graph in plan.graphs:
             found, own = _measure(builder, planned, graph, tables)
             error += found

@@ -153,9 +153,7 @@ class Chain:
         if self._references is None:
             gate_runs = self._number_of_inputs
             weights = self.builder.weights
-            self._references = References(
-                self._blocks, self._functions, self._inputs, gate_runs, self._tables, weights
-            )
+            self._references = References(self._blocks, self._functions, self._inputs, gate_runs, self._tables, weights)
         cases = self._references.cases(block.name)
         _save(folder, [case.outputs for case in cases])
         release()

@@ -74,8 +74,7 @@ def allocate(items: Sequence[Sequence[Option]], limit: float, most_states: int =
     if least > limit:
         raise UnreachableError(least)
     greedy = _greedy(items, hulls, limit)
-    found = _search(items, hulls, limit, greedy, most_states)
-    return found
+    return _search(items, hulls, limit, greedy, most_states)
 
 
 def frontier(items: Sequence[Sequence[Option]]) -> list[tuple[float, float]]:
