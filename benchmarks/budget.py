@@ -70,7 +70,7 @@ def main() -> None:
     recipe = load_recipe(args.recipe, [f"target={args.target}"])
     plain = with_rules(recipe, {args.component: None})
     print(
-        "| weights kept as | bytes | dB | dB, other inputs | chosen for as many bytes | dB | gain | dB, other inputs | gain |"
+        "| weights kept as | bytes | dB | dB, other inputs | chosen for as many | dB | gain | dB, other inputs | gain |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for name, scheme in TAKEN[args.target].items():

@@ -142,6 +142,8 @@ def settle(
         with_them, measured = measure(allocation.chosen)
         if search.enough(allocation, with_them, measured):
             break
+    for allocation in search.alike():
+        search.record(allocation, measure(allocation.chosen)[1])
     best = search.best
     if best.missed:
         reached = decibels(math.sqrt(sum(m.error for m in best.measured.values())))
@@ -257,6 +259,19 @@ class _Search:
         self._attempts: list[_Attempt] = []
         self.where = ", ".join(problem.components)
 
+    def alike(self) -> list[Allocation]:
+        """The best way to keep all weights alike in a budget of bytes, to be measured too: estimates may be off."""
+        found: list[Allocation] = []
+        bound = min((a.allocation.bound for a in self._attempts), default=0.0)
+        for k, way in enumerate(self._problem.ways):
+            chosen = [next((i for i, (w, *_) in enumerate(o) if w == k), -1) for o in self._problem.options]
+            if -1 in chosen or way.scheme == "float" or self._budget.bytes is None:
+                continue
+            size, error = self._problem.bytes(chosen), self._problem.error(chosen)
+            if size <= self._budget.bytes:
+                found.append(Allocation(tuple(chosen), size - self._problem.fixed, error, min(bound, error)))
+        return [min(found, key=lambda a: a.value)] if found else []
+
     def next(self) -> Allocation:
         """The choice to measure.
 
@@ -292,11 +307,13 @@ class _Search:
                 "the least that these candidates make of it; give more bytes, or candidates with fewer bits"
             ) from e
 
-    def enough(self, allocation: Allocation, planned: Plan, measured: Mapping[str, Measured]) -> bool:
-        """Take down what a choice is; says whether to stop, else the next one will be another."""
-        again = any(a.allocation.chosen == allocation.chosen for a in self._attempts)
+    def record(self, allocation: Allocation, measured: Mapping[str, Measured]) -> dict[tuple[str, str], float]:
+        """Take down what a choice is.
+
+        Returns:
+            Component and block → how many times the gate's limit a block's error is, where it is more than once.
+        """
         error = sum(m.error for m in measured.values())
-        missed = self._target is not None and error > self._target
         over = {
             (name, block): price / self._limits[name]
             for name, found in measured.items()
@@ -308,10 +325,18 @@ class _Search:
             f"{self._limits[name]:.3g} of the gate; raise gate.max_quantization_error.{name} or the budget"
             for (name, block), ratio in over.items()
         )
-        excess = max(over.values(), default=1.0) - 1.0
+        missed = self._target is not None and error > self._target
         objective = error if self._target is None else self._problem.bytes(allocation.chosen)
+        excess = max(over.values(), default=1.0) - 1.0
         self._attempts.append(_Attempt(allocation, measured, missed, excess, objective, warnings))
+        return over
+
+    def enough(self, allocation: Allocation, planned: Plan, measured: Mapping[str, Measured]) -> bool:
+        """Take down what a choice is; says whether to stop, else the next one will be another."""
+        again = any(a.allocation.chosen == allocation.chosen for a in self._attempts)
+        over = self.record(allocation, measured)
         self._weigh(over, planned)
+        error, missed = sum(m.error for m in measured.values()), self._attempts[-1].missed
         if self._bound is None or self._target is None:
             return again or not over
         if over:  # other weights, other bounds
@@ -338,5 +363,5 @@ class _Search:
 
     @property
     def best(self) -> _Attempt:
-        """The attempt that keeps to the target and the gate as far as any does, and is best otherwise."""
-        return min(self._attempts, key=lambda a: (a.missed, a.excess, a.objective))
+        """The attempt that keeps to the target and, if any does, to the limits of the gate, and is the best of such."""
+        return min(self._attempts, key=lambda a: (a.missed, a.excess > 0, a.objective))

@@ -31,8 +31,8 @@ from toolchain.weights.block_weights import reader
 
 KIND = "sweeps"
 FILE = "values.safetensors"
-DIRECTIONS = 2
-"""Random directions of the output for each run of a function."""
+SAMPLES = 8
+"""Random directions of the output, over all runs, at least."""
 
 Errors = dict[int, list[float | None]]
 """Item of a graph → by candidate, the squared error of the graph's results as a share of their square."""
@@ -104,6 +104,7 @@ class Chain:
         self._runs = [(f, k) for f in graph.functions for k in range(gate.inputs)]
         self._inputs = sample_inputs(graph, planned.resolved.family, gate.seed)
         self._seed = gate.seed
+        self._directions = -(-SAMPLES // len(self._runs))
         self._functions = tuple(graph.functions)
         self._number_of_inputs = gate.inputs
         self._references: References | None = None
@@ -161,7 +162,7 @@ class Chain:
 
     def _backward(self, block: Block) -> Entry:
         """Gradients by the block's inputs, for every run and direction."""
-        key = self._key("backward", block, directions=DIRECTIONS)
+        key = self._key("backward", block, directions=self._directions)
         return self.builder.store.get_or_make(KIND, key, functools.partial(self._run_backward, block))
 
     def _run_backward(self, block: Block, folder: Path) -> NewEntry:
@@ -184,7 +185,7 @@ class Chain:
             for weights in self.choice.stored
         ]
         sizes = [self.choice.items[i].sizes for i in sorted(set(self._own_items(block).values()))]
-        return self._key("errors", block, directions=DIRECTIONS, stored=stored, sizes=sizes)
+        return self._key("errors", block, directions=self._directions, stored=stored, sizes=sizes)
 
     def _tensors(self, block: Block) -> set[tuple[str, ...]]:
         return {w.source.tensors for w in block.weights.values()}
@@ -256,13 +257,13 @@ class Chain:
         loaded = [(b, _load(self._backward(b))) for b in after]
         results = _load(self._forward(block)) if block.results else None
         for run in range(len(self._runs)):
-            found: Cotangents = [{} for _ in range(DIRECTIONS)]
+            found: Cotangents = [{} for _ in range(self._directions)]
             if results is not None:
                 own = {p: results[run][p] for p in block.results}
-                found = directions(own, DIRECTIONS, self._seed * 1000 + run)
+                found = directions(own, self._directions, self._seed * 1000 + run)
             for consumer, gradients in loaded:
-                for direction in range(DIRECTIONS):
-                    for port, gradient in gradients[run * DIRECTIONS + direction].items():
+                for direction in range(self._directions):
+                    for port, gradient in gradients[run * self._directions + direction].items():
                         producer, _, output = consumer.sources[port].partition(".")
                         if producer == block.name:
                             before = found[direction].get(output)
