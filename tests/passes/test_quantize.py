@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -125,6 +126,32 @@ def test_a_pattern_that_matches_nothing(graph: Graph) -> None:
     right, wrong = "pair.1.spatial.mlp.fc1.weight", "pair.1.spatial.mlp.fc1.wieght"
     said = refusal(graph, scheme="int8", rules=[{"match": wrong, "scheme": "int4"}])
     assert said == f"rules[0].match '{wrong}' matches no weight; one is called '{right}'"
+
+
+def test_a_rule_may_be_for_another_graph_of_the_component(graph: Graph) -> None:
+    """As the VAE's two: one has what the rule names."""
+    pairs = quantize(scheme="int8", rules=[{"match": "pair.*.mlp.*", "scheme": "int4"}])
+    without = dataclasses.replace(graph, functions={"base": _first_nodes(graph)})
+    with pytest.raises(LoweringError, match="matches no weight"):
+        pairs(without)
+    found = storages(pairs(without, beside=[graph]))
+    assert set(found.values()) == {"int8-f32"}
+    nowhere = quantize(scheme="int8", rules=[{"match": "zzz", "scheme": "int4"}])
+    with pytest.raises(LoweringError, match="matches no weight"):
+        nowhere(without, beside=[graph])
+
+
+def _first_nodes(graph: Graph) -> torch.fx.GraphModule:
+    """What of a graph's base comes before its layers."""
+    base = graph.functions["base"]
+    nodes, copied = torch.fx.Graph(), {}
+    for node in base.graph.nodes:
+        if node.op == "output" or (node.op == "call_module" and node.meta["unit"][0].startswith("pair")):
+            break
+        copied[node] = nodes.node_copy(node, copied.__getitem__)
+        copied[node].meta = dict(node.meta)
+    nodes.output(copied[node] for node in list(copied)[-1:])
+    return torch.fx.GraphModule(base, nodes)
 
 
 def test_a_rule_that_never_decides(graph: Graph) -> None:
