@@ -150,7 +150,7 @@ def _first_nodes(graph: Graph) -> torch.fx.GraphModule:
             break
         copied[node] = nodes.node_copy(node, copied.__getitem__)
         copied[node].meta = dict(node.meta)
-    nodes.output(copied[node] for node in list(copied)[-1:])
+    nodes.output(list(copied.values())[-1])
     return torch.fx.GraphModule(base, nodes)
 
 

@@ -12,7 +12,7 @@ from toolchain.build.budget import Point, Settled
 if TYPE_CHECKING:
     from PIL import Image
 
-WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 900, 560, 70, 40, 200, 60
+WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 900, 560, 60, 40, 30, 60
 CURVE, MEASURED, ALIKE, GRID = "#1f6fb4", "#c0392b", "#555555", "#dddddd"
 LOWEST_DB = -5.0
 """Worse than that is no picture any more."""
@@ -62,11 +62,13 @@ def _drawn(settled: Settled) -> Image.Image:
         pen.line([(x, TOP), (x, HEIGHT - BOTTOM)], fill=GRID)
         pen.text((x, HEIGHT - BOTTOM + 8), f"{size:g}", fill="black", font_size=13, anchor="mt")
     pen.line([place(p) for p in curve if p.sqnr_db <= high], fill=CURVE, width=2)
-    for point in alike:
+    below = -math.inf  # where the last name stands: those of points close together go one below the other
+    for point in sorted(alike, key=lambda p: -p.sqnr_db):
         x, y = place(point)
         pen.line([(x - 4, y - 4), (x + 4, y + 4)], fill=ALIKE, width=2)
         pen.line([(x - 4, y + 4), (x + 4, y - 4)], fill=ALIKE, width=2)
-        pen.text((x + 8, y + 2), point.name, fill=ALIKE, font_size=11, anchor="lm")
+        below = max(below + 12, y)
+        pen.text((x + 8, below), point.name, fill=ALIKE, font_size=11, anchor="lm")
     x, y = place(measured)
     pen.ellipse([x - 5, y - 5, x + 5, y + 5], fill=MEASURED)
     pen.text((x - 8, y - 10), f"chosen: {measured.sqnr_db:.1f} dB measured", fill=MEASURED, font_size=13, anchor="rm")
