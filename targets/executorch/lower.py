@@ -79,11 +79,20 @@ def _exported(
         return program
     where = f"block '{block.name}', function '{function}'"
     module = with_quantized(program, quantized(block.weights), parts, where)
+    _drop_origins(module.graph)
     args = tuple(torch.zeros(p.shape, dtype=p.dtype) for p in block.signatures[function].inputs)
     try:
-        return torch.export.export(module, args, strict=False).run_decompositions({})
+        program = torch.export.export(module, args, strict=False).run_decompositions({})
     except Exception as e:
         raise LoweringError(f"{where}: cannot export its quantized form: {reason(e)}") from e
+    _drop_origins(program.graph)
+    return program
+
+
+def _drop_origins(graph: torch.fx.Graph) -> None:
+    """Forget what nodes were made from: exporting twice makes long chains of that, and every pass copies them."""
+    for node in graph.nodes:
+        node.meta.pop("from_node", None)
 
 
 def _hold_delegated(edge: Any, block: Block, functions: tuple[str, ...]) -> None:
