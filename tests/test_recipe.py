@@ -28,6 +28,7 @@ from toolchain.validation import Bytes, shortest_size
 TINY = {"hidden_size": 8, "num_heads": 2, "depth": 2, "caption_channels": 4, "model_max_length": 3}
 SHIPPED = [
     "open-sora-v1.2-android",
+    "open-sora-v1.2-android-int8",
     "open-sora-v1.2-iphone-15-pro",
     "open-sora-v1.2-iphone-15-pro-int4",
     "open-sora-v1.2-iphone-15-pro-int8",
