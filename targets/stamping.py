@@ -22,7 +22,11 @@ CACHED_BYTES = 1 << 18
 """What a processor's cache holds while it is looked at twice."""
 SERIAL_ELEMENTS = 1 << 15
 """Torch casts no more than these in one thread. With more it wakes others, which wait for work by spinning."""
-EXPONENTS = {torch.float16: (np.uint16, 0x7C00), torch.float32: (np.uint32, 0x7F800000)}
+EXPONENTS = {
+    torch.float16: (np.uint16, 0x7C00),
+    torch.bfloat16: (np.uint16, 0x7F80),
+    torch.float32: (np.uint32, 0x7F800000),
+}
 """Numbers whose exponent has all bits set are NaN or infinite."""
 
 

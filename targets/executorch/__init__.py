@@ -14,8 +14,11 @@ from targets.forms.gelu import GELU_SIGMOID
 from targets.forms.patch_embedding import PATCHES_BY_LINEAR
 from targets.streams import quiet
 from toolchain.ir.blocks import Block, Port
+from toolchain.ir.dtypes import INT8_ACTIVATIONS
 from toolchain.ir.leaves import LegalForm
+from toolchain.ir.storage import Storage
 from toolchain.ir.target import Artifact, Engine, Target, TargetConfig, Template, package_versions
+from toolchain.ir.uses import Use
 
 
 class ExecuTorchConfig(TargetConfig):
@@ -30,6 +33,17 @@ class ExecuTorchTarget(Target):
     @property
     def forms(self) -> tuple[LegalForm, ...]:
         return PATCHES_BY_LINEAR, ATTENTION_IN_BATCHES, GELU_SIGMOID, CONV3D_BY_TAPS
+
+    def keep(self, asked: Storage, use: Use) -> Storage:
+        from targets.executorch.storages import keep
+
+        return keep(asked, use)
+
+    def arithmetic(self, block: Block) -> str:
+        """Linear layers over quantized weights round what comes in to eight bits."""
+        from targets.executorch.storages import quantized
+
+        return INT8_ACTIVATIONS if quantized(block.weights) else self.precision
 
     def lower(self, block: Block, weights: Mapping[str, torch.Tensor], out: Path) -> Artifact:
         with quiet():
