@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -122,9 +122,10 @@ class Quantize(Pass):
     def idle(self, graph: Graph) -> Mapping[str, str]:
         found: dict[str, str] = {}
         uses = weight_uses(graph)
-        chosen = self._chosen(uses)
+        matched = self._matched(uses)
+        chosen = _chosen(uses, matched)
         for number, rule in enumerate(self.config.rules):
-            if not any(_matches(rule.match, name, use) for name, use in uses.items()):
+            if not matched[number]:
                 found[f"rules[{number}]"] = _nothing_matches(number, rule.match, uses)
             elif number not in chosen.values():
                 found[f"rules[{number}]"] = (
@@ -137,21 +138,26 @@ class Quantize(Pass):
         return found
 
     def call(self, graph: Graph) -> Graph:
-        weights = dict(graph.weights)
-        for name, number in self._chosen(weight_uses(graph)).items():
+        weights, uses = dict(graph.weights), weight_uses(graph)
+        for name, number in _chosen(uses, self._matched(uses)).items():
             storage = self._scheme(number).storage(weights[name].storage)
             weights[name] = dataclasses.replace(weights[name], storage=storage)
         return dataclasses.replace(graph, weights=weights)
 
-    def _chosen(self, uses: Mapping[str, WeightUse]) -> dict[str, int]:
-        """Weight → the rule that decides about it, or -1 for the scheme of all; others are left alone."""
-        chosen = {name: -1 for name, use in uses.items() if not use.delicate}
-        for number, rule in enumerate(self.config.rules):
-            chosen |= {name: number for name, use in uses.items() if _matches(rule.match, name, use)}
-        return chosen
+    def _matched(self, uses: Mapping[str, WeightUse]) -> list[list[str]]:
+        """The weights that each rule names."""
+        return [[name for name, use in uses.items() if _matches(rule.match, name, use)] for rule in self.config.rules]
 
     def _scheme(self, number: int) -> SchemeConfig:
         return self.config if number < 0 else self.config.rules[number]
+
+
+def _chosen(uses: Mapping[str, WeightUse], matched: Sequence[Sequence[str]]) -> dict[str, int]:
+    """Weight → the rule that decides about it, or -1 for the scheme of all; others are left alone."""
+    chosen = {name: -1 for name, use in uses.items() if not use.delicate}
+    for number, names in enumerate(matched):
+        chosen |= dict.fromkeys(names, number)
+    return chosen
 
 
 def _matches(pattern: str, name: str, use: WeightUse) -> bool:

@@ -181,3 +181,23 @@ def _random(port: Port, generator: torch.Generator) -> torch.Tensor:
 def load_passes(recipe: Recipe, component: str) -> Pipeline:
     """A component's passes, as planning loads them."""
     return load_pipeline(recipe, component, find_family(recipe.model))
+
+
+def degenerate(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A channel of zeros, one that is an outlier beside zeros, equal channels, and a bias of zeros."""
+    changed = {name: value.clone() for name, value in weights.items()}
+    for value in changed.values():
+        if value.dim() == 1:
+            value.zero_()
+        else:
+            value[0] = 0.0
+            value[1] = 0.0
+            value[1].view(-1)[3] = 1e4
+            value[2] = value[3]
+            value[4] = value[4].abs()
+    return changed
+
+
+def relative(found: Any, expected: torch.Tensor) -> float:
+    """Norm of the difference over the norm of what is expected; ``found`` may be an array."""
+    return float((torch.as_tensor(found) - expected).norm() / expected.norm())

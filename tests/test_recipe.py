@@ -296,7 +296,7 @@ def test_recipes_are_found_by_path_or_shipped_name(tmp_path: Path, monkeypatch: 
     assert find_recipe("tiny") == shipped()["tiny"]
     with pytest.raises(RecipeError, match=r"'tinny' is neither a file nor a shipped recipe; did you mean 'tiny'\?"):
         find_recipe("tinny")
-    with pytest.raises(RecipeError, match=r"shipped recipes: open-sora-v1\.2-android"):
+    with pytest.raises(RecipeError, match=r"shipped recipes: open-sora-v1\.2-android-int8, open-sora-v1\.2-android, "):
         find_recipe("no/such.yaml")
 
 

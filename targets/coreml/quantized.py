@@ -23,9 +23,8 @@ from targets.coreml.float16 import NAMESPACE
 from toolchain.errors import LoweringError
 from toolchain.ir.affine import SCALE, VALUES, ZERO, Affine
 from toolchain.ir.palette import INDICES, TABLE, Palette
-from toolchain.ir.storage import Plain
 from toolchain.ir.stored import encoded
-from toolchain.ir.weights import Weight
+from toolchain.ir.weights import Weight, quantized
 
 PASS_NAME = "keep_quantized"
 OWN_PASS = f"{NAMESPACE}::{PASS_NAME}"
@@ -39,7 +38,7 @@ class Quantized:
 
     def __init__(self, weights: Mapping[str, Weight], values: Mapping[str, torch.Tensor]) -> None:
         self._values = values
-        self.weights = {n: w for n, w in weights.items() if not isinstance(w.storage, Plain)}
+        self.weights = quantized(weights)
         self._parts: dict[str, Mapping[str, torch.Tensor]] = {}
 
     def stand_in(self, name: str) -> torch.Tensor:

@@ -41,9 +41,7 @@ class ExecuTorchTarget(Target):
 
     def arithmetic(self, block: Block) -> str:
         """Linear layers over quantized weights round what comes in to eight bits."""
-        from targets.executorch.storages import quantized
-
-        return INT8_ACTIVATIONS if quantized(block.weights) else self.precision
+        return INT8_ACTIVATIONS if block.quantized else self.precision
 
     def lower(self, block: Block, weights: Mapping[str, torch.Tensor], out: Path) -> Artifact:
         with quiet():

@@ -15,13 +15,13 @@ from executorch.exir.passes import MemoryPlanningPass
 
 from targets.executorch.quantized import NAMESPACE, Unset, stand_ins, with_quantized
 from targets.executorch.stamp import bind, stamp
-from targets.executorch.storages import quantized
 from targets.exporting import export, reason
 from targets.streams import quiet
 from toolchain.errors import LoweringError
 from toolchain.ir.blocks import Block
 from toolchain.ir.stored import StoredParts
 from toolchain.ir.target import Artifact, UnboundTemplateError, distinct_functions
+from toolchain.ir.weights import quantized
 
 CONFIGS = "executorch.backends.xnnpack.partition.config"
 

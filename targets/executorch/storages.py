@@ -8,14 +8,12 @@ float32 it does not have: they would be expanded, or not run at all.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 
 from toolchain.ir.affine import Affine
 from toolchain.ir.dtypes import DTYPES
-from toolchain.ir.storage import FLOAT32, Plain, Storage
+from toolchain.ir.storage import FLOAT32, Storage
 from toolchain.ir.target import UnsupportedStorageError
 from toolchain.ir.uses import Use
-from toolchain.ir.weights import Weight
 
 BLOCK = 32
 """Blocks of int4 are a multiple of this."""
@@ -43,8 +41,3 @@ def _takes(asked: Affine) -> bool:
     if asked.bits == 8:
         return asked.block is None
     return asked.bits == 4 and asked.block is not None and asked.block % BLOCK == 0
-
-
-def quantized(weights: Mapping[str, Weight]) -> dict[str, Weight]:
-    """Those that are not kept plainly."""
-    return {name: weight for name, weight in weights.items() if not isinstance(weight.storage, Plain)}

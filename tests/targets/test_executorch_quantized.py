@@ -14,13 +14,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support import Decoded
+from support import Decoded, degenerate, relative
 from test_executorch import toy_block
 from torch import nn
 
 from targets.executorch import ExecuTorchTarget
 from targets.executorch.quantized import Unset, with_quantized
-from targets.executorch.storages import quantized as quantized_of
 from targets.exporting import export
 from toolchain.errors import LoweringError
 from toolchain.ir.affine import Affine
@@ -32,6 +31,7 @@ from toolchain.ir.storage import BFLOAT16, FLOAT16, FLOAT32, Storage
 from toolchain.ir.stored import StoredParts
 from toolchain.ir.target import Artifact, Template, UnsupportedStorageError, unique_weights
 from toolchain.ir.uses import Use
+from toolchain.ir.weights import quantized as quantized_of
 
 TARGET = ExecuTorchTarget()
 LIMIT = 1e-5
@@ -148,25 +148,6 @@ def decoded(
     """What it computes on the numbers that its artifact stands for, as the gate does."""
     with torch.no_grad():
         return list(block.module(function, dict(Decoded(block.weights, weights)))(*inputs.values()))
-
-
-def degenerate(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A channel of zeros, one that is an outlier beside zeros, equal channels, and a bias of zeros."""
-    changed = {name: value.clone() for name, value in weights.items()}
-    for value in changed.values():
-        if value.dim() == 1:
-            value.zero_()
-        else:
-            value[0] = 0.0
-            value[1] = 0.0
-            value[1, 3] = 1e4
-            value[2] = value[3]
-            value[4] = value[4].abs()
-    return changed
-
-
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
-from support import Decoded
+from support import Decoded, degenerate, relative
 from test_executorch import toy_block
 from torch import nn
 
@@ -160,31 +160,12 @@ def eager(block: Block, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return result
 
 
-def degenerate(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A channel of zeros, one that is an outlier beside zeros, equal channels, and a bias of zeros."""
-    changed = {name: value.clone() for name, value in weights.items()}
-    for value in changed.values():
-        if value.dim() == 1:
-            value.zero_()
-        else:
-            value[0] = 0.0
-            value[1] = 0.0
-            value[1].view(-1)[3] = 1e4
-            value[2] = value[3]
-            value[4] = value[4].abs()
-    return changed
-
-
 def content(path: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in path.iterdir()}
 
 
 def model(path: Path) -> onnx.ModelProto:
     return onnx.load(str(path / "base.onnx"), load_external_data=False)
-
-
-def relative(found: Any, expected: torch.Tensor) -> float:
-    return float((torch.as_tensor(found) - expected).norm() / expected.norm())
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ and no estimate; a target in decibels is held on what was measured.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
@@ -224,13 +224,14 @@ class _Problem:
         )
 
     def _alike(self) -> list[Point]:
-        points = []
+        return [Point(self.bytes(chosen), self.error(chosen), str(way)) for way, chosen in self.uniform()]
+
+    def uniform(self) -> Iterator[tuple[Candidate, list[int]]]:
+        """Candidates that quantize and that all weights can be kept in, each with the choice of it everywhere."""
         for k, way in enumerate(self.ways):
-            both = [next(((s, e) for w, s, e in options if w == k), None) for options in self.options]
-            known = [b for b in both if b is not None]
-            if len(known) == len(both) and way.scheme != "float":
-                points.append(Point(self.fixed + sum(s for s, _ in known), sum(e for _, e in known), str(way)))
-        return points
+            chosen = [next((i for i, (w, *_) in enumerate(options) if w == k), -1) for options in self.options]
+            if -1 not in chosen and way.scheme != "float":
+                yield way, chosen
 
 
 @dataclass(frozen=True)
@@ -261,12 +262,11 @@ class _Search:
 
     def alike(self) -> list[Allocation]:
         """The best way to keep all weights alike in a budget of bytes, to be measured too: estimates may be off."""
+        if self._budget.bytes is None:
+            return []
         found: list[Allocation] = []
         bound = min((a.allocation.bound for a in self._attempts), default=0.0)
-        for k, way in enumerate(self._problem.ways):
-            chosen = [next((i for i, (w, *_) in enumerate(o) if w == k), -1) for o in self._problem.options]
-            if -1 in chosen or way.scheme == "float" or self._budget.bytes is None:
-                continue
+        for _, chosen in self._problem.uniform():
             size, error = self._problem.bytes(chosen), self._problem.error(chosen)
             if size <= self._budget.bytes:
                 found.append(Allocation(tuple(chosen), size - self._problem.fixed, error, min(bound, error)))

@@ -83,8 +83,7 @@ class Sweep:
             own: Errors = {}
             for block in chain.measured:
                 for item, errors in chain.errors(block).items():
-                    before = own.get(item, [None if e is None else 0.0 for e in errors])
-                    own[item] = [None if e is None or b is None else e + b for e, b in zip(errors, before, strict=True)]
+                    _add(own, item, errors)
             found += [own[i] for i in range(len(chain.choice.items))]
         return found
 
@@ -105,9 +104,8 @@ class Chain:
         self._inputs = sample_inputs(graph, planned.resolved.family, gate.seed)
         self._seed = gate.seed
         self._directions = -(-SAMPLES // len(self._runs))
-        self._functions = tuple(graph.functions)
-        self._number_of_inputs = gate.inputs
-        self._references: References | None = None
+        functions = tuple(graph.functions)
+        self._references = References(self._blocks, functions, self._inputs, gate.inputs, tables, builder.weights)
         self._done: set[str] = set()
         self._key_parts = {
             "blocks": [[b.name, b.structure(), builder.weights_digest(b)] for b in self._blocks],
@@ -151,10 +149,6 @@ class Chain:
         return found
 
     def _run_forward(self, block: Block, folder: Path) -> NewEntry:
-        if self._references is None:
-            gate_runs = self._number_of_inputs
-            weights = self.builder.weights
-            self._references = References(self._blocks, self._functions, self._inputs, gate_runs, self._tables, weights)
         cases = self._references.cases(block.name)
         _save(folder, [case.outputs for case in cases])
         release()
@@ -216,11 +210,9 @@ class Chain:
                 for name in own:
                     gradients[name].append(found.get(name, torch.zeros(())).expand(block.weights[name].shape))
             del run
-        totals: dict[int, list[float | None]] = {}
+        totals: Errors = {}
         for name, item in own.items():
-            found_ = squared_errors(gradients.pop(name), weights[name], self._decoded(block, name, item))
-            before = totals.get(item, [None if e is None else 0.0 for e in found_])
-            totals[item] = [None if e is None or b is None else e + b for e, b in zip(found_, before, strict=True)]
+            _add(totals, item, squared_errors(gradients.pop(name), weights[name], self._decoded(block, name, item)))
         release()
         return [totals[i] for i in sorted(totals)]
 
@@ -269,6 +261,12 @@ class Chain:
                             before = found[direction].get(output)
                             found[direction][output] = gradient if before is None else before + gradient
             yield found
+
+
+def _add(totals: Errors, item: int, errors: Sequence[float | None]) -> None:
+    """Add an item's errors to those it has; what cannot be measured in one place cannot be in all."""
+    before = totals.get(item, [0.0] * len(errors))
+    totals[item] = [None if e is None or b is None else e + b for e, b in zip(errors, before, strict=True)]
 
 
 def _save(folder: Path, values: Sequence[Values]) -> None:

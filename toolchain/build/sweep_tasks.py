@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import platform
 from collections.abc import Iterable, Mapping
 from concurrent.futures import BrokenExecutor, Executor, Future
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from toolchain.build.parallel import OwnProcesses
 from toolchain.build.sweep import Sweep
-from toolchain.build.tasks import builders, recipe_for_tasks
+from toolchain.build.tasks import builders, differs, recipe_for_tasks
 from toolchain.errors import ResourceError
 from toolchain.formats.recipe import Recipe
 from toolchain.listener import Listener
@@ -52,10 +51,7 @@ def run_sweep_task(task: SweepTask) -> None:
             sweep.measure(task.graph, task.block)
             return
         _opened.cache_clear()  # files may have changed since
-    raise ResourceError(
-        f"{task.component}, block '{task.block}': a process on '{platform.node()}' would measure something else than "
-        "was asked for; give every process the same installation, configurations and checkpoints"
-    )
+    raise differs(task.component, task.block, "measure")
 
 
 @functools.lru_cache(maxsize=1)

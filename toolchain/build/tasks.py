@@ -108,8 +108,13 @@ def _prepared(task: Task) -> tuple[Builder, Block]:
             if key == task.key:
                 return builder, block
         _opened.cache_clear()  # files may have changed since an earlier build of the same recipe
-    raise ResourceError(
-        f"{task.component}, block '{task.block}': a process on '{platform.node()}' would build something else than "
+    raise differs(task.component, task.block, "build")
+
+
+def differs(component: str, block: str, does: str) -> ResourceError:
+    """The error of a process that would do something else than it was asked for."""
+    return ResourceError(
+        f"{component}, block '{block}': a process on '{platform.node()}' would {does} something else than "
         "was asked for; give every process the same installation, configurations and checkpoints"
     )
 

@@ -25,8 +25,7 @@ from toolchain.ir.graph import (
     output_values,
 )
 from toolchain.ir.graph_text import function_text, leaves_text
-from toolchain.ir.storage import Plain
-from toolchain.ir.weights import Weight
+from toolchain.ir.weights import Weight, quantized
 
 TABLES = "tables"
 INPUTS = "inputs"
@@ -99,7 +98,7 @@ class Block:
     @property
     def quantized(self) -> dict[str, str]:
         """Names of the storages of weights that are no plain numbers, by weight."""
-        return {n: w.storage.name for n, w in self.weights.items() if not isinstance(w.storage, Plain)}
+        return {n: w.storage.name for n, w in quantized(self.weights).items()}
 
     def own_function(self, function: str) -> str:
         """The function that runs when ``function`` is asked for: ``base``, where the block does not have it."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from toolchain.ir.storage import FLOAT32, Storage
+from toolchain.ir.storage import FLOAT32, Plain, Storage
 
 
 @dataclass(frozen=True)
@@ -87,3 +87,8 @@ class Weight:
     def bytes(self) -> int:
         """Bytes of its stored parts."""
         return self.storage.bytes(self.source.shape)
+
+
+def quantized(weights: Mapping[str, Weight]) -> dict[str, Weight]:
+    """Those that are kept as no plain numbers."""
+    return {name: weight for name, weight in weights.items() if not isinstance(weight.storage, Plain)}

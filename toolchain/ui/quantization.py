@@ -14,12 +14,12 @@ from rich.text import Text
 
 from toolchain.build.budget import Chosen, Point, Settled
 from toolchain.build.quantizing import Quantized
+from toolchain.build.tasks import NOT_LOCAL
 from toolchain.formats.recipe import Recipe
 from toolchain.system.disk import readable_size
 from toolchain.weights.checkpoint import local_path
 
 NUMBER = re.compile(r"(?<![\w])\d+(?![\w])")
-NOT_LOCAL = ("hf://", "shipped://")
 
 
 def settled_json(quantized: Quantized) -> list[dict[str, Any]]:
