@@ -1,14 +1,15 @@
 """What each way of storing weights costs and saves on a full-width transformer pair, on every target that takes it.
 
-    python benchmarks/quantization.py [--targets coreml,executorch,onnx] [--component transformer|text_encoder]
+    python benchmarks/quantization.py [--targets coreml,executorch,onnx] [--component text_encoder|miniature]
 
 One STDiT3-XL/2 pair (hidden size 1152, base and merged function, x [2, 2880, 1152], 300 text tokens), or one T5-XXL
-layer, with random weights of the checkpoint's names and shapes. Every artifact is lowered once, stamped, executed,
+layer, with random weights of the checkpoint's names and shapes, or the last pair of the shipped miniature as it was
+trained (hidden size 128). Every artifact is lowered once, stamped, executed,
 and held against eager float32 on the weights that it stores (``lowering``, which on ExecuTorch has the rounding of
 activations to int8 in it); ``quantization`` is what these weights
 cost: eager on them against eager on the checkpoint's. ``of the change`` is the same on what a block adds to x.
 Seconds are the encoding and stamping of the block. Random weights are the hardest case for palettes and the easiest
-for scales: they have no outliers.
+for scales: they have no outliers. They have no strong directions either, which is what a rank lives on.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from synthetic import value
 
 SCHEMES: dict[str, dict[str, Any] | None] = {
@@ -31,6 +33,10 @@ SCHEMES: dict[str, dict[str, Any] | None] = {
     "int4, half-quadratic": {"scheme": "int4", "clip": "half-quadratic"},
     "int4, asymmetric": {"scheme": "int4", "symmetric": False},
     "int4, asymmetric, clipped": {"scheme": "int4", "symmetric": False, "clip": "error"},
+    "int4, rank 16": {"scheme": "int4", "rank": 16},
+    "int4, rank 32": {"scheme": "int4", "rank": 32},
+    "int4, rank 64": {"scheme": "int4", "rank": 64},
+    "int4, asymmetric, clipped, rank 16": {"scheme": "int4", "symmetric": False, "clip": "error", "rank": 16},
     "int4, blocks of 64": {"scheme": "int4", "block": 64},
     "palette, 8 bits": {"scheme": "palette", "bits": 8},
     "palette, 6 bits": {"scheme": "palette", "bits": 6},
@@ -48,14 +54,28 @@ T5 = {"feed_forward_proj": "gated-gelu", "vocab_size": 32128, "d_model": 4096, "
 T5 |= {"num_layers": 2, "num_heads": 64}
 
 
+MINIATURE = Path(__file__).parents[1] / "recipes" / "tiny" / "transformer" / "model.safetensors"
+
+
 def recipe(component: str, target: dict[str, Any], scheme: dict[str, Any] | None) -> dict[str, Any]:
-    """A recipe of one pair, or of two layers."""
+    """A recipe of one pair, of two layers, or of the miniature's transformer."""
     # the table of tokens is not measured, and ExecuTorch takes it in float32 alone
     rules = {"rules": [{"match": "embed.*", "scheme": "float"}]} if component == "text_encoder" else {}
     quantize = [] if scheme is None else [{"quantize": scheme | rules}]
-    first = ["token-merge"] if component == "transformer" else []
+    first = [] if component == "text_encoder" else ["token-merge"]
     config = {"depth": 1} if component == "transformer" else T5
     passes = [*first, *quantize, "partition"]
+    if component == "miniature":
+        if scheme and "rank" in scheme:  # its captions are too narrow; no pair has them
+            plain = {"match": "caption.*", "scheme": scheme["scheme"]}
+            passes = ["token-merge", {"quantize": scheme | {"rules": [plain]}}, "partition"]
+        return {
+            "name": "miniature",
+            "model": "open-sora-v1.2",
+            "video": {"frames": 17, "height": 64, "width": 64},
+            "target": target,
+            "transformer": {"checkpoint": "shipped://tiny/transformer", "passes": passes},
+        }
     transformer = {"checkpoint": "none", "config": {"depth": 1}, "passes": ["partition"]}
     parts = {"transformer": transformer} | {component: {"checkpoint": "none", "config": config, "passes": passes}}
     return {
@@ -79,11 +99,15 @@ def measured(component: str, target: dict[str, Any], scheme: dict[str, Any] | No
     from toolchain.ir.target import unique_weights
     from toolchain.planning.plan import plan
 
-    part = plan(parse_recipe(recipe(component, target, scheme))).components[component]
+    planned = plan(parse_recipe(recipe(component, target, scheme)))
+    part = planned.components["transformer" if component == "miniature" else component]
     pair = next(p for p in reversed(part.pairs) if p.name.startswith(("pair", "layer")))
     block, plain, own = pair.lowered, pair.plain, part.target
     generator = torch.Generator().manual_seed(0)
-    tensors = {n: value(n, w.shape, generator) for n, w in tensor_shapes(plain).items()}
+    if component == "miniature":
+        tensors = {n: t.float() for n, t in load_file(MINIATURE).items()}
+    else:
+        tensors = {n: value(n, w.shape, generator) for n, w in tensor_shapes(plain).items()}
     weights = {n: w.source.value(tensors.__getitem__) for n, w in block.weights.items()}
     unique = unique_weights(block)
     template = own.bind(own.lower(block, unique, folder / f"template{own.suffix}"), StoredParts(block.weights, unique))
@@ -121,7 +145,7 @@ def tensor_shapes(block: Any) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", default=",".join(TARGETS))
-    parser.add_argument("--component", default="transformer", choices=["transformer", "text_encoder"])
+    parser.add_argument("--component", default="transformer", choices=["transformer", "text_encoder", "miniature"])
     parser.add_argument("--schemes", default=";".join(SCHEMES), help="names of schemes, parted by ;")
     args = parser.parse_args()
     from toolchain.errors import RecipeError, SoraCompileError

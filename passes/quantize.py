@@ -1,7 +1,7 @@
 """Keep weights as small integers with scales, or as places in tables of few numbers.
 
-The pass changes nothing but how weights are stored (see :mod:`toolchain.ir.affine` and :mod:`toolchain.ir.palette`);
-a target says at plan time what it cannot keep so.
+The pass changes nothing but how weights are stored (see :mod:`toolchain.ir.affine`, :mod:`toolchain.ir.palette` and
+:mod:`toolchain.ir.residual`); a target says at plan time what it cannot keep so.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from toolchain.ir.graph import Graph
 from toolchain.ir.palette import BITS, Palette
 from toolchain.ir.pass_config import PassConfig
 from toolchain.ir.passes import Pass
+from toolchain.ir.residual import LowRank
 from toolchain.ir.storage import Plain, Storage
 from toolchain.ir.uses import WeightUse, weight_uses
 
@@ -28,8 +29,8 @@ BLOCK = 32
 """Numbers that share a scale in int4, unless an option says otherwise."""
 OPTIONS: dict[str, tuple[str, ...]] = {
     "float": (),
-    "int8": ("block", "symmetric", "clip"),
-    "int4": ("block", "symmetric", "clip"),
+    "int8": ("block", "symmetric", "clip", "rank"),
+    "int4": ("block", "symmetric", "clip", "rank"),
     "palette": ("bits", "group"),
 }
 """Which options a scheme has."""
@@ -40,7 +41,7 @@ class SchemeConfig(PassConfig):
 
     ``float`` leaves them as they are. ``int8`` has a scale for each channel, ``int4`` one for each ``block`` of a
     channel's numbers. ``palette`` has a table of 2^``bits`` numbers for the whole weight, or for each ``group`` of
-    channels.
+    channels. ``rank`` stands a product of two thin matrices beside the integers of a linear layer.
     """
 
     scheme: Scheme = Field(description="float, int8, int4 or palette.")
@@ -49,12 +50,15 @@ class SchemeConfig(PassConfig):
     clip: Clip | None = Field(
         default=None, description="How ranges are chosen: none (the largest number), error or half-quadratic."
     )
+    rank: int | None = Field(
+        default=None, ge=1, description="Of a product of two thin matrices beside the integers; none if absent."
+    )
     bits: int | None = Field(default=None, description="Of a palette: 1, 2, 3, 4, 6 or 8; 4 if absent.")
     group: int | None = Field(default=None, ge=1, description="Channels that share a palette; all if absent.")
 
     @model_validator(mode="after")
     def _fits(self) -> SchemeConfig:
-        for option in ("block", "symmetric", "clip", "bits", "group"):
+        for option in ("block", "symmetric", "clip", "rank", "bits", "group"):
             if getattr(self, option) is not None and option not in OPTIONS[self.scheme]:
                 own = ", ".join(OPTIONS[self.scheme]) or "none"
                 raise ValueError(f"'{option}' is no option of the scheme {self.scheme}; it has {own}")
@@ -71,7 +75,8 @@ class SchemeConfig(PassConfig):
         if self.scheme == "palette":
             return Palette(self.bits or 4, self.group)
         bits, block = (8, self.block) if self.scheme == "int8" else (4, self.block or BLOCK)
-        return Affine(bits, block, self.symmetric is not False, self.clip or "none")
+        affine = Affine(bits, block, self.symmetric is not False, self.clip or "none")
+        return LowRank(affine, self.rank) if self.rank else affine
 
 
 class Rule(SchemeConfig):

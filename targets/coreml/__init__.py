@@ -19,6 +19,7 @@ from toolchain.ir.blocks import Block, Port
 from toolchain.ir.dtypes import DTYPES
 from toolchain.ir.leaves import LegalForm
 from toolchain.ir.palette import BITS, Palette
+from toolchain.ir.residual import LowRank
 from toolchain.ir.storage import Storage
 from toolchain.ir.target import (
     Artifact,
@@ -58,6 +59,11 @@ class CoreMLTarget(Target):
         number = DTYPES[self.precision]
         if isinstance(asked, Affine) and asked.bits in AFFINE_BITS:
             return dataclasses.replace(asked, scale=number)
+        if isinstance(asked, LowRank):
+            main = self.keep(asked.main, use)
+            if use != "linear" or not isinstance(main, Affine):
+                raise UnsupportedStorageError(f"it takes {main} without a rank")
+            return dataclasses.replace(asked, main=main)
         if isinstance(asked, Palette) and asked.bits in BITS:
             return dataclasses.replace(asked, number=number)
         integers = ", ".join(f"int{bits}" for bits in AFFINE_BITS)

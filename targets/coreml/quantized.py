@@ -7,6 +7,7 @@ and nothing is stored of it. So the structure of the program does not depend on 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -23,6 +24,7 @@ from targets.coreml.float16 import NAMESPACE
 from toolchain.errors import LoweringError
 from toolchain.ir.affine import SCALE, VALUES, ZERO, Affine
 from toolchain.ir.palette import INDICES, TABLE, Palette
+from toolchain.ir.residual import LEFT, RIGHT, LowRank
 from toolchain.ir.stored import encoded
 from toolchain.ir.weights import Weight, quantized
 
@@ -124,7 +126,12 @@ def _replace(block: Any, plan: Plan) -> None:
         if len(op.outputs[0].child_ops) != uses or op.outputs[0] in block.outputs:
             taken = len(op.outputs[0].child_ops)
             raise LoweringError(f"{where} {taken} of the {uses} operators that use it take it as it is")
-        kept = _decompressed(op, weight, plan.quantized.parts(name))
+        parts = plan.quantized.parts(name)
+        if isinstance(weight.storage, LowRank):
+            _add_product(block, op, parts, where)
+            weight = dataclasses.replace(weight, storage=weight.storage.main)
+            parts = {part: value for part, value in parts.items() if part not in (LEFT, RIGHT)}
+        kept = _decompressed(op, weight, parts)
         block.replace_uses_of_var_after_op(anchor_op=op, old_var=op.outputs[0], new_var=kept, force_replace=True)
         constants[tuple(weight.shape)].remove(op)
         block.remove_ops([op])
@@ -138,6 +145,31 @@ def _found(stand_in: torch.Tensor, constants: list[Any]) -> list[Any]:
         if all(np.array_equal(value[:n], numbers[:n].astype(value.dtype)) for n in (HEAD, len(value))):
             found.append(op)
     return found
+
+
+def _add_product(block: Any, op: Any, parts: Mapping[str, torch.Tensor], where: str) -> None:
+    """Add, to every linear layer that takes the constant ``op``, what the two thin matrices of its weight give.
+
+    The sum has the layer's name, so that it still tells which step of the block computes it.
+
+    Raises:
+        LoweringError: another operator takes the constant; starts with ``where``.
+    """
+    users = list(op.outputs[0].child_ops)
+    if other := [user.op_type for user in users if user.op_type != "linear" or user.weight is not op.outputs[0]]:
+        raise LoweringError(f"{where} an operator '{other[0]}' uses it, not a linear layer")
+    left, right = (
+        Builder.const(val=parts[part].numpy(), name=f"{op.name}_{part}", before_op=op) for part in (LEFT, RIGHT)
+    )
+    for user in users:
+        name, result = user.outputs[0].name, user.outputs[0]
+        given = {"bias": user.bias} if "bias" in user.inputs and user.bias is not None else {}
+        main = Builder.linear(x=user.x, weight=user.weight, **given, name=f"{name}_main", before_op=user)
+        thin = Builder.linear(x=user.x, weight=right, name=f"{name}_{RIGHT}", before_op=user)
+        product = Builder.linear(x=thin, weight=left, name=f"{name}_{LEFT}", before_op=user)
+        whole = Builder.add(x=main, y=product, name=name, before_op=user)
+        block.replace_uses_of_var_after_op(anchor_op=user, old_var=result, new_var=whole)
+        block.remove_ops([user])
 
 
 def _decompressed(op: Any, weight: Weight, parts: Mapping[str, torch.Tensor]) -> Any:

@@ -14,6 +14,7 @@ from onnx import TensorProto, helper
 
 from toolchain.errors import LoweringError
 from toolchain.ir.affine import SCALE, VALUES, ZERO, Affine
+from toolchain.ir.residual import LEFT, RIGHT, LowRank
 from toolchain.ir.storage import Plain
 from toolchain.ir.stored import part_key
 from toolchain.ir.weights import Weight
@@ -43,7 +44,9 @@ def dequantize(model: onnx.ModelProto, weights: Mapping[str, Weight], where: str
 class _Rewriting:
     def __init__(self, model: onnx.ModelProto, weights: Mapping[str, Weight], where: str) -> None:
         self._model, self._weights, self._where = model, weights, where
+        self._ranks = {n: w.storage for n, w in weights.items() if isinstance(w.storage, LowRank)}
         self._storages = {n: w.storage for n, w in weights.items() if isinstance(w.storage, Affine)}
+        self._storages |= {n: s.main for n, s in self._ranks.items()}
         self._names = {name for node in model.graph.node for name in (*node.input, *node.output)}
         self._shapes = {v.name: tuple(d.dim_value for d in v.type.tensor_type.shape.dim) for v in self._values()}
         self._first: list[onnx.NodeProto] = []
@@ -81,7 +84,11 @@ class _Rewriting:
         at, name = used[0]
         storage = self._storages[name]
         attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-        if node.op_type == "Gather" and at == 0 and attributes.get("axis", 0) == 0:
+        linear = node.op_type == "Gemm" and at == 1 and len(used) == 1 and _is_linear(attributes)
+        if any(n in self._ranks for _, n in used):
+            if linear:
+                return self._with_product(node, name, storage)
+        elif node.op_type == "Gather" and at == 0 and attributes.get("axis", 0) == 0:
             if storage.block is not None:
                 return self._looked_up_blocks(node, name, storage)
             if storage.bits == 8:
@@ -90,10 +97,11 @@ class _Rewriting:
             for i, n in used:
                 node.input[i] = self._expanded(node, n)
             return [node]
-        elif node.op_type == "Gemm" and at == 1 and len(used) == 1 and _is_linear(attributes):
+        elif linear:
             return self._multiplied(node, name, storage)
+        kept = self._weights[name].storage
         raise LoweringError(
-            f"{self._where}: weight '{name}' is kept as {storage}, which operator '{node.output[0]}' "
+            f"{self._where}: weight '{name}' is kept as {kept}, which operator '{node.output[0]}' "
             f"({node.op_type}) cannot read; keep it as float32"
         )
 
@@ -122,6 +130,27 @@ class _Rewriting:
         options["accuracy_level"] = FLOAT32_ARITHMETIC
         nodes = [_node("MatMulNBits", inputs, product, MICROSOFT, **options)]
         return nodes if inside else [*nodes, _node("Add", [product, bias], node.output[0])]
+
+    def _with_product(self, node: onnx.NodeProto, name: str, storage: Affine) -> Sequence[onnx.NodeProto]:
+        """A linear layer that adds, to what the integers give, what the two thin matrices give."""
+        result, rank = node.output[0], self._ranks[name].rank
+        rows = self._shapes[result][0]
+        thin = self._new(node, "right", TensorProto.FLOAT, (rows, rank))
+        main = onnx.NodeProto()
+        main.CopyFrom(node)
+        main.name = main.output[0] = self._new(node, "main", TensorProto.FLOAT, self._shapes[result])
+        self._shapes[main.name] = self._shapes[result]
+        if storage.block is None:
+            main.input[1] = self._expanded(main, name)
+            nodes: Sequence[onnx.NodeProto] = [main]
+        else:
+            nodes = self._multiplied(main, name, storage)
+        left, right = (part_key(name, part) for part in (LEFT, RIGHT))
+        return [
+            *nodes,
+            _node("Gemm", [node.input[0], right], thin, transB=1),
+            _node("Gemm", [thin, left, main.name], result, transB=1),
+        ]
 
     def _looked_up(self, node: onnx.NodeProto, name: str) -> Sequence[onnx.NodeProto]:
         """Rows and their scales, looked up side by side and multiplied then: the table itself is never expanded."""

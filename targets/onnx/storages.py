@@ -15,6 +15,7 @@ from typing import Literal
 
 from toolchain.ir.affine import SCALE, VALUES, ZERO, Affine
 from toolchain.ir.dtypes import DTYPES
+from toolchain.ir.residual import LEFT, RIGHT, LowRank
 from toolchain.ir.storage import FLOAT32, Storage
 from toolchain.ir.stored import part_key
 from toolchain.ir.target import UnsupportedStorageError
@@ -55,6 +56,11 @@ def keep(asked: Storage, use: Use) -> Storage:
     Raises:
         UnsupportedStorageError: says what is taken.
     """
+    if isinstance(asked, LowRank):
+        main = keep(asked.main, use)
+        if use != "linear" or not isinstance(main, Affine):
+            raise UnsupportedStorageError(f"it takes {main} without a rank")
+        return dataclasses.replace(asked, main=main)
     if isinstance(asked, Affine) and _takes(asked, use):
         return dataclasses.replace(asked, scale=DTYPES["float32"])
     if asked != FLOAT32:
@@ -78,6 +84,9 @@ def specs(weights: Mapping[str, Weight]) -> dict[str, Spec]:
 def _specs(storage: Storage, shape: tuple[int, ...]) -> dict[str, Spec]:
     if storage == FLOAT32:
         return {"": Spec("float32", shape)}
+    if isinstance(storage, LowRank):
+        thin = {p.name: Spec("float32", p.shape) for p in storage.parts(shape) if p.name in (LEFT, RIGHT)}
+        return _specs(storage.main, shape) | thin
     if not isinstance(storage, Affine):
         raise ValueError(f"a weight is kept as {storage}, which no plan gives the target")
     rows, bits = shape[0], storage.bits
