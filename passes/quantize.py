@@ -21,14 +21,16 @@ from toolchain.ir.palette import BITS, Palette
 from toolchain.ir.pass_config import PassConfig
 from toolchain.ir.passes import Pass
 from toolchain.ir.residual import LowRank
-from toolchain.ir.storage import Plain, Storage
+from toolchain.ir.storage import FLOAT32, PLAIN, Narrow, Plain, Storage
 from toolchain.ir.uses import WeightUse, weight_uses
 
-Scheme = Literal["float", "int8", "int4", "palette"]
+Scheme = Literal["float", "float32", "float16", "int8", "int4", "palette"]
 BLOCK = 32
 """Numbers that share a scale in int4, unless an option says otherwise."""
 OPTIONS: dict[str, tuple[str, ...]] = {
     "float": (),
+    "float32": (),
+    "float16": (),
     "int8": ("block", "symmetric", "clip", "rank"),
     "int4": ("block", "symmetric", "clip", "rank"),
     "palette": ("bits", "group"),
@@ -39,12 +41,13 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 class SchemeConfig(PassConfig):
     """How weights are kept.
 
-    ``float`` leaves them as they are. ``int8`` has a scale for each channel, ``int4`` one for each ``block`` of a
-    channel's numbers. ``palette`` has a table of 2^``bits`` numbers for the whole weight, or for each ``group`` of
-    channels. ``rank`` stands a product of two thin matrices beside the integers of a linear layer.
+    ``float`` leaves them in the target's precision; ``float32`` and ``float16`` name a type. ``int8`` has a scale for
+    each channel, ``int4`` one for each ``block`` of a channel's numbers. ``palette`` has a table of 2^``bits`` numbers
+    for the whole weight, or for each ``group`` of channels. ``rank`` stands a product of two thin matrices beside the
+    integers of a linear layer.
     """
 
-    scheme: Scheme = Field(description="float, int8, int4 or palette.")
+    scheme: Scheme = Field(description="float (the target's precision), float32, float16, int8, int4 or palette.")
     block: int | None = Field(default=None, ge=16, description="Numbers that share a scale; int4 has 32 by default.")
     symmetric: bool | None = Field(default=None, description="Ranges with zero in their middle; true if absent.")
     clip: Clip | None = Field(
@@ -72,6 +75,9 @@ class SchemeConfig(PassConfig):
         """What a weight that is kept as ``plain`` is kept as instead."""
         if self.scheme == "float":
             return plain
+        if self.scheme in PLAIN:
+            own = PLAIN[self.scheme]
+            return own if plain != FLOAT32 or own == plain else Narrow(own.dtype)
         if self.scheme == "palette":
             return Palette(self.bits or 4, self.group)
         bits, block = (8, self.block) if self.scheme == "int8" else (4, self.block or BLOCK)

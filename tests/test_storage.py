@@ -20,7 +20,7 @@ from toolchain.formats.recipe_file import parse_recipe
 from toolchain.ir.dtypes import DTYPES
 from toolchain.ir.graph import Graph
 from toolchain.ir.passes import Pass, Pipeline
-from toolchain.ir.storage import BFLOAT16, FLOAT16, FLOAT32, PLAIN, Part, Plain, Storage
+from toolchain.ir.storage import BFLOAT16, FLOAT16, FLOAT32, PLAIN, Narrow, Part, Plain, Storage
 from toolchain.ir.target import Target, TargetConfig
 from toolchain.ir.uses import Use
 from toolchain.planning.plan import Plan, plan_resolved
@@ -36,6 +36,17 @@ def test_plain_storages_by_name() -> None:
     assert all(storage.name == str(storage) == name for name, storage in PLAIN.items())
     assert Plain(DTYPES["float16"]) == FLOAT16 != FLOAT32
     assert len({FLOAT16, Plain(DTYPES["float16"]), FLOAT32}) == 2
+
+
+def test_narrow_numbers_are_rounded_and_widened_again() -> None:
+    weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+    narrow = Narrow(DTYPES["float16"])
+    parts = narrow.encode(weight)
+    assert [(p.name, p.shape, p.dtype.name) for p in narrow.parts(weight.shape)] == [("values", (8, 16), "float16")]
+    assert torch.equal(parts["values"], weight.half())
+    assert torch.equal(narrow.decode(parts), weight.half().float())
+    assert narrow.bytes(weight.shape) == 2 * weight.numel()
+    assert narrow.name not in PLAIN
 
 
 @pytest.mark.parametrize(("name", "size"), [("float32", 4), ("float16", 2), ("bfloat16", 2)])

@@ -20,7 +20,7 @@ from toolchain.ir.dtypes import DTYPES
 from toolchain.ir.leaves import LegalForm
 from toolchain.ir.palette import BITS, Palette
 from toolchain.ir.residual import LowRank
-from toolchain.ir.storage import Storage
+from toolchain.ir.storage import Narrow, Storage
 from toolchain.ir.target import (
     Artifact,
     Engine,
@@ -57,6 +57,8 @@ class CoreMLTarget(Target):
         if asked == self.storage:
             return asked
         number = DTYPES[self.precision]
+        if isinstance(asked, Narrow) and (asked.dtype.name, asked.computed) == ("float16", number):
+            return asked
         if isinstance(asked, Affine) and asked.bits in AFFINE_BITS:
             return dataclasses.replace(asked, scale=number)
         if isinstance(asked, LowRank):
@@ -67,9 +69,8 @@ class CoreMLTarget(Target):
         if isinstance(asked, Palette) and asked.bits in BITS:
             return dataclasses.replace(asked, number=number)
         integers = ", ".join(f"int{bits}" for bits in AFFINE_BITS)
-        raise UnsupportedStorageError(
-            f"it takes {self.storage}, {integers} and palettes of {', '.join(map(str, BITS))} bits"
-        )
+        plain = "float32, float16" if self.precision == "float32" else self.storage
+        raise UnsupportedStorageError(f"it takes {plain}, {integers} and palettes of {', '.join(map(str, BITS))} bits")
 
     def lower(self, block: Block, weights: Mapping[str, torch.Tensor], out: Path) -> Artifact:
         with quiet():

@@ -22,9 +22,10 @@ from coremltools.converters.mil.mil.passes.pass_registry import register_pass
 
 from targets.coreml.float16 import NAMESPACE
 from toolchain.errors import LoweringError
-from toolchain.ir.affine import SCALE, VALUES, ZERO, Affine
+from toolchain.ir.affine import SCALE, ZERO, Affine
 from toolchain.ir.palette import INDICES, TABLE, Palette
 from toolchain.ir.residual import LEFT, RIGHT, LowRank
+from toolchain.ir.storage import VALUES, Narrow
 from toolchain.ir.stored import encoded
 from toolchain.ir.weights import Weight, quantized
 
@@ -181,6 +182,8 @@ def _decompressed(op: Any, weight: Weight, parts: Mapping[str, torch.Tensor]) ->
     storage, rank = weight.storage, len(weight.shape)
     given = {name: part.numpy() for name, part in parts.items()}
     name = op.name + SUFFIX
+    if isinstance(storage, Narrow):
+        return Builder.constexpr_cast(source_val=given[VALUES], output_dtype="fp32", name=name, before_op=op)
     if isinstance(storage, Affine):
         number = given[SCALE]
         kind = types.np_int4_dtype if storage.bits == 4 else np.int8

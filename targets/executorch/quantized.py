@@ -15,7 +15,8 @@ from torch import fx
 from torch.ao.quantization.fx import _decomposed  # noqa: F401  (registers the operators below)
 
 from toolchain.errors import LoweringError
-from toolchain.ir.affine import SCALE, VALUES, Affine
+from toolchain.ir.affine import SCALE, Affine
+from toolchain.ir.storage import VALUES
 from toolchain.ir.stored import part_key
 from toolchain.ir.weights import Weight
 

@@ -19,8 +19,9 @@ import torch
 
 from targets.packing import pack
 from targets.stamping import Stretch, copy_with, cut, raw
-from toolchain.ir.affine import SCALE, VALUES
+from toolchain.ir.affine import SCALE
 from toolchain.ir.dtypes import DTYPES, dtype_of
+from toolchain.ir.storage import VALUES
 from toolchain.ir.stored import MARK, part_key
 from toolchain.ir.target import Artifact, Template, UnboundTemplateError
 

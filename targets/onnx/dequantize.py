@@ -13,9 +13,9 @@ import onnx
 from onnx import TensorProto, helper
 
 from toolchain.errors import LoweringError
-from toolchain.ir.affine import SCALE, VALUES, ZERO, Affine
+from toolchain.ir.affine import SCALE, ZERO, Affine
 from toolchain.ir.residual import LEFT, RIGHT, LowRank
-from toolchain.ir.storage import Plain
+from toolchain.ir.storage import VALUES, Plain
 from toolchain.ir.stored import part_key
 from toolchain.ir.weights import Weight
 

@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from toolchain.ir.affine import SCALE, VALUES, ZERO, Affine
+from toolchain.ir.affine import SCALE, ZERO, Affine
 from toolchain.ir.dtypes import DTYPES
 from toolchain.ir.residual import LEFT, RIGHT, LowRank
-from toolchain.ir.storage import FLOAT32, Storage
+from toolchain.ir.storage import FLOAT32, VALUES, Storage
 from toolchain.ir.stored import part_key
 from toolchain.ir.target import UnsupportedStorageError
 from toolchain.ir.uses import Use

@@ -18,7 +18,7 @@ from toolchain.ir.graph_text import graph_text
 from toolchain.ir.palette import Palette
 from toolchain.ir.passes import Pass, find_pass
 from toolchain.ir.pipeline_text import parse_pipeline
-from toolchain.ir.storage import FLOAT16
+from toolchain.ir.storage import FLOAT16, FLOAT32, Narrow
 from toolchain.ir.uses import weight_uses
 from toolchain.models.open_sora_v1_2.stdit3 import LoweredSTDiT3, STDiT3, STDiT3Config
 
@@ -83,6 +83,22 @@ def test_the_graph_itself_stays_and_nothing_but_storage_changes(graph: Graph) ->
 def test_schemes(graph: Graph, options: Mapping[str, Any], storage: Any) -> None:
     weight = quantize(**options)(graph).weights["spatial_blocks.0.mlp.fc1.weight"]
     assert weight.storage == storage
+
+
+def test_types_by_name(graph: Graph) -> None:
+    name = "spatial_blocks.0.mlp.fc1.weight"
+    wide = graph.stored_as(FLOAT32)
+    kept = {
+        (of, scheme): quantize(scheme=scheme)(g).weights[name].storage
+        for of, g in (("float16", graph), ("float32", wide))
+        for scheme in ("float16", "float32")
+    }
+    assert kept == {
+        ("float16", "float16"): FLOAT16,
+        ("float16", "float32"): FLOAT32,  # which a target of float16 refuses
+        ("float32", "float16"): Narrow(FLOAT16.dtype),
+        ("float32", "float32"): FLOAT32,
+    }
 
 
 def test_the_last_rule_that_matches_wins(graph: Graph) -> None:
@@ -174,7 +190,7 @@ def test_twice_and_after_partition(graph: Graph) -> None:
     ("options", "said"),
     [
         ({}, "scheme"),
-        ({"scheme": "int5"}, "scheme: input should be 'float', 'int8', 'int4' or 'palette'"),
+        ({"scheme": "int5"}, "scheme: input should be 'float', 'float32', 'float16', 'int8', 'int4' or 'palette'"),
         ({"scheme": "int8", "bits": 4}, "'bits' is no option of the scheme int8; it has block, symmetric, clip"),
         ({"scheme": "palette", "bits": 5}, "bits: a palette has 1, 2, 3, 4, 6, 8 bits, not 5"),
         ({"scheme": "int4", "block": 48}, "block: expected a power of two from 16 on, got 48"),

@@ -31,7 +31,7 @@ from toolchain.ir.affine import Affine
 from toolchain.ir.blocks import Block, Port, Signature
 from toolchain.ir.dtypes import DTYPES
 from toolchain.ir.palette import BITS, Palette
-from toolchain.ir.storage import BFLOAT16, FLOAT16, FLOAT32, Storage
+from toolchain.ir.storage import BFLOAT16, FLOAT16, FLOAT32, Narrow, Storage
 from toolchain.ir.stored import StoredParts
 from toolchain.ir.target import Artifact, Template, UnboundTemplateError, UnsupportedStorageError, unique_weights
 from toolchain.ir.weights import Weight, WeightSource
@@ -49,8 +49,10 @@ STORAGES: tuple[Storage, ...] = (
 QUICK = (STORAGES[0], STORAGES[4], Palette(3))
 EACH = [pytest.param(s, id=str(s), marks=[] if s in QUICK else pytest.mark.slow) for s in STORAGES]
 """One storage of every kind, the others as slow ones."""
+HALVES = Narrow(DTYPES["float16"])
+QUICK_ONES = {(HALVES, "float32"), *((s, "float16") for s in QUICK)}
 LIMITS = {"float16": 2e-3, "float32": 1e-5}
-DECOMPRESSED = ("constexpr_blockwise_shift_scale", "constexpr_lut_to_dense")
+DECOMPRESSED = ("constexpr_blockwise_shift_scale", "constexpr_lut_to_dense", "constexpr_cast")
 INPUTS = {"x": (2, 5, 64), "z": (1, 32, 6, 6), "v": (1, 32, 3, 4, 4), "ids": (7,)}
 MATRICES = ("fc.weight", "conv.weight", "video.weight", "table.weight")
 
@@ -181,8 +183,10 @@ def lowered(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Storage], Low
 @pytest.mark.parametrize(
     ("storage", "precision"),
     [
-        pytest.param(s, p, id=f"{s}-{p}", marks=[] if s in QUICK and p == "float16" else pytest.mark.slow)
-        for p, storages in (("float16", STORAGES), ("float32", (STORAGES[1], STORAGES[3], STORAGES[-1])))
+        pytest.param(
+            s, p, id=f"{s}-{p}", marks=[] if s is HALVES or (s in QUICK and p == "float16") else pytest.mark.slow
+        )
+        for p, storages in (("float16", STORAGES), ("float32", (HALVES, STORAGES[1], STORAGES[3], STORAGES[-1])))
         for s in storages
     ],
 )
@@ -361,7 +365,23 @@ def test_what_the_target_keeps(precision: str) -> None:
     for other in {FLOAT16, FLOAT32, BFLOAT16} - {own}:
         with pytest.raises(UnsupportedStorageError) as error:
             target.keep(other, "linear")
-        assert str(error.value) == f"it takes {own}, int8, int4 and palettes of 1, 2, 3, 4, 6, 8 bits"
+        plain = "float32, float16" if own == FLOAT32 else own
+        assert str(error.value) == f"it takes {plain}, int8, int4 and palettes of 1, 2, 3, 4, 6, 8 bits"
+
+
+def test_float16_is_for_what_is_computed_in_float32(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedStorageError):
+        CoreMLTarget().keep(HALVES, "linear")
+    target, block = four(HALVES, "float32")
+    template, weights = bound(target, block, tmp_path), degenerate(block)
+    stamped = target.stamp(template, StoredParts(block.weights, weights), tmp_path / "stamped.mlpackage")
+    assert files(stamped.path) == files(target.lower(block, weights, tmp_path / "direct.mlpackage").path)
+    hold_numbers(target, block, stamped.path, weights)
+    numbers = sum(w.parameters for n, w in block.weights.items() if n in MATRICES)
+    assert (stamped.path / WEIGHTS).stat().st_size < 2 * numbers + 4 * 200 + 128 * len(template.slots)
+    weights["fc.weight"][0, 0] = 7e4
+    with pytest.raises(LoweringError, match=r"weight 'fc\.weight"):
+        target.stamp(template, StoredParts(block.weights, weights), tmp_path / "large.mlpackage")
 
 
 class Twice(nn.Module):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from toolchain.ir.dtypes import DTYPES, DType
-from toolchain.ir.storage import Part, Storage
+from toolchain.ir.storage import VALUES, Part, Storage
 
 if TYPE_CHECKING:
     import torch
@@ -16,7 +16,7 @@ Clip = Literal["none", "error", "half-quadratic"]
 """How the range of a scale is chosen: from the largest number; by the least squared error among ranges clipped more and
 more; or by half-quadratic optimisation (Badri and Shaji, 2023), which lets few large errors be for many small ones."""
 
-VALUES, SCALE, ZERO = "values", "scale", "zero"
+SCALE, ZERO = "scale", "zero"
 SHRUNK = tuple(1.0 - 0.025 * i for i in range(24))
 """Ranges that ``error`` tries, as shares of the largest number."""
 HALF_QUADRATIC_STEPS, HALF_QUADRATIC_NORM, HALF_QUADRATIC_BETA, HALF_QUADRATIC_GROWTH = 20, 0.7, 10.0, 1.01

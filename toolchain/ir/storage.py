@@ -88,6 +88,33 @@ class Plain(Storage):
         return parts[""].float()
 
 
+VALUES = "values"
+
+
+@dataclass(frozen=True)
+class Narrow(Storage):
+    """Every number by itself, in a narrower floating type than the artifact computes in, which widens it when it runs.
+
+    Parts, for a weight ``[N, …]``: ``values`` ``[N, …]`` of ``dtype``.
+    """
+
+    dtype: DType
+    computed: DType = DTYPES["float32"]
+
+    @property
+    def name(self) -> str:
+        return f"{self.dtype.name}-in-{self.computed.name}"
+
+    def parts(self, shape: Sequence[int]) -> tuple[Part, ...]:
+        return (Part(VALUES, tuple(shape), self.dtype),)
+
+    def encode(self, weight: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        return {VALUES: weight.to(self.dtype.torch)}
+
+    def decode(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return parts[VALUES].float()
+
+
 FLOAT32 = Plain(DTYPES["float32"])
 FLOAT16 = Plain(DTYPES["float16"])
 BFLOAT16 = Plain(DTYPES["bfloat16"])
