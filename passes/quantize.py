@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 
 from toolchain.errors import LoweringError
 from toolchain.ir.affine import Affine, Clip
+from toolchain.ir.calibration import Calibration
 from toolchain.ir.graph import Graph
 from toolchain.ir.palette import BITS, Palette
 from toolchain.ir.pass_config import PassConfig
@@ -34,6 +35,8 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "palette": ("bits", "group"),
 }
 """Which options a scheme has."""
+CALIBRATED = ("clip: output",)
+"""Options that need a calibration."""
 
 
 class SchemeConfig(PassConfig):
@@ -48,7 +51,8 @@ class SchemeConfig(PassConfig):
     block: int | None = Field(default=None, ge=16, description="Numbers that share a scale; int4 has 32 by default.")
     symmetric: bool | None = Field(default=None, description="Ranges with zero in their middle; true if absent.")
     clip: Clip | None = Field(
-        default=None, description="How ranges are chosen: none (the largest number), error or half-quadratic."
+        default=None,
+        description="How ranges are chosen: none (the largest number), error, half-quadratic, or output (calibrated).",
     )
     rank: int | None = Field(
         default=None, ge=1, description="Of a product of two thin matrices beside the integers; none if absent."
@@ -67,6 +71,11 @@ class SchemeConfig(PassConfig):
         if self.block is not None and self.block & (self.block - 1):
             raise ValueError(f"block: expected a power of two from 16 on, got {self.block}")
         return self
+
+    @property
+    def calibrated(self) -> str | None:
+        """The option that needs a calibration, if there is one."""
+        return "clip: output" if self.clip == "output" else None
 
     def storage(self, plain: Storage) -> Storage:
         """What a weight that is kept as ``plain`` is kept as instead."""
@@ -94,7 +103,22 @@ class QuantizeConfig(SchemeConfig):
     Rules are looked at in order; the last that matches a weight wins, whatever the weight is.
     """
 
+    calibration: Calibration | None = Field(
+        default=None, description="Inputs that the model is run on, so that options can go by what comes into a layer."
+    )
     rules: tuple[Rule, ...] = ()
+
+    @model_validator(mode="after")
+    def _calibrated(self) -> QuantizeConfig:
+        needing = next((s for s in (self, *self.rules) if s.calibrated), None)
+        if needing is not None and self.calibration is None:
+            raise ValueError(
+                f"'{needing.calibrated}' goes by what comes into a layer; write 'calibration: {{inputs: 8}}' beside "
+                f"the pass's scheme"
+            )
+        if needing is None and self.calibration is not None:
+            raise ValueError(f"calibration: nothing goes by it; remove it, or choose one of {', '.join(CALIBRATED)}")
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -117,6 +141,10 @@ class Quantize(Pass):
     name = "quantize"
     Config = QuantizeConfig
     config: QuantizeConfig
+
+    @property
+    def calibration(self) -> Calibration | None:
+        return self.config.calibration
 
     def requires(self, graph: Graph) -> None:
         if graph.blocks():
