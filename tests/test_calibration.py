@@ -13,7 +13,8 @@ from torch import nn
 import toolchain
 from toolchain.accuracy.references import sample_inputs
 from toolchain.accuracy.statistics import Watch, Watched
-from toolchain.build.calibration import KIND, ComponentCalibration, calibrate
+from toolchain.build.calibration import ComponentCalibration, calibrate
+from toolchain.build.calibration_chain import KIND
 from toolchain.errors import LoweringError, RecipeError, SoraCompileError
 from toolchain.formats.recipe_file import load_recipe
 from toolchain.ir.blocks import materialise
@@ -255,7 +256,8 @@ def test_bytes_are_the_same_whatever_the_way(project: Path, tmp_path: Path) -> N
         ),
         (
             "{quantize: {scheme: int4, calibration: {inputs: 8}}}",
-            "transformer.passes.0.quantize: calibration: nothing goes by it; remove it, or choose one of clip: output",
+            "transformer.passes.0.quantize: calibration: nothing goes by it; remove it, or choose one of clip: output, "
+            "weighted: true, compensate: true",
         ),
         (
             "{quantize: {scheme: int4, clip: output, calibration: {input: 8}}}",
