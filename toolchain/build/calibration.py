@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,20 +109,33 @@ class ComponentCalibration(Calibrated):
 
 
 def calibrate(
-    planned: Plan, component: str, store: Store, digests: Mapping[str, str], listener: Listener | None = None
+    planned: Plan,
+    component: str,
+    store: Store,
+    digests: Mapping[str, str],
+    listener: Listener | None = None,
+    *,
+    asked: Calibration | None = None,
+    weights: Iterable[Weight] | None = None,
 ) -> ComponentCalibration:
-    """What is known of a component's activations, by its recipe's calibration; measured now if need be.
+    """What is known of a component's activations, measured now if need be.
 
     Args:
         digests: of the checkpoint's tensors.
+        asked: on which inputs; those that the recipe's passes name if None.
+        weights: what is going to be encoded; all of the plan's if None. Second moments are measured for these alone.
 
     Raises:
         LoweringError: the passes name no calibration, or the model gives numbers that are NaN or infinite.
     """
     plan = planned.components[component]
-    if plan.passes.calibration is None:
+    asked = asked or plan.passes.calibration
+    if asked is None:
         raise LoweringError(f"{component}: no pass has a calibration")
-    work = _Work(planned, plan, plan.passes.calibration, store, digests, listener or Listener())
+    if weights is None:
+        weights = (w for block in plan.blocks for w in block.weights.values())
+    wanted = {tensors_of(w.source) for w in weights if w.storage.needs == "moments"}
+    work = _Work(planned, plan, asked, wanted, store, digests, listener or Listener())
     return ComponentCalibration(store.get_or_make(KIND, work.key, work.make))
 
 
@@ -139,19 +152,19 @@ def calibrate_recipe(recipe: Recipe, base: Path, component: str) -> ComponentCal
 
 
 class _Work:
-    """A calibration that is to be done."""
+    """A calibration that is to be done; ``wanted`` are the tensors whose layers' second moments are."""
 
     def __init__(
         self,
         planned: Plan,
         plan: ComponentPlan,
         asked: Calibration,
+        wanted: set[tuple[object, ...]],
         store: Store,
         digests: Mapping[str, str],
         listener: Listener,
     ) -> None:
         self._plan, self._store, self._listener = plan, store, listener
-        wanted = {tensors_of(w.source) for b in plan.blocks for w in b.weights.values() if w.storage.needs == "moments"}
         blocks = {pair.name: _plainly(pair.plain) for pair in plan.pairs}
         family = planned.resolved.family
         self._chains = [

@@ -87,7 +87,7 @@ class Chain:
         before = {n: self._by_name[n] for n in _before(block) & self._by_name.keys()}
         folders = {n: self._store.get(KIND, key("forward", b)) for n, b in before.items()}
         weights = dict(BlockWeights(block, self._plan.resolved.checkpoint, self._plan.definition.aliases))
-        products = {n for n, w in block.weights.items() if tensors_of(w.source) in self._wanted and len(w.shape) == 2}
+        products = {n for n, w in block.weights.items() if tensors_of(w.source) in self._wanted}
         watched = Watched(block, weights, products)
         ranges: dict[str, list[list[Any]]] = {}
         for number, run in enumerate(self.runs):

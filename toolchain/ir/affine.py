@@ -81,7 +81,7 @@ class Affine(Storage):
             hint = f"{', '.join(map(str, fits))} do" if fits else "no power of two from 16 on does; use int8"
             return f"blocks of {self.block} do not divide its {shape[1]} columns; {hint}"
         if self.compensate and len(shape) != 2:
-            return f"errors are compensated in matrices alone, it has the shape {list(shape)}"
+            return f"errors are compensated in matrices alone, it has the shape {list(shape)}; leave it out by a rule"
         return None
 
     def parts(self, shape: Sequence[int]) -> tuple[Part, ...]:
