@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 
 from toolchain.errors import LoweringError
 from toolchain.ir.affine import Affine, Clip
+from toolchain.ir.calibration import Calibration
 from toolchain.ir.graph import Graph
 from toolchain.ir.palette import BITS, Palette
 from toolchain.ir.pass_config import PassConfig
@@ -31,11 +32,13 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "float": (),
     "float32": (),
     "float16": (),
-    "int8": ("block", "symmetric", "clip", "rank"),
-    "int4": ("block", "symmetric", "clip", "rank"),
-    "palette": ("bits", "group"),
+    "int8": ("block", "symmetric", "clip", "rank", "weighted", "compensate"),
+    "int4": ("block", "symmetric", "clip", "rank", "weighted", "compensate"),
+    "palette": ("bits", "group", "weighted"),
 }
 """Which options a scheme has."""
+CALIBRATED = ("clip: output", "weighted: true", "compensate: true")
+"""Options that need a calibration."""
 
 
 class SchemeConfig(PassConfig):
@@ -51,7 +54,8 @@ class SchemeConfig(PassConfig):
     block: int | None = Field(default=None, ge=16, description="Numbers that share a scale; int4 has 32 by default.")
     symmetric: bool | None = Field(default=None, description="Ranges with zero in their middle; true if absent.")
     clip: Clip | None = Field(
-        default=None, description="How ranges are chosen: none (the largest number), error or half-quadratic."
+        default=None,
+        description="How ranges are chosen: none (the largest number), error, half-quadratic, or output (calibrated).",
     )
     rank: int | None = Field(
         default=None, ge=1, description="Of a product of two thin matrices beside the integers; none if absent."
@@ -59,17 +63,34 @@ class SchemeConfig(PassConfig):
     bits: int | None = Field(default=None, description="Of a palette: 1, 2, 3, 4, 6 or 8; 4 if absent.")
     group: int | None = Field(default=None, ge=1, description="Channels that share a palette; all if absent.")
 
+    weighted: bool | None = Field(
+        default=None, description="Find palettes, or a rank's matrices, by what comes into a layer (calibrated)."
+    )
+    compensate: bool | None = Field(
+        default=None, description="Round columns one by one, each making up for those before it (calibrated)."
+    )
+
     @model_validator(mode="after")
     def _fits(self) -> SchemeConfig:
-        for option in ("block", "symmetric", "clip", "rank", "bits", "group"):
+        for option in ("block", "symmetric", "clip", "rank", "bits", "group", "weighted", "compensate"):
             if getattr(self, option) is not None and option not in OPTIONS[self.scheme]:
                 own = ", ".join(OPTIONS[self.scheme]) or "none"
                 raise ValueError(f"'{option}' is no option of the scheme {self.scheme}; it has {own}")
+        if self.weighted and self.scheme != "palette" and self.rank is None:
+            raise ValueError(
+                f"'weighted' is for palettes and for a rank; {self.scheme} has 'clip: output' for its ranges"
+            )
         if self.bits is not None and self.bits not in BITS:
             raise ValueError(f"bits: a palette has {', '.join(map(str, BITS))} bits, not {self.bits}")
         if self.block is not None and self.block & (self.block - 1):
             raise ValueError(f"block: expected a power of two from 16 on, got {self.block}")
         return self
+
+    @property
+    def calibrated(self) -> str | None:
+        """The option that needs a calibration, if there is one."""
+        asked = (self.clip == "output", self.weighted, self.compensate)
+        return next((option for option, is_asked in zip(CALIBRATED, asked, strict=True) if is_asked), None)
 
     def storage(self, plain: Storage) -> Storage:
         """What a weight that is kept as ``plain`` is kept as instead."""
@@ -79,10 +100,11 @@ class SchemeConfig(PassConfig):
             own = PLAIN[self.scheme]
             return own if plain != FLOAT32 or own == plain else Narrow(own.dtype)
         if self.scheme == "palette":
-            return Palette(self.bits or 4, self.group)
+            return Palette(self.bits or 4, self.group, weighted=bool(self.weighted))
         bits, block = (8, self.block) if self.scheme == "int8" else (4, self.block or BLOCK)
-        affine = Affine(bits, block, self.symmetric is not False, self.clip or "none")
-        return LowRank(affine, self.rank) if self.rank else affine
+        clip, symmetric = self.clip or "none", self.symmetric is not False
+        affine = Affine(bits, block, symmetric, clip, compensate=bool(self.compensate))
+        return LowRank(affine, self.rank, bool(self.weighted)) if self.rank else affine
 
 
 class Rule(SchemeConfig):
@@ -100,7 +122,22 @@ class QuantizeConfig(SchemeConfig):
     Rules are looked at in order; the last that matches a weight wins, whatever the weight is.
     """
 
+    calibration: Calibration | None = Field(
+        default=None, description="Inputs that the model is run on, so that options can go by what comes into a layer."
+    )
     rules: tuple[Rule, ...] = ()
+
+    @model_validator(mode="after")
+    def _calibrated(self) -> QuantizeConfig:
+        needing = next((s for s in (self, *self.rules) if s.calibrated), None)
+        if needing is not None and self.calibration is None:
+            raise ValueError(
+                f"'{needing.calibrated}' goes by what comes into a layer; write 'calibration: {{inputs: 8}}' beside "
+                f"the pass's scheme"
+            )
+        if needing is None and self.calibration is not None:
+            raise ValueError(f"calibration: nothing goes by it; remove it, or choose one of {', '.join(CALIBRATED)}")
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -123,6 +160,10 @@ class Quantize(Pass):
     name = "quantize"
     Config = QuantizeConfig
     config: QuantizeConfig
+
+    @property
+    def calibration(self) -> Calibration | None:
+        return self.config.calibration
 
     def requires(self, graph: Graph) -> None:
         if graph.blocks():

@@ -5,17 +5,21 @@ A task holds nothing but text and numbers; what it makes is handed on through th
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import pickle
 import platform
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from toolchain.build.artifacts import Builder
+from toolchain.build.calibration import calibrate
 from toolchain.errors import ResourceError
 from toolchain.formats.recipe import Recipe
 from toolchain.ir.blocks import Block
+from toolchain.listener import Listener
 from toolchain.planning.plan import Plan, plan_resolved
 from toolchain.planning.resolve import resolve
 from toolchain.system.memory import return_large_allocations
@@ -61,16 +65,21 @@ def recipe_for_tasks(recipe: Recipe, base: Path) -> str:
     return Recipe.model_validate(data).model_dump_json()
 
 
-def builders(planned: Plan, store: Store, direct: bool) -> dict[str, Builder]:
+def builders(planned: Plan, store: Store, direct: bool, listener: Listener | None = None) -> dict[str, Builder]:
     """A builder for each component of a plan, of a build that was resolved with its checkpoints.
+
+    Args:
+        listener: is told of a calibration, which is done when something is asked for that depends on it.
 
     Raises:
         CheckpointError: a checkpoint cannot be read.
     """
-    return {
-        name: Builder(plan, tensor_digests(plan.resolved.checkpoint, store), store, direct)
-        for name, plan in planned.components.items()
-    }
+    found = {}
+    for name, plan in planned.components.items():
+        digests = tensor_digests(plan.resolved.checkpoint, store)
+        measure = functools.partial(calibrate, planned, name, store, digests, listener)
+        found[name] = Builder(plan, digests, store, direct, measure)
+    return found
 
 
 def run_task(task: Task) -> None:
@@ -86,17 +95,13 @@ def run_task(task: Task) -> None:
         RuntimeError: stands for an error that cannot be handed to another process.
     """
     return_large_allocations()
-    try:
+    with errors_for_others():
         builder, block = _prepared(task)
         with builder.store.scratch() as scratch, temporary_files_in(scratch):
             if task.kind == "template":
                 builder.template(block)
             else:
                 builder.artifact(block)
-    except Exception as e:
-        if _survives_pickling(e):
-            raise
-        raise RuntimeError(f"{type(e).__name__}: {e}") from None
 
 
 def _prepared(task: Task) -> tuple[Builder, Block]:
@@ -124,6 +129,21 @@ def _opened(recipe: str, base: str, store: str, direct: bool) -> dict[str, Build
     """The builders of a build; those of the last one are kept."""
     build = resolve(Recipe.model_validate_json(recipe), Path(base), checkpoints=True)
     return builders(plan_resolved(build), Store(Path(store)), direct)
+
+
+@contextlib.contextmanager
+def errors_for_others() -> Iterator[None]:
+    """What is raised in it can be handed to another process.
+
+    Raises:
+        RuntimeError: stands for an error that cannot.
+    """
+    try:
+        yield
+    except Exception as e:
+        if _survives_pickling(e):
+            raise
+        raise RuntimeError(f"{type(e).__name__}: {e}") from None
 
 
 def _survives_pickling(error: Exception) -> bool:

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from toolchain.ir.compensated import round_compensated
 from toolchain.ir.dtypes import DTYPES, DType
-from toolchain.ir.storage import VALUES, Part, Storage
+from toolchain.ir.importance import floored
+from toolchain.ir.storage import VALUES, Need, Part, Storage
 
 if TYPE_CHECKING:
     import torch
 
-Clip = Literal["none", "error", "half-quadratic"]
+Clip = Literal["none", "error", "output", "half-quadratic"]
 """How the range of a scale is chosen: from the largest number; by the least squared error among ranges clipped more and
-more; or by half-quadratic optimisation (Badri and Shaji, 2023), which lets few large errors be for many small ones."""
+more, of the weight or, as far as a calibration tells, of what its layer gives; or by half-quadratic optimisation (Badri
+and Shaji, 2023), which lets few large errors be for many small ones."""
 
 SCALE, ZERO = "scale", "zero"
+PIECE = 1 << 18
+"""Numbers that are encoded at a time."""
 SHRUNK = tuple(1.0 - 0.025 * i for i in range(24))
-"""Ranges that ``error`` tries, as shares of the largest number."""
+"""Ranges that ``error`` and ``output`` try, as shares of the largest number."""
 HALF_QUADRATIC_STEPS, HALF_QUADRATIC_NORM, HALF_QUADRATIC_BETA, HALF_QUADRATIC_GROWTH = 20, 0.7, 10.0, 1.01
 
 
@@ -36,6 +43,8 @@ class Affine(Storage):
         symmetric: whether zero is in the middle of the range.
         clip: how ranges are chosen.
         scale: the type of scales.
+        compensate: round a linear layer's columns one after the other, each making up for those before it
+            (:mod:`toolchain.ir.compensated`).
     """
 
     bits: int
@@ -43,6 +52,7 @@ class Affine(Storage):
     symmetric: bool = True
     clip: Clip = "none"
     scale: DType = DTYPES["float32"]
+    compensate: bool = False
 
     @property
     def name(self) -> str:
@@ -50,6 +60,7 @@ class Affine(Storage):
         parts += [f"block{self.block}"] if self.block else []
         parts += [] if self.symmetric else ["asymmetric"]
         parts += [] if self.clip == "none" else [f"clip-{self.clip}"]
+        parts += ["compensated"] if self.compensate else []
         return "-".join([*parts, self.scale.short])
 
     @property
@@ -69,6 +80,8 @@ class Affine(Storage):
             fits = [b for b in (16, 32, 64, 128, 256) if shape[1] % b == 0]
             hint = f"{', '.join(map(str, fits))} do" if fits else "no power of two from 16 on does; use int8"
             return f"blocks of {self.block} do not divide its {shape[1]} columns; {hint}"
+        if self.compensate and len(shape) != 2:
+            return f"errors are compensated in matrices alone, it has the shape {list(shape)}; leave it out by a rule"
         return None
 
     def parts(self, shape: Sequence[int]) -> tuple[Part, ...]:
@@ -83,25 +96,57 @@ class Affine(Storage):
         blocks = shape[1] // self.block if self.block else 1
         return (shape[0], blocks, *(1 for _ in shape[2:]))
 
-    def encode(self, weight: torch.Tensor) -> Mapping[str, torch.Tensor]:
+    @property
+    def needs(self) -> Need | None:
+        if self.compensate:
+            return "moments"
+        return "importance" if self.clip == "output" else None
+
+    @property
+    def uncalibrated(self) -> Affine:
+        return dataclasses.replace(self, clip="none", compensate=False)
+
+    def encode(self, weight: torch.Tensor, statistic: torch.Tensor | None = None) -> Mapping[str, torch.Tensor]:
         import torch
 
         shape = self._scale_shape(weight.shape)
-        rows = weight.detach().float().reshape(shape[0] * shape[1], -1)
+        whole = weight.detach().float()
         # in pieces that the processor's cache holds: whole tensors would be written and read a dozen times
-        count = max(1, (1 << 18) // rows.shape[1])
-        found = [self._encode_rows(piece) for piece in torch.split(rows, count)]
+        count = max(1, PIECE // max(1, math.prod(whole.shape[1:])))
+        pieces = torch.split(whole, count)
+        if self.compensate and statistic is not None:
+            found = [round_compensated(self, whole, statistic)]
+        elif self.needs is None or statistic is None:
+            found = [self._encode_rows(piece.reshape(len(piece) * shape[1], -1)) for piece in pieces]
+        else:
+            importance = torch.split(statistic.expand(whole.shape), count)
+            found = [
+                self._encode_rows(*(p.reshape(len(p) * shape[1], -1) for p in both))
+                for both in zip(pieces, importance, strict=True)
+            ]
         values, scale, zero = (torch.cat(parts) for parts in zip(*found, strict=True))
         encoded = {VALUES: values.reshape(weight.shape), SCALE: scale.reshape(shape)}
         return encoded if self.symmetric else encoded | {ZERO: zero.to(torch.int8).reshape(shape)}
 
-    def _encode_rows(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _encode_rows(
+        self, rows: torch.Tensor, importance: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        scale, zero = self.range_of(rows, importance)
+        return self.rounded(rows, scale, zero).to(DTYPES["int8"].torch), scale, zero
+
+    def range_of(self, rows: torch.Tensor, importance: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scales (rounded to their type) and zeros of rows ``[R, n]``, ``[R, 1]`` each.
+
+        Args:
+            importance: of each number; only ``clip: output`` goes by it.
+        """
         scale, zero = self._ranges(rows, 1.0)
-        if self.clip == "error":
-            scale, zero = self._by_least_error(rows, scale, zero)
+        if self.clip in ("error", "output"):
+            given = floored(importance) if importance is not None and self.clip == "output" else None
+            scale, zero = self._by_least_error(rows, scale, zero, given)
         elif self.clip == "half-quadratic":
             scale, zero = self._half_quadratic(rows, scale, zero)
-        return self._rounded(rows, scale, zero).to(DTYPES["int8"].torch), scale, zero
+        return scale, zero
 
     def _ranges(self, rows: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Scales (rounded to their type) and zeros of rows ``[R, n]``, ``[R, 1]`` each."""
@@ -123,16 +168,18 @@ class Affine(Storage):
         least = torch.finfo(kind).smallest_normal
         return torch.where(scale > 0, scale.clamp(min=least), torch.ones_like(scale)).to(kind)
 
-    def _rounded(self, rows: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-        return (rows / scale.float()).round_().add_(zero).clamp_(self.lowest, self.highest)
+    def rounded(self, rows: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        """The whole numbers nearest to rows ``[R, n]``, as floats."""
+        return (rows / scale.to(rows.dtype)).round_().add_(zero).clamp_(self.lowest, self.highest)
 
     def _by_least_error(
-        self, rows: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
+        self, rows: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, importance: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         import torch
 
         def error(scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-            return (self._rounded(rows, scale, zero).sub_(zero).mul_(scale.float()) - rows).square_().sum(1, True)
+            found = (self.rounded(rows, scale, zero).sub_(zero).mul_(scale.float()) - rows).square_()
+            return (found if importance is None else found.mul_(importance)).sum(1, True)
 
         least = error(scale, zero)
         for share in SHRUNK[1:]:
@@ -149,7 +196,7 @@ class Affine(Storage):
         """Alternate between the sparse error, which is set aside, and the scales that fit what is left."""
         beta = HALF_QUADRATIC_BETA
         for _ in range(HALF_QUADRATIC_STEPS):
-            values = self._rounded(rows, scale, zero)
+            values = self.rounded(rows, scale, zero)
             error = rows - (values - zero) * scale.float()
             size = error.abs()
             shrink = size.clamp(min=1e-8).pow(HALF_QUADRATIC_NORM - 1) / beta
