@@ -1,7 +1,8 @@
 """Keep weights as small integers with scales, or as places in tables of few numbers.
 
-The pass changes nothing but how weights are stored (see :mod:`toolchain.ir.affine`, :mod:`toolchain.ir.palette` and
-:mod:`toolchain.ir.residual`); a target says at plan time what it cannot keep so.
+The pass changes how weights are stored (see :mod:`toolchain.ir.affine`, :mod:`toolchain.ir.palette` and
+:mod:`toolchain.ir.residual`), and, where it is asked to, makes linear layers round what comes in to eight bits
+(:mod:`toolchain.ir.activations`); a target says at plan time what it cannot do so.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from toolchain.errors import LoweringError
+from toolchain.ir.activations import linear_layers, rounding_functions
 from toolchain.ir.affine import Affine, Clip
-from toolchain.ir.graph import Graph
+from toolchain.ir.functions import grouped, ungrouped
+from toolchain.ir.graph import Graph, compute_nodes
 from toolchain.ir.palette import BITS, Palette
 from toolchain.ir.pass_config import PassConfig
 from toolchain.ir.passes import Pass
@@ -29,15 +32,22 @@ BLOCK = 32
 """Numbers that share a scale in int4, unless an option says otherwise."""
 OPTIONS: dict[str, tuple[str, ...]] = {
     "float": (),
-    "int8": ("block", "symmetric", "clip", "rank"),
+    "int8": ("block", "symmetric", "clip", "rank", "activations"),
     "int4": ("block", "symmetric", "clip", "rank"),
     "palette": ("bits", "group"),
 }
 """Which options a scheme has."""
 
 
+class ActivationsConfig(BaseModel):
+    """Rounding to int8, with a fixed scale for each layer, each function, and each group of denoising steps."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    groups: int = Field(default=1, ge=1, le=1000, description="Stretches of steps that have scales of their own.")
+
+
 class SchemeConfig(PassConfig):
-    """How weights are kept.
+    """How weights are kept, and whether linear layers round what they multiply with them.
 
     ``float`` leaves them as they are. ``int8`` has a scale for each channel, ``int4`` one for each ``block`` of a
     channel's numbers. ``palette`` has a table of 2^``bits`` numbers for the whole weight, or for each ``group`` of
@@ -53,20 +63,31 @@ class SchemeConfig(PassConfig):
     rank: int | None = Field(
         default=None, ge=1, description="Of a product of two thin matrices beside the integers; none if absent."
     )
+    activations: Literal["none"] | ActivationsConfig | None = Field(
+        default=None, description="How linear layers round what comes in to int8; none: they do not, as if absent."
+    )
     bits: int | None = Field(default=None, description="Of a palette: 1, 2, 3, 4, 6 or 8; 4 if absent.")
     group: int | None = Field(default=None, ge=1, description="Channels that share a palette; all if absent.")
 
     @model_validator(mode="after")
     def _fits(self) -> SchemeConfig:
-        for option in ("block", "symmetric", "clip", "rank", "bits", "group"):
-            if getattr(self, option) is not None and option not in OPTIONS[self.scheme]:
+        for option in ("block", "symmetric", "clip", "rank", "activations", "bits", "group"):
+            if getattr(self, option) not in (None, "none") and option not in OPTIONS[self.scheme]:
                 own = ", ".join(OPTIONS[self.scheme]) or "none"
                 raise ValueError(f"'{option}' is no option of the scheme {self.scheme}; it has {own}")
         if self.bits is not None and self.bits not in BITS:
             raise ValueError(f"bits: a palette has {', '.join(map(str, BITS))} bits, not {self.bits}")
         if self.block is not None and self.block & (self.block - 1):
             raise ValueError(f"block: expected a power of two from 16 on, got {self.block}")
+        for option in ("block", "symmetric", "rank") if self.groups else ():
+            if getattr(self, option) not in (None, True):
+                raise ValueError(f"activations: they are multiplied with one scale a channel; leave out '{option}'")
         return self
+
+    @property
+    def groups(self) -> int | None:
+        """Into how many groups steps are divided; None where activations are left alone."""
+        return self.activations.groups if isinstance(self.activations, ActivationsConfig) else None
 
     def storage(self, plain: Storage) -> Storage:
         """What a weight that is kept as ``plain`` is kept as instead."""
@@ -106,9 +127,20 @@ class QuantizeConfig(SchemeConfig):
             )
         return data
 
+    @model_validator(mode="after")
+    def _one_division(self) -> QuantizeConfig:
+        if len(asked := {own for own in self.all_groups if own is not None}) > 1:
+            raise ValueError(f"activations.groups: {min(asked)} and {max(asked)}; steps are divided in one way for all")
+        return self
+
+    @property
+    def all_groups(self) -> tuple[int | None, ...]:
+        """What the scheme of all and each rule say."""
+        return (self.groups, *(rule.groups for rule in self.rules))
+
 
 class Quantize(Pass):
-    """Sets the storage of a graph's weights.
+    """Sets the storage of a graph's weights, and what linear layers do with what comes in.
 
     Left alone unless a rule names them: vectors (biases, norms), tables of modulation, small tensors, and leaves
     that the model calls delicate: embeddings of time, size and position, and the final projection.
@@ -117,6 +149,10 @@ class Quantize(Pass):
     name = "quantize"
     Config = QuantizeConfig
     config: QuantizeConfig
+
+    @property
+    def groups(self) -> int | None:
+        return next((own for own in self.config.all_groups if own is not None), None)
 
     def requires(self, graph: Graph) -> None:
         if graph.blocks():
@@ -140,14 +176,36 @@ class Quantize(Pass):
         asked = {self.config.scheme, *(rule.scheme for rule in self.config.rules)} - {"float"}
         if asked and all(self._scheme(number).scheme == "float" for number in chosen.values()):
             found["scheme"] = "no weight is quantized: all are delicate or small; name some by rules"
+        if self.groups is not None:
+            rates = _rates(graph, self._rounded(uses, chosen))
+            if not rates:
+                found["activations"] = "activations: there is no linear layer among what they are for"
+            elif self.groups > 1 and "step" not in rates:
+                found["activations"] = "activations.groups: nothing here changes from step to step; leave 'groups' out"
         return found
 
     def call(self, graph: Graph) -> Graph:
         weights, uses = dict(graph.weights), weight_uses(graph)
-        for name, number in _chosen(uses, self._matched(uses)).items():
+        chosen = _chosen(uses, self._matched(uses))
+        for name, number in chosen.items():
             storage = self._scheme(number).storage(weights[name].storage)
             weights[name] = dataclasses.replace(weights[name], storage=storage)
+        if self.groups is not None:
+            functions, scales = rounding_functions(graph, self._rounded(uses, chosen), self.groups)
+            graph = dataclasses.replace(graph, functions=functions)
+            weights |= scales
         return dataclasses.replace(graph, weights=weights)
+
+    def ensures(self, graph: Graph) -> None:
+        if self.groups is None:
+            return
+        plain = {ungrouped(name) for name in graph.functions}
+        if missing := {grouped(f, k) for f in plain for k in range(self.groups)} ^ graph.functions.keys():
+            raise LoweringError(f"'{min(missing)}' is no function of the graph, or of no group of steps")
+
+    def _rounded(self, uses: Mapping[str, WeightUse], chosen: Mapping[str, int]) -> set[str]:
+        """The weights of the linear layers that round what comes in."""
+        return {n for n, number in chosen.items() if uses[n].use == "linear" and self._scheme(number).groups}
 
     def _matched(self, uses: Mapping[str, WeightUse]) -> list[list[str]]:
         """The weights that each rule names."""
@@ -170,6 +228,13 @@ def _matches(pattern: str, name: str, use: WeightUse) -> bool:
     if use.use == "other":
         return pattern in (use.address, name)
     return fnmatch.fnmatchcase(use.address, pattern) or fnmatch.fnmatchcase(name, pattern)
+
+
+def _rates(graph: Graph, weights: set[str]) -> set[str]:
+    """How often the linear layers run that have these weights."""
+    base = graph.functions["base"]
+    called = [n for n in compute_nodes(base) if n.op == "call_module"]
+    return {n.meta["rate"] for n in called for path in linear_layers(base, n) if f"{path}.weight" in weights}
 
 
 def _nothing_matches(number: int, pattern: str, uses: Mapping[str, WeightUse]) -> str:

@@ -16,6 +16,7 @@ from typing import Annotated, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from toolchain.errors import RecipeError
+from toolchain.ir.functions import grouped
 from toolchain.ir.rounding import float32
 
 NUM_TRAIN_TIMESTEPS: Final = 1000
@@ -135,18 +136,21 @@ def plan_steps(
     leap: StaticLeap | DynamicLeap | None = None,
     *,
     merged_steps: int = 0,
+    groups: int = 1,
     num_train_timesteps: int = NUM_TRAIN_TIMESTEPS,
 ) -> tuple[Step, ...]:
     """The denoiser calls of a run: dt_i = (t_i - t_{i+1}) / 1000, the last one's t / 1000.
 
-    The first ``merged_steps`` of them ask for the function :data:`MERGED` (TDTM).
+    The first ``merged_steps`` of them ask for the function :data:`MERGED` (TDTM). With ``groups``, they are divided into
+    that many stretches of equal length, the first ones longer by a step where they do not come out even; a step asks
+    for its function as it is there for its stretch (:func:`toolchain.ir.functions.grouped`).
 
     A static leap cuts the list short. A dynamic one is decided while sampling, so the list is whole: the
     step for which the rule says so is replaced by its :meth:`Step.leaping` and is the last.
 
     Raises:
         RecipeError: there are no timesteps, a static leap does not lie within them, or there are fewer than
-            ``merged_steps``.
+            ``merged_steps`` or ``groups``.
     """
     if not timesteps:
         raise RecipeError("there are no timesteps; steps must be at least 1")
@@ -159,5 +163,9 @@ def plan_steps(
     ]
     if isinstance(leap, StaticLeap):
         leap.check(len(steps))
-        return (*steps[: leap.after], steps[leap.after].leaping(num_train_timesteps))
-    return tuple(steps)
+        steps = [*steps[: leap.after], steps[leap.after].leaping(num_train_timesteps)]
+    if not 1 <= groups <= len(steps):
+        raise RecipeError(f"groups of steps: {groups} of {len(steps)} denoiser calls; choose 1 to {len(steps)}")
+    least, more = divmod(len(steps), groups)
+    group = [k for k in range(groups) for _ in range(least + (k < more))]
+    return tuple(replace(s, function=grouped(s.function, k)) for s, k in zip(steps, group, strict=True))

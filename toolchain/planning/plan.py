@@ -81,6 +81,12 @@ class Plan:
         return self.resolved.target
 
     @property
+    def groups(self) -> int:
+        """How many groups the denoising steps are divided into."""
+        part = self.components.get("transformer")
+        return part.passes.groups if part is not None else 1
+
+    @property
     def blocks(self) -> tuple[Block, ...]:
         """All blocks, in the order in which components and blocks run."""
         return tuple(b for c in self.components.values() for b in c.blocks)

@@ -14,6 +14,8 @@ from rich.text import Text
 from toolchain.build.entries import bytes_by_storage, sampler
 from toolchain.formats.bundle import Bundle
 from toolchain.formats.manifest import BlockEntry, Manifest
+from toolchain.formats.schedule import MERGED
+from toolchain.ir.functions import ungrouped
 from toolchain.ir.target import distinct_functions
 from toolchain.planning.plan import ComponentPlan, Plan
 from toolchain.system.disk import readable_size
@@ -33,12 +35,12 @@ def runs(rate: str) -> str:
 
 def plan_json(planned: Plan) -> dict[str, Any]:
     """A plan as plain data."""
-    steps = sampler(planned.recipe, planned.resolved.family).steps
+    steps = sampler(planned.recipe, planned.resolved.family, planned.groups).steps
     return {
         "name": planned.recipe.name,
         "target": planned.target.name,
         "denoiser_calls": len(steps),
-        "merged_calls": sum(s.function == "merged" for s in steps),
+        "merged_calls": sum(ungrouped(s.function) == MERGED for s in steps),
         "components": {name: _component_json(c) for name, c in planned.components.items()},
     }
 
@@ -160,7 +162,7 @@ def bundle_table(bundle: Bundle) -> RenderableType:
         groups.append(table)
     g, s = m.geometry, m.sampler
     leap = f", leap: {s.leap.kind}" if s.leap is not None else ""
-    merged = sum(step.function == "merged" for step in s.steps)
+    merged = sum(ungrouped(step.function) == MERGED for step in s.steps)
     lines = [
         f"{m.name} ({m.model}), {m.target.name}, {readable_size(sum(f.bytes for f in bundle.files()))}",
         f"{g.frames} frames of {g.width}×{g.height} at {g.fps}/s, "
