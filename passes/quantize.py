@@ -11,14 +11,14 @@ import dataclasses
 import difflib
 import fnmatch
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from toolchain.errors import LoweringError
 from toolchain.ir.activations import linear_layers, rounding_functions
 from toolchain.ir.affine import Affine, Clip
-from toolchain.ir.functions import grouped, ungrouped
+from toolchain.ir.functions import grouped
 from toolchain.ir.graph import Graph, compute_nodes
 from toolchain.ir.palette import BITS, Palette
 from toolchain.ir.pass_config import PassConfig
@@ -46,6 +46,22 @@ class ActivationsConfig(BaseModel):
     groups: int = Field(default=1, ge=1, le=1000, description="Stretches of steps that have scales of their own.")
 
 
+def _activations(value: Any) -> Any:
+    """``none`` is the same as nothing: how a rule says that layers are excepted."""
+    if value == "none":
+        return None
+    if value is not None and not isinstance(value, Mapping | ActivationsConfig):
+        raise ValueError("expected options, as {groups: 3}, or none")
+    return value
+
+
+class _OrNone:
+    """Adds the word to the JSON Schema."""
+
+    def __get_pydantic_json_schema__(self, core_schema: Any, handler: Any) -> dict[str, Any]:
+        return {"anyOf": [handler(core_schema), {"const": "none"}]}
+
+
 class SchemeConfig(PassConfig):
     """How weights are kept, and whether linear layers round what they multiply with them.
 
@@ -63,7 +79,7 @@ class SchemeConfig(PassConfig):
     rank: int | None = Field(
         default=None, ge=1, description="Of a product of two thin matrices beside the integers; none if absent."
     )
-    activations: Literal["none"] | ActivationsConfig | None = Field(
+    activations: Annotated[ActivationsConfig | None, BeforeValidator(_activations), _OrNone()] = Field(
         default=None, description="How linear layers round what comes in to int8; none: they do not, as if absent."
     )
     bits: int | None = Field(default=None, description="Of a palette: 1, 2, 3, 4, 6 or 8; 4 if absent.")
@@ -72,7 +88,7 @@ class SchemeConfig(PassConfig):
     @model_validator(mode="after")
     def _fits(self) -> SchemeConfig:
         for option in ("block", "symmetric", "clip", "rank", "activations", "bits", "group"):
-            if getattr(self, option) not in (None, "none") and option not in OPTIONS[self.scheme]:
+            if getattr(self, option) is not None and option not in OPTIONS[self.scheme]:
                 own = ", ".join(OPTIONS[self.scheme]) or "none"
                 raise ValueError(f"'{option}' is no option of the scheme {self.scheme}; it has {own}")
         if self.bits is not None and self.bits not in BITS:
@@ -87,7 +103,7 @@ class SchemeConfig(PassConfig):
     @property
     def groups(self) -> int | None:
         """Into how many groups steps are divided; None where activations are left alone."""
-        return self.activations.groups if isinstance(self.activations, ActivationsConfig) else None
+        return self.activations.groups if self.activations is not None else None
 
     def storage(self, plain: Storage) -> Storage:
         """What a weight that is kept as ``plain`` is kept as instead."""
@@ -159,6 +175,9 @@ class Quantize(Pass):
             raise LoweringError("the graph is partitioned already; put 'quantize' before 'partition'")
         if any(not isinstance(w.storage, Plain) for w in graph.weights.values()):
             raise LoweringError("its weights are quantized already; list the pass once, with rules")
+        added = {grouped(f, k) for f in graph.functions for k in range(1, self.groups or 1)}
+        if taken := added & graph.functions.keys():
+            raise LoweringError(f"it has a function '{min(taken)}', which is what one for a group of steps is called")
 
     def idle(self, graph: Graph) -> Mapping[str, str]:
         found: dict[str, str] = {}
@@ -195,13 +214,6 @@ class Quantize(Pass):
             graph = dataclasses.replace(graph, functions=functions)
             weights |= scales
         return dataclasses.replace(graph, weights=weights)
-
-    def ensures(self, graph: Graph) -> None:
-        if self.groups is None:
-            return
-        plain = {ungrouped(name) for name in graph.functions}
-        if missing := {grouped(f, k) for f in plain for k in range(self.groups)} ^ graph.functions.keys():
-            raise LoweringError(f"'{min(missing)}' is no function of the graph, or of no group of steps")
 
     def _rounded(self, uses: Mapping[str, WeightUse], chosen: Mapping[str, int]) -> set[str]:
         """The weights of the linear layers that round what comes in."""

@@ -71,6 +71,10 @@ class CoreMLTarget(Target):
             f"it takes {self.storage}, {integers} and palettes of {', '.join(map(str, BITS))} bits"
         )
 
+    @property
+    def int8_inputs_refusal(self) -> str | None:
+        return None
+
     def lower(self, block: Block, weights: Mapping[str, torch.Tensor], out: Path) -> Artifact:
         with quiet():
             from targets.coreml.lower import lower

@@ -63,6 +63,7 @@ def block(
         parameters=block.parameters,
         weight_bytes=bytes_by_storage([block]),
         quantized=block.quantized,
+        int8_inputs=list(block.int8_inputs),
         structure=block.structure(),
         accuracy=None if passed is None else passed.accuracy,
         quantization=None if passed is None else passed.quantization,

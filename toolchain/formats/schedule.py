@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Annotated, Final, Literal
 
@@ -141,9 +142,8 @@ def plan_steps(
 ) -> tuple[Step, ...]:
     """The denoiser calls of a run: dt_i = (t_i - t_{i+1}) / 1000, the last one's t / 1000.
 
-    The first ``merged_steps`` of them ask for the function :data:`MERGED` (TDTM). With ``groups``, they are divided into
-    that many stretches of equal length, the first ones longer by a step where they do not come out even; a step asks
-    for its function as it is there for its stretch (:func:`toolchain.ir.functions.grouped`).
+    The first ``merged_steps`` of them ask for the function :data:`MERGED` (TDTM). A step asks for its function as it is
+    there for its group (:func:`groups_of`, :func:`toolchain.ir.functions.grouped`).
 
     A static leap cuts the list short. A dynamic one is decided while sampling, so the list is whole: the
     step for which the rule says so is replaced by its :meth:`Step.leaping` and is the last.
@@ -164,8 +164,17 @@ def plan_steps(
     if isinstance(leap, StaticLeap):
         leap.check(len(steps))
         steps = [*steps[: leap.after], steps[leap.after].leaping(num_train_timesteps)]
+    places = enumerate(groups_of(steps, groups))
+    return tuple(replace(step, function=grouped(step.function, k)) for k, own in places for step in own)
+
+
+def groups_of(steps: Sequence[Step], groups: int) -> list[Sequence[Step]]:
+    """Steps divided into stretches of equal length; the first ones have one more where they do not come out even.
+
+    Raises:
+        RecipeError: there are fewer steps than groups.
+    """
     if not 1 <= groups <= len(steps):
         raise RecipeError(f"groups of steps: {groups} of {len(steps)} denoiser calls; choose 1 to {len(steps)}")
-    least, more = divmod(len(steps), groups)
-    group = [k for k in range(groups) for _ in range(least + (k < more))]
-    return tuple(replace(s, function=grouped(s.function, k)) for s, k in zip(steps, group, strict=True))
+    ends = [len(steps) // groups * k + min(k, len(steps) % groups) for k in range(groups + 1)]
+    return [steps[a:b] for a, b in pairwise(ends)]

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from toolchain.errors import LoweringError
+from toolchain.ir.activations import ScaleSource
 from toolchain.ir.graph import Graph, leaf_of
 from toolchain.ir.leaves import Leaf, LegalForm, LegalLeaf
 from toolchain.ir.weights import Weight, WeightSource
@@ -92,6 +93,8 @@ def _replaced_sources(
         whole = before[prefix + own]
         if whole.source.is_part:
             raise LoweringError(f"{where}: '{path}' was legalised before: '{own}' is a part of a tensor")
-        composed = dataclasses.replace(source, tensors=whole.source.tensors, concat=whole.source.concat)
-        weights[prefix + name] = dataclasses.replace(whole, source=composed)
+        if not isinstance(whole.source, ScaleSource):  # which stays the scale that it is
+            composed = dataclasses.replace(source, tensors=whole.source.tensors, concat=whole.source.concat)
+            whole = dataclasses.replace(whole, source=composed)
+        weights[prefix + name] = whole
     return weights

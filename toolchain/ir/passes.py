@@ -39,9 +39,9 @@ class Pass(abc.ABC):
 
     @property
     def groups(self) -> int | None:
-        """For how many groups of denoising steps the pass makes every function, named by :func:`toolchain.ir.functions.grouped`.
+        """For how many groups of denoising steps the pass makes every function (:mod:`toolchain.ir.functions`).
 
-        None for a pass that leaves functions as they are. Whatever provides functions stands before one that does not.
+        None for a pass that leaves functions as they are. Passes that provide functions stand before one that does not.
         """
         return None
 

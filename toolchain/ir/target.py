@@ -139,6 +139,14 @@ class Target(abc.ABC):
             raise UnsupportedStorageError(f"it takes {self.storage}")
         return asked
 
+    @property
+    def int8_inputs_refusal(self) -> str | None:
+        """Why no linear layer can round what comes in with a fixed scale; None for a target where it can.
+
+        Such a layer is a :class:`toolchain.ir.activations.RoundedLinear`, over an int8 weight with a scale a channel.
+        """
+        return "it has no products of int8 numbers with fixed scales"
+
     def arithmetic(self, block: Block) -> str:
         """The precision that a block's artifact computes in, by which the gate's limit is chosen."""
         return self.precision
@@ -253,7 +261,7 @@ def package_versions(*names: str) -> dict[str, str]:
 
 
 def distinct_functions(block: Block) -> tuple[str, ...]:
-    """The block's functions without those that compute the same as ``base`` (no token merged, no scale of their own)."""
+    """The block's functions without those that compute what ``base`` does (nothing merged, no scales of their own)."""
     from toolchain.ir.graph_text import function_text, leaves_text
 
     texts = {n: (function_text(gm, ""), leaves_text(gm)) for n, gm in block.functions.items()}

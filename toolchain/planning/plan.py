@@ -9,6 +9,8 @@ from pathlib import Path
 
 from toolchain.errors import RecipeError
 from toolchain.formats.recipe import Recipe
+from toolchain.formats.schedule import groups_of, plan_steps
+from toolchain.ir.activations import scale_sources
 from toolchain.ir.blocks import Block, BlockPair, extract_blocks
 from toolchain.ir.graph import Graph, capture, with_function
 from toolchain.ir.legalise import legalise
@@ -83,8 +85,16 @@ class Plan:
     @property
     def groups(self) -> int:
         """How many groups the denoising steps are divided into."""
-        part = self.components.get("transformer")
-        return part.passes.groups if part is not None else 1
+        return self.components["transformer"].passes.groups
+
+    @property
+    def stretches(self) -> dict[int, tuple[float, float]]:
+        """The last and the first timestep of each group of denoising steps; none where they are not divided."""
+        own, family = self.recipe.sampler, self.resolved.family
+        if self.groups == 1:
+            return {}
+        steps = plan_steps(family.timesteps(self.recipe), own.leap)
+        return {k: (group[-1].t, group[0].t) for k, group in enumerate(groups_of(steps, self.groups))}
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -162,10 +172,15 @@ def lower_graph(
         The partitioned graph, and the same without legalisation.
 
     Raises:
-        RecipeError: a weight is to be kept in a way that the target cannot express.
+        RecipeError: a weight is to be kept, or a layer to round, in a way that the target cannot express.
         LoweringError: the partition cannot be applied.
     """
     listener = listener or Listener()
+    if target.int8_inputs_refusal is not None and scale_sources(graph.weights):
+        raise RecipeError(
+            f"{graph.component}: activations are to be rounded to int8 with fixed scales, which target '{target.name}' "
+            f"does not do: {target.int8_inputs_refusal}; leave out 'activations'"
+        )
     legal = _kept(legalise(graph, target.forms), target)
     listener.graph(graph.component, "legalise", legal)
     cut = passes.partition(legal)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
@@ -168,9 +169,23 @@ def bundle_table(bundle: Bundle) -> RenderableType:
         f"{g.frames} frames of {g.width}×{g.height} at {g.fps}/s, "
         f"latents {g.latent_frames}×{g.latent_height}×{g.latent_width}",
         f"{len(s.steps)} denoiser calls, {merged} of them merged, guidance {s.guidance}{leap}",
+        *_int8_inputs(m),
         f"gate: {m.gate.mode}; built with {', '.join(f'{k} {v}' for k, v in m.tools.items())}",
     ]
     return Group(*groups, Text("\n".join(lines)))
+
+
+def _int8_inputs(m: Manifest) -> list[str]:
+    """Which linear layers round what comes in, and the denoiser's functions from call to call, for people."""
+    layers = {name: sum(len(b.int8_inputs) for b in c.blocks) for name, c in m.components.items()}
+    said = [f"{name}: {count} linear layers with static int8 activations" for name, count in layers.items() if count]
+    if layers.get("transformer"):
+        calls: list[str] = []
+        for function, run in groupby(enumerate(s.function for s in m.sampler.steps), key=lambda step: step[1]):
+            numbers = [number + 1 for number, _ in run]
+            calls.append(f"{function} {numbers[0]}-{numbers[-1]}")
+        said.append(f"denoiser calls by function, each with scales of its own: {', '.join(calls)}")
+    return said
 
 
 def _errors(block: BlockEntry) -> str:
