@@ -18,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from toolchain.errors import LoweringError
 from toolchain.ir.activations import linear_layers, rounding_functions
 from toolchain.ir.affine import Affine, Clip
+from toolchain.ir.calibration import Calibration
 from toolchain.ir.functions import grouped
 from toolchain.ir.graph import Graph, compute_nodes
 from toolchain.ir.palette import BITS, Palette
@@ -37,6 +38,8 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "palette": ("bits", "group"),
 }
 """Which options a scheme has."""
+CALIBRATED = ("clip: output", "activations")
+"""Options that need a calibration."""
 
 
 class ActivationsConfig(BaseModel):
@@ -74,7 +77,8 @@ class SchemeConfig(PassConfig):
     block: int | None = Field(default=None, ge=16, description="Numbers that share a scale; int4 has 32 by default.")
     symmetric: bool | None = Field(default=None, description="Ranges with zero in their middle; true if absent.")
     clip: Clip | None = Field(
-        default=None, description="How ranges are chosen: none (the largest number), error or half-quadratic."
+        default=None,
+        description="How ranges are chosen: none (the largest number), error, half-quadratic, or output (calibrated).",
     )
     rank: int | None = Field(
         default=None, ge=1, description="Of a product of two thin matrices beside the integers; none if absent."
@@ -105,6 +109,13 @@ class SchemeConfig(PassConfig):
         """Into how many groups steps are divided; None where activations are left alone."""
         return self.activations.groups if self.activations is not None else None
 
+    @property
+    def calibrated(self) -> str | None:
+        """The option that needs a calibration, if there is one."""
+        if self.clip == "output":
+            return "clip: output"
+        return "activations" if self.activations is not None else None
+
     def storage(self, plain: Storage) -> Storage:
         """What a weight that is kept as ``plain`` is kept as instead."""
         if self.scheme == "float":
@@ -131,7 +142,22 @@ class QuantizeConfig(SchemeConfig):
     Rules are looked at in order; the last that matches a weight wins, whatever the weight is.
     """
 
+    calibration: Calibration | None = Field(
+        default=None, description="Inputs that the model is run on, so that options can go by what comes into a layer."
+    )
     rules: tuple[Rule, ...] = ()
+
+    @model_validator(mode="after")
+    def _calibrated(self) -> QuantizeConfig:
+        needing = next((s for s in (self, *self.rules) if s.calibrated), None)
+        if needing is not None and self.calibration is None:
+            raise ValueError(
+                f"'{needing.calibrated}' goes by what comes into a layer; write 'calibration: {{inputs: 8}}' beside "
+                f"the pass's scheme"
+            )
+        if needing is None and self.calibration is not None:
+            raise ValueError(f"calibration: nothing goes by it; remove it, or choose one of {', '.join(CALIBRATED)}")
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -169,6 +195,10 @@ class Quantize(Pass):
     @property
     def groups(self) -> int | None:
         return next((own for own in self.config.all_groups if own is not None), None)
+
+    @property
+    def calibration(self) -> Calibration | None:
+        return self.config.calibration
 
     def requires(self, graph: Graph) -> None:
         if graph.blocks():

@@ -79,7 +79,7 @@ class Decoded(Mapping[str, torch.Tensor]):
         weight, value = self._weights[name], self._values[name]
         if isinstance(weight.storage, Plain):
             return value
-        return weight.storage.decode(encoded(name, weight, value))
+        return weight.storage.decode(encoded(name, weight, self._values))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._weights)

@@ -56,7 +56,7 @@ class Quantized:
     def parts(self, name: str) -> Mapping[str, torch.Tensor]:
         """A weight's stored parts. They are kept: each function of a block needs them."""
         if name not in self._parts:
-            self._parts[name] = encoded(name, self.weights[name], self._values[name])
+            self._parts[name] = encoded(name, self.weights[name], self._values)
         return self._parts[name]
 
 

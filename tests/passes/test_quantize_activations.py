@@ -38,7 +38,6 @@ from toolchain.ir.target import distinct_functions, unique_weights
 from toolchain.models.open_sora_v1_2.stdit3 import LoweredSTDiT3, STDiT3, STDiT3Config
 
 SIZES: dict[str, int] = {"batch": 2, "frames": 3, "height": 4, "width": 6, "height_px": 32, "width_px": 48}
-CALIBRATED: dict[str, Any] = {}
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +49,12 @@ def graph() -> Graph:
 
 
 def quantize(groups: int | None = 2, **options: Any) -> Pass:
-    own: dict[str, Any] = {} if groups is None else {"activations": {"groups": groups}}
-    return find_pass("quantize", {"scheme": "int8", **CALIBRATED, **own, **options}, "transformer.passes[0]")
+    own: dict[str, Any] = (
+        {"scheme": "int8"} if groups is None else {"scheme": "int8", "activations": {"groups": groups}}
+    )
+    if groups is not None or any("activations" in rule for rule in options.get("rules", [])):
+        own |= {"calibration": {"inputs": 2}}
+    return find_pass("quantize", own | options, "transformer.passes[0]")
 
 
 def refusal(graph: Graph, **options: Any) -> str:
@@ -88,14 +91,12 @@ def test_where_scales_come_from(graph: Graph) -> None:
         ("spatial_blocks.1.attn.qkv.weight/merged_2",),
         (),
         layer=graph.weights["spatial_blocks.1.attn.qkv.weight"].source,
-        function="merged",
-        group=1,
-        groups=2,
+        function="merged_2",
     )
     # what is computed once for a prompt has one scale, whatever the function
     captions = {n: w for n, w in result.weights.items() if n.startswith("y_embedder") and "input_scale" in n}
     assert set(captions) == {f"y_embedder.y_proj.fc{i}.input_scale_base" for i in (1, 2)}
-    assert {(w.source.group, w.source.groups) for w in captions.values()} == {(0, 1)}  # type: ignore[attr-defined]
+    assert {w.source.function for w in captions.values()} == {None}  # type: ignore[attr-defined]
     layers = 2 * 2 * 7 * 4  # layers, spatial and temporal, linear layers of each, functions
     assert len(scale_sources(result.weights)) == layers + 2
 
@@ -226,6 +227,10 @@ def test_functions_without_rounding_compute_what_the_model_does(graph: Graph) ->
         ({"block": 32}, "activations: they are multiplied with one scale a channel; leave out 'block'"),
         ({"symmetric": False}, "leave out 'symmetric'"),
         ({"rank": 16}, "leave out 'rank'"),
+        (
+            {"calibration": None},
+            "'activations' goes by what comes into a layer; write 'calibration: {inputs: 8}' beside the pass's scheme",
+        ),
         ({"activations": {"groups": 0}}, "greater than or equal to 1"),
         ({"activations": {"group": 2}}, "groups"),
         ({"activations": "all"}, "activations: expected options, as {groups: 3}, or none"),

@@ -11,7 +11,6 @@ from torch import fx
 
 from toolchain.formats.schedule import NUM_TRAIN_TIMESTEPS
 from toolchain.ir.blocks import Block
-from toolchain.ir.functions import grouped, ungrouped
 from toolchain.ir.graph import Graph
 from toolchain.models.family import ModelFamily
 
@@ -62,24 +61,22 @@ def stored_case(block: Block, case: Case, weights: Weights) -> Case:
 
 
 def sample_inputs(
-    graph: Graph, family: ModelFamily, seed: int, stretches: Mapping[int, tuple[float, float]] | None = None
+    graph: Graph, family: ModelFamily, seed: int, stretches: Mapping[str, tuple[float, float]] | None = None
 ) -> Callable[[str, int], Values]:
     """What a component's blocks are run on, for a function of its ``graph`` and the number of a run.
 
     Args:
-        stretches: the last and the first timestep of each group of denoising steps: functions of a group are run on no
-            others.
+        stretches: the least and the largest timestep that a function is run on, where it is not for all.
     """
-    within = {grouped(ungrouped(f), k): ends for f in graph.functions for k, ends in (stretches or {}).items()}
 
     def inputs(function: str, run: int) -> Values:
         generator = torch.Generator().manual_seed(seed * 1000 + run)
         found = {}
         for spec in graph.inputs_of(function):
             value = family.sample_input(spec, generator)
-            if function in within and spec.feed.kind == "timestep":
-                last, first = within[function]
-                value = last + value * ((first - last) / NUM_TRAIN_TIMESTEPS)
+            if stretches and spec.feed.kind == "timestep":
+                least, largest = stretches[function]
+                value = least + value * ((largest - least) / NUM_TRAIN_TIMESTEPS)
             found[spec.name] = value
         return found
 

@@ -7,6 +7,7 @@ it: errors that came in do not count, so the first step with an error of its own
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import operator
 from collections.abc import Iterator, Mapping, Sequence
@@ -299,7 +300,7 @@ def _lowered_again(
         {"base": gm},
         {"base": Signature(own.inputs, outputs)},
         block.sources,
-        block.weights,
+        {n: dataclasses.replace(w, storage=w.storage.uncalibrated) for n, w in block.weights.items()},
     )
     assert distinct_functions(every) == ("base",)
     with TemporaryDirectory() as folder:

@@ -88,7 +88,7 @@ def compile_recipe(
         pins = {name: pin(part.checkpoint, part.recipe.sha256, store) for name, part in build.components.items()}
         tokenizer = copy_tokenizer(build, folder)
         with _disk_full_explained(planned, store, out):
-            made = builders(planned, store, direct)
+            made = builders(planned, store, direct, listener)
             with artifact_source(recipe, build.base, made, store, jobs, executor, tasks_at_once) as artifacts:
                 components = {name: _component(planned, made[name], artifacts, folder, listener) for name in made}
         (folder / RECIPE_FILE).write_text(pinned_recipe(planned, pins).to_yaml(), encoding="utf-8")

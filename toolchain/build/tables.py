@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from toolchain.formats.bundle import describe_file
 from toolchain.formats.manifest import File
 from toolchain.ir.blocks import table_nodes
 from toolchain.ir.graph import Graph
-from toolchain.planning.plan import ComponentPlan
+from toolchain.planning.plan import ComponentPlan, Plan
+from toolchain.system.store import key_of
 from toolchain.weights.block_weights import reader
+from toolchain.weights.digests import checkpoint_digest
 
 Tables = Mapping[str, torch.Tensor]
 
@@ -81,6 +84,16 @@ class _Evaluation(fx.Interpreter):
                 f"{self._component}: tensor '{tensor}' has numbers that are NaN or infinite; mend the checkpoint"
             )
         return value
+
+
+def tables_origin(planned: Plan, plan: ComponentPlan, digests: Mapping[str, str]) -> dict[str, Any]:
+    """What decides a component's tables, besides code: as plain data, for keys, and without computing them."""
+    return {
+        "config": key_of({"config": json.loads(json.dumps(plan.definition.config))}),
+        "dims": [dict(graph.dims) for graph in plan.graphs],
+        "video": planned.recipe.video.model_dump(mode="json"),
+        "checkpoint": checkpoint_digest(digests),
+    }
 
 
 def table_digests(tables: Tables) -> dict[str, str]:

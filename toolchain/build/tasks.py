@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Literal
 
 from toolchain.build.artifacts import Builder
+from toolchain.build.calibration import calibrate
 from toolchain.errors import ResourceError
 from toolchain.formats.recipe import Recipe
 from toolchain.ir.blocks import Block
+from toolchain.listener import Listener
 from toolchain.planning.plan import Plan, plan_resolved
 from toolchain.planning.resolve import resolve
 from toolchain.system.memory import return_large_allocations
@@ -61,16 +63,21 @@ def recipe_for_tasks(recipe: Recipe, base: Path) -> str:
     return Recipe.model_validate(data).model_dump_json()
 
 
-def builders(planned: Plan, store: Store, direct: bool) -> dict[str, Builder]:
+def builders(planned: Plan, store: Store, direct: bool, listener: Listener | None = None) -> dict[str, Builder]:
     """A builder for each component of a plan, of a build that was resolved with its checkpoints.
+
+    Args:
+        listener: is told of a calibration, which is done when something is asked for that depends on it.
 
     Raises:
         CheckpointError: a checkpoint cannot be read.
     """
-    return {
-        name: Builder(plan, tensor_digests(plan.resolved.checkpoint, store), store, direct)
-        for name, plan in planned.components.items()
-    }
+    found = {}
+    for name, plan in planned.components.items():
+        digests = tensor_digests(plan.resolved.checkpoint, store)
+        measure = functools.partial(calibrate, planned, name, store, digests, listener)
+        found[name] = Builder(plan, digests, store, direct, measure)
+    return found
 
 
 def run_task(task: Task) -> None:

@@ -60,13 +60,11 @@ class ScaleSource(WeightSource):
     """Where a scale comes from: the calibration of the linear layer that ``layer`` is the weight of.
 
     ``tensors`` is the one name under which the scale, float32 without dimensions, stands beside a checkpoint's tensors.
-    It covers what ``function`` was given in the ``group``-th of ``groups`` stretches of the denoising steps.
+    It covers what the layer was given in ``function``, or, where that is None, in all functions alike.
     """
 
     layer: WeightSource = field(kw_only=True)
-    function: str = field(kw_only=True)
-    group: int = field(default=0, kw_only=True)
-    groups: int = field(default=1, kw_only=True)
+    function: str | None = field(kw_only=True)
 
 
 def scale_sources(weights: Mapping[str, Weight]) -> dict[str, ScaleSource]:
@@ -147,8 +145,8 @@ def rounding_functions(
 ) -> tuple[dict[str, fx.GraphModule], dict[str, Weight]]:
     """All functions of ``graph`` for each group of denoising steps, with layers that round.
 
-    Scales differ by function where a layer's input does: what is computed once for a prompt has those of ``base``, and
-    only what is computed at every step has those of a group.
+    Scales differ by function where a layer's input does: what is computed once for a prompt has one for all of them,
+    which bears the name of ``base``, and only what is computed at every step has those of a group.
 
     Args:
         weights: of the layers, by their names in the graph.
@@ -163,13 +161,10 @@ def rounding_functions(
         name, rate = f"{path}.weight", node.meta["rate"]
         if name not in weights:
             return layer
-        owner = "base" if rate in ("build", "prompt") else function
-        own, of = (group, groups) if rate == "step" else (0, 1)
-        rounded = RoundedLinear(layer, grouped(owner, own))
-        plain = graph.weights[name]
-        source = ScaleSource(
-            (f"{name}/{grouped(owner, own)}",), (), layer=plain.source, function=owner, group=own, groups=of
-        )
+        once = rate in ("build", "prompt")
+        owner = "base" if once else grouped(function, group) if rate == "step" else function
+        rounded, plain = RoundedLinear(layer, owner), graph.weights[name]
+        source = ScaleSource((f"{name}/{owner}",), (), layer=plain.source, function=None if once else owner)
         scales[f"{path}.{rounded.scale_name}"] = dataclasses.replace(plain, source=source)
         return rounded
 

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from toolchain.ir.dtypes import DTYPES, DType
-from toolchain.ir.storage import Part, Storage
+from toolchain.ir.storage import Need, Part, Storage
 
 if TYPE_CHECKING:
     import torch
 
-Clip = Literal["none", "error", "half-quadratic"]
+Clip = Literal["none", "error", "output", "half-quadratic"]
 """How the range of a scale is chosen: from the largest number; by the least squared error among ranges clipped more and
-more; or by half-quadratic optimisation (Badri and Shaji, 2023), which lets few large errors be for many small ones."""
+more, of the weight or, as far as a calibration tells, of what its layer gives; or by half-quadratic optimisation (Badri
+and Shaji, 2023), which lets few large errors be for many small ones."""
 
 VALUES, SCALE, ZERO = "values", "scale", "zero"
+PIECE = 1 << 18
+"""Numbers that are encoded at a time."""
 SHRUNK = tuple(1.0 - 0.025 * i for i in range(24))
-"""Ranges that ``error`` tries, as shares of the largest number."""
+"""Ranges that ``error`` and ``output`` try, as shares of the largest number."""
 HALF_QUADRATIC_STEPS, HALF_QUADRATIC_NORM, HALF_QUADRATIC_BETA, HALF_QUADRATIC_GROWTH = 20, 0.7, 10.0, 1.01
 
 
@@ -83,25 +88,52 @@ class Affine(Storage):
         blocks = shape[1] // self.block if self.block else 1
         return (shape[0], blocks, *(1 for _ in shape[2:]))
 
-    def encode(self, weight: torch.Tensor) -> Mapping[str, torch.Tensor]:
+    @property
+    def needs(self) -> Need | None:
+        return "importance" if self.clip == "output" else None
+
+    @property
+    def uncalibrated(self) -> Affine:
+        return dataclasses.replace(self, clip="none")
+
+    def encode(self, weight: torch.Tensor, statistic: torch.Tensor | None = None) -> Mapping[str, torch.Tensor]:
         import torch
 
         shape = self._scale_shape(weight.shape)
-        rows = weight.detach().float().reshape(shape[0] * shape[1], -1)
+        whole = weight.detach().float()
         # in pieces that the processor's cache holds: whole tensors would be written and read a dozen times
-        count = max(1, (1 << 18) // rows.shape[1])
-        found = [self._encode_rows(piece) for piece in torch.split(rows, count)]
+        count = max(1, PIECE // max(1, math.prod(whole.shape[1:])))
+        pieces = torch.split(whole, count)
+        if self.needs is None or statistic is None:
+            found = [self._encode_rows(piece.reshape(len(piece) * shape[1], -1)) for piece in pieces]
+        else:
+            importance = torch.split(statistic.expand(whole.shape), count)
+            found = [
+                self._encode_rows(*(p.reshape(len(p) * shape[1], -1) for p in both))
+                for both in zip(pieces, importance, strict=True)
+            ]
         values, scale, zero = (torch.cat(parts) for parts in zip(*found, strict=True))
         encoded = {VALUES: values.reshape(weight.shape), SCALE: scale.reshape(shape)}
         return encoded if self.symmetric else encoded | {ZERO: zero.to(torch.int8).reshape(shape)}
 
-    def _encode_rows(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _encode_rows(
+        self, rows: torch.Tensor, importance: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        scale, zero = self.range_of(rows, importance)
+        return self._rounded(rows, scale, zero).to(DTYPES["int8"].torch), scale, zero
+
+    def range_of(self, rows: torch.Tensor, importance: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scales (rounded to their type) and zeros of rows ``[R, n]``, ``[R, 1]`` each.
+
+        Args:
+            importance: of each number, as ``clip: output`` needs it.
+        """
         scale, zero = self._ranges(rows, 1.0)
-        if self.clip == "error":
-            scale, zero = self._by_least_error(rows, scale, zero)
+        if self.clip in ("error", "output"):
+            scale, zero = self._by_least_error(rows, scale, zero, None if importance is None else floored(importance))
         elif self.clip == "half-quadratic":
             scale, zero = self._half_quadratic(rows, scale, zero)
-        return self._rounded(rows, scale, zero).to(DTYPES["int8"].torch), scale, zero
+        return scale, zero
 
     def _ranges(self, rows: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Scales (rounded to their type) and zeros of rows ``[R, n]``, ``[R, 1]`` each."""
@@ -127,12 +159,13 @@ class Affine(Storage):
         return (rows / scale.float()).round_().add_(zero).clamp_(self.lowest, self.highest)
 
     def _by_least_error(
-        self, rows: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
+        self, rows: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, importance: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         import torch
 
         def error(scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-            return (self._rounded(rows, scale, zero).sub_(zero).mul_(scale.float()) - rows).square_().sum(1, True)
+            found = (self._rounded(rows, scale, zero).sub_(zero).mul_(scale.float()) - rows).square_()
+            return (found if importance is None else found.mul_(importance)).sum(1, True)
 
         least = error(scale, zero)
         for share in SHRUNK[1:]:
@@ -166,3 +199,16 @@ class Affine(Storage):
         if not self.symmetric:
             blocked -= parts[ZERO].float().reshape(one)
         return blocked.mul_(scale.float().reshape(one)).reshape(values.shape)
+
+
+LEAST_IMPORTANCE = 2.0**-20
+"""Of the largest in a row: what a calibration did not see may come all the same."""
+
+
+def floored(importance: torch.Tensor) -> torch.Tensor:
+    """Importance ``[R, n]`` with none that is nothing against the largest of its row; all alike where all are zero."""
+    import torch
+
+    largest = importance.float().amax(1, keepdim=True)
+    raised = torch.maximum(importance.float(), largest * LEAST_IMPORTANCE)
+    return torch.where(largest > 0, raised, torch.ones_like(raised))

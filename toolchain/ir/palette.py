@@ -56,7 +56,7 @@ class Palette(Storage):
             Part(TABLE, (tables, 1 << self.bits), self.number),
         )
 
-    def encode(self, weight: torch.Tensor) -> Mapping[str, torch.Tensor]:
+    def encode(self, weight: torch.Tensor, statistic: torch.Tensor | None = None) -> Mapping[str, torch.Tensor]:
         import torch
 
         tables = weight.shape[0] // self.group if self.group else 1

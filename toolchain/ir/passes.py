@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from toolchain import plugins
 from toolchain.errors import LoweringError, RecipeError
+from toolchain.ir.calibration import Calibration
 from toolchain.ir.graph import Graph, compute_nodes
 from toolchain.ir.graph_text import definition_text
 from toolchain.ir.pass_config import PassConfig
@@ -86,6 +87,11 @@ class Pass(abc.ABC):
     def call(self, graph: Graph) -> Graph:
         """Return the rewritten graph; never edit ``graph`` itself."""
 
+    @property
+    def calibration(self) -> Calibration | None:
+        """What activations are to be measured on for the storages that the pass sets; None if none of them needs it."""
+        return None
+
     def ensures(self, graph: Graph) -> None:
         """Raise if the pass did not do what it promises."""
 
@@ -123,6 +129,11 @@ class Pipeline:
     def groups(self) -> int:
         """For how many groups of denoising steps there is every function."""
         return max((p.groups or 1 for p in self), default=1)
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """What activations are to be measured on, if a pass says so."""
+        return next((found for p in self for found in [p.calibration] if found is not None), None)
 
     @property
     def provides(self) -> set[str]:

@@ -59,7 +59,7 @@ class LowRank(Storage):
         thin = (Part(LEFT, left, self.main.scale), Part(RIGHT, right, self.main.scale))
         return (*self.main.parts(shape), *thin)
 
-    def encode(self, weight: torch.Tensor) -> Mapping[str, torch.Tensor]:
+    def encode(self, weight: torch.Tensor, statistic: torch.Tensor | None = None) -> Mapping[str, torch.Tensor]:
         whole = weight.detach().float()
         least = float("inf")
         best: Mapping[str, torch.Tensor] = {}

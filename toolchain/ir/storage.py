@@ -10,12 +10,15 @@ import abc
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from toolchain.ir.dtypes import DTYPES, DType
 
 if TYPE_CHECKING:
     import torch
+
+Need = Literal["importance", "moments"]
+"""What a storage has to know of a layer's activations to encode its weight; see :mod:`toolchain.ir.calibration`."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,23 @@ class Storage(abc.ABC):
     def parts(self, shape: Sequence[int]) -> tuple[Part, ...]:
         """What is stored for a weight of ``shape``, in order."""
 
+    @property
+    def needs(self) -> Need | None:
+        """What :meth:`encode` has to be given besides the weight; None for storages that go by the weight alone."""
+        return None
+
+    @property
+    def uncalibrated(self) -> Storage:
+        """A storage with the same parts that goes by the weight alone: what templates are lowered with."""
+        return self
+
     @abc.abstractmethod
-    def encode(self, weight: torch.Tensor) -> Mapping[str, torch.Tensor]:
-        """The parts by name, of the shapes and types that :meth:`parts` says, for ``weight`` of any floating type."""
+    def encode(self, weight: torch.Tensor, statistic: torch.Tensor | None = None) -> Mapping[str, torch.Tensor]:
+        """The parts by name, of the shapes and types that :meth:`parts` says, for ``weight`` of any floating type.
+
+        Args:
+            statistic: what :attr:`needs` says.
+        """
 
     @abc.abstractmethod
     def decode(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -81,7 +98,7 @@ class Plain(Storage):
     def parts(self, shape: Sequence[int]) -> tuple[Part, ...]:
         return (Part("", tuple(shape), self.dtype),)
 
-    def encode(self, weight: torch.Tensor) -> Mapping[str, torch.Tensor]:
+    def encode(self, weight: torch.Tensor, statistic: torch.Tensor | None = None) -> Mapping[str, torch.Tensor]:
         return {"": weight.to(self.dtype.torch)}
 
     def decode(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:

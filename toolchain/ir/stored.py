@@ -7,11 +7,15 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 
 from toolchain.errors import LoweringError
-from toolchain.ir.storage import Plain
+from toolchain.ir.activations import ScaleSource
+from toolchain.ir.calibration import Calibrated
+from toolchain.ir.storage import Need, Plain
 from toolchain.ir.weights import Weight
 
 MARK = ":"
 """Between a weight's name and the name of a part of it."""
+STATISTIC = "statistic"
+"""How what a storage needs to know of activations is called where it stands among weights, as if it were a part."""
 
 
 def part_key(weight: str, part: str) -> str:
@@ -23,7 +27,8 @@ class StoredParts(Mapping[str, torch.Tensor]):
     """The parts of ``weights`` by :func:`part_key`; ``values`` are the weights' numbers, of any floating type.
 
     What is kept plainly is handed on as it is, for who writes it casts it piece by piece. Anything else is encoded
-    when the first of its parts is asked for, and kept until another weight's is.
+    when the first of its parts is asked for, and kept until another weight's is; where its storage needs a statistic,
+    ``values`` has that, too.
 
     Raises:
         LoweringError: a weight that has to be encoded has numbers that are NaN or infinite; names it.
@@ -40,7 +45,7 @@ class StoredParts(Mapping[str, torch.Tensor]):
             return self._values[name]
         if self._last[0] != name:
             self._last = "", {}
-            self._last = name, encoded(name, self._weights[name], self._values[name])
+            self._last = name, encoded(name, self._weights[name], self._values)
         return self._last[1][part]
 
     def __iter__(self) -> Iterator[str]:
@@ -50,23 +55,75 @@ class StoredParts(Mapping[str, torch.Tensor]):
         return len(self._names)
 
 
-def encoded(name: str, weight: Weight, value: torch.Tensor) -> Mapping[str, torch.Tensor]:
+def encoded(name: str, weight: Weight, values: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
     """A weight's stored parts.
+
+    Args:
+        values: has the weight by its name, and the statistic that its storage needs by the key of :data:`STATISTIC`.
 
     Raises:
         LoweringError: it has numbers that are NaN or infinite; names it.
     """
+    value = values[name]
     if not bool(torch.isfinite(value).all()):
         raise LoweringError(f"weight '{name}' has numbers that are NaN or infinite; mend the checkpoint")
-    return weight.storage.encode(value)
+    if weight.storage.needs is None:
+        return weight.storage.encode(value)
+    return weight.storage.encode(value, values[part_key(name, STATISTIC)])
+
+
+def calibrated_values(
+    name: str, weight: Weight, value: torch.Tensor, calibrated: Calibrated | None
+) -> dict[str, torch.Tensor]:
+    """What :func:`encoded` takes: a weight, and the statistic that its storage needs.
+
+    Raises:
+        LoweringError: there are no statistics, or none for this weight; names it.
+    """
+    need = weight.storage.needs
+    if need is None:
+        return {name: value}
+    return {name: value, part_key(name, STATISTIC): statistic(name, weight, need, calibrated)}
+
+
+def statistic(name: str, weight: Weight, need: Need, calibrated: Calibrated | None) -> torch.Tensor:
+    """What a weight's storage needs.
+
+    Raises:
+        LoweringError: there are no statistics, or none for this weight; names it.
+    """
+    where = f"weight '{name}' is to be kept as {weight.storage}, which needs a calibration"
+    if calibrated is None:
+        raise LoweringError(f"{where}, and there is none")
+    try:
+        return calibrated.statistic(weight.source, need)
+    except LoweringError as e:
+        raise LoweringError(f"{where}: {e}") from e
+
+
+def scale(where: str, source: ScaleSource, calibrated: Calibrated | None) -> torch.Tensor:
+    """What a layer divides by that rounds what comes in: float32, without dimensions.
+
+    Raises:
+        LoweringError: there is no calibration, or it has not met the layer; starts with ``where``.
+    """
+    if calibrated is None:
+        raise LoweringError(f"{where}: what comes in is to be rounded, which needs a calibration, and there is none")
+    try:
+        return calibrated.scale(source)
+    except LoweringError as e:
+        raise LoweringError(f"{where}: what comes in is to be rounded, which needs a calibration: {e}") from e
 
 
 def decoding_reader(
-    weights: Mapping[str, Weight], read: Callable[[str], torch.Tensor]
+    weights: Mapping[str, Weight], read: Callable[[str], torch.Tensor], calibrated: Calibrated | None = None
 ) -> Callable[[str], torch.Tensor]:
     """``read``, which gives a checkpoint's tensors, as if the checkpoint held what ``weights`` are decoded to.
 
     So a model in plain form runs on what an artifact keeps of its legal form, however parts were cut out or fused.
+
+    Args:
+        calibrated: has the statistics that storages need; must be what the artifact is encoded with.
     """
     of: dict[str, list[tuple[str, Weight]]] = {}
     for name, weight in weights.items():
@@ -80,7 +137,8 @@ def decoding_reader(
             found = found.float()
         for name, weight in of.get(tensor, ()):
             source = weight.source
-            stored = weight.storage.decode(encoded(name, weight, source.value(read)))
+            values = calibrated_values(name, weight, source.value(read), calibrated)
+            stored = weight.storage.decode(encoded(name, weight, values))
             pieces = [found if t == tensor else torch.empty_like(read(t), dtype=torch.float32) for t in source.tensors]
             found = source.put(pieces, stored)[source.tensors.index(tensor)]
         return found

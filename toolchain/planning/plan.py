@@ -12,6 +12,7 @@ from toolchain.formats.recipe import Recipe
 from toolchain.formats.schedule import groups_of, plan_steps
 from toolchain.ir.activations import scale_sources
 from toolchain.ir.blocks import Block, BlockPair, extract_blocks
+from toolchain.ir.functions import grouped, ungrouped
 from toolchain.ir.graph import Graph, capture, with_function
 from toolchain.ir.legalise import legalise
 from toolchain.ir.passes import Pipeline
@@ -87,14 +88,13 @@ class Plan:
         """How many groups the denoising steps are divided into."""
         return self.components["transformer"].passes.groups
 
-    @property
-    def stretches(self) -> dict[int, tuple[float, float]]:
-        """The last and the first timestep of each group of denoising steps; none where they are not divided."""
+    def timesteps_of(self, function: str) -> list[float]:
+        """Timesteps of the steps that call a function of the denoiser; where none does, of all steps of its group."""
         own, family = self.recipe.sampler, self.resolved.family
-        if self.groups == 1:
-            return {}
-        steps = plan_steps(family.timesteps(self.recipe), own.leap)
-        return {k: (group[-1].t, group[0].t) for k, group in enumerate(groups_of(steps, self.groups))}
+        steps = plan_steps(family.timesteps(self.recipe), own.leap, merged_steps=own.merged_steps, groups=self.groups)
+        calls = [s.t for s in steps if s.function == function]
+        divided = enumerate(groups_of(steps, self.groups))
+        return calls or [s.t for k, group in divided if function == grouped(ungrouped(function), k) for s in group]
 
     @property
     def blocks(self) -> tuple[Block, ...]:
