@@ -33,12 +33,12 @@ BLOCK = 32
 """Numbers that share a scale in int4, unless an option says otherwise."""
 OPTIONS: dict[str, tuple[str, ...]] = {
     "float": (),
-    "int8": ("block", "symmetric", "clip", "rank", "activations"),
-    "int4": ("block", "symmetric", "clip", "rank"),
-    "palette": ("bits", "group"),
+    "int8": ("block", "symmetric", "clip", "rank", "weighted", "compensate", "activations"),
+    "int4": ("block", "symmetric", "clip", "rank", "weighted", "compensate"),
+    "palette": ("bits", "group", "weighted"),
 }
 """Which options a scheme has."""
-CALIBRATED = ("clip: output", "activations")
+CALIBRATED = ("clip: output", "weighted: true", "compensate: true", "activations")
 """Options that need a calibration."""
 
 
@@ -89,12 +89,23 @@ class SchemeConfig(PassConfig):
     bits: int | None = Field(default=None, description="Of a palette: 1, 2, 3, 4, 6 or 8; 4 if absent.")
     group: int | None = Field(default=None, ge=1, description="Channels that share a palette; all if absent.")
 
+    weighted: bool | None = Field(
+        default=None, description="Find palettes, or a rank's matrices, by what comes into a layer (calibrated)."
+    )
+    compensate: bool | None = Field(
+        default=None, description="Round columns one by one, each making up for those before it (calibrated)."
+    )
+
     @model_validator(mode="after")
     def _fits(self) -> SchemeConfig:
-        for option in ("block", "symmetric", "clip", "rank", "activations", "bits", "group"):
+        for option in ("block", "symmetric", "clip", "rank", "bits", "group", "weighted", "compensate", "activations"):
             if getattr(self, option) is not None and option not in OPTIONS[self.scheme]:
                 own = ", ".join(OPTIONS[self.scheme]) or "none"
                 raise ValueError(f"'{option}' is no option of the scheme {self.scheme}; it has {own}")
+        if self.weighted and self.scheme != "palette" and self.rank is None:
+            raise ValueError(
+                f"'weighted' is for palettes and for a rank; {self.scheme} has 'clip: output' for its ranges"
+            )
         if self.bits is not None and self.bits not in BITS:
             raise ValueError(f"bits: a palette has {', '.join(map(str, BITS))} bits, not {self.bits}")
         if self.block is not None and self.block & (self.block - 1):
@@ -112,19 +123,19 @@ class SchemeConfig(PassConfig):
     @property
     def calibrated(self) -> str | None:
         """The option that needs a calibration, if there is one."""
-        if self.clip == "output":
-            return "clip: output"
-        return "activations" if self.activations is not None else None
+        asked = (self.clip == "output", self.weighted, self.compensate, self.activations is not None)
+        return next((option for option, is_asked in zip(CALIBRATED, asked, strict=True) if is_asked), None)
 
     def storage(self, plain: Storage) -> Storage:
         """What a weight that is kept as ``plain`` is kept as instead."""
         if self.scheme == "float":
             return plain
         if self.scheme == "palette":
-            return Palette(self.bits or 4, self.group)
+            return Palette(self.bits or 4, self.group, weighted=bool(self.weighted))
         bits, block = (8, self.block) if self.scheme == "int8" else (4, self.block or BLOCK)
-        affine = Affine(bits, block, self.symmetric is not False, self.clip or "none")
-        return LowRank(affine, self.rank) if self.rank else affine
+        clip, symmetric = self.clip or "none", self.symmetric is not False
+        affine = Affine(bits, block, symmetric, clip, compensate=bool(self.compensate))
+        return LowRank(affine, self.rank, bool(self.weighted)) if self.rank else affine
 
 
 class Rule(SchemeConfig):

@@ -13,12 +13,16 @@ from torch import nn
 import toolchain
 from toolchain.accuracy.references import sample_inputs
 from toolchain.accuracy.statistics import Watch, Watched
-from toolchain.build.calibration import KIND, ComponentCalibration, calibrate
+from toolchain.build.calibration import ComponentCalibration, calibrate
+from toolchain.build.calibration_chain import KIND
+from toolchain.build.sweep import Sweep
+from toolchain.build.tasks import builders
 from toolchain.errors import LoweringError, RecipeError, SoraCompileError
 from toolchain.formats.recipe_file import load_recipe
 from toolchain.ir.blocks import materialise
 from toolchain.ir.calibration import coarse, derived, derived_moments
 from toolchain.ir.weights import WeightSource
+from toolchain.planning.candidates import read_candidates, rules, with_rules
 from toolchain.planning.plan import Plan, plan, plan_resolved
 from toolchain.planning.resolve import resolve
 from toolchain.system.store import Store
@@ -28,6 +32,9 @@ from toolchain.weights.digests import tensor_digests
 CLIPPED = (
     "transformer.passes=[token-merge, {quantize: {scheme: int4, clip: output, calibration: {inputs: 3}}}, partition]"
 )
+
+MIXED = """transformer.passes=[token-merge, {quantize: {scheme: int4, clip: output, calibration: {inputs: 2}, rules: [
+    {match: "*.mlp.*", scheme: int4, compensate: true}]}}, partition]"""
 
 
 def planned(project: Path, *overrides: str, target: str = "onnx") -> Plan:
@@ -219,7 +226,7 @@ def test_a_calibration_that_was_stopped_goes_on(project: Path, tmp_path: Path, m
 @pytest.mark.slow
 def test_bytes_are_the_same_whatever_the_way(project: Path, tmp_path: Path) -> None:
     limit = "gate.max_quantization_error.transformer=0.5"
-    recipe = load_recipe(project / "recipe.yaml", ["target=onnx", CLIPPED, limit])
+    recipe = load_recipe(project / "recipe.yaml", ["target=onnx", MIXED, limit])
     made = [
         toolchain.compile_recipe(recipe, tmp_path / name, base=project, store=Store(tmp_path / store), **options)
         for name, store, options in (
@@ -228,18 +235,29 @@ def test_bytes_are_the_same_whatever_the_way(project: Path, tmp_path: Path) -> N
             ("two", "b", {"jobs": 2}),
         )
     ]
-    files = [[f for b in bundle.manifest.components["transformer"].blocks for f in b.files] for bundle in made]
+    blocks = [bundle.manifest.components["transformer"].blocks for bundle in made]
+    files = [[f for block in each for f in block.files] for each in blocks]
     assert files[0] == files[1] == files[2]
-    prices = [b.quantization for b in made[0].manifest.components["transformer"].blocks if b.quantization]
-    assert prices
-    assert [b.quantization for b in made[1].manifest.components["transformer"].blocks if b.quantization] == prices
-    other = load_recipe(project / "recipe.yaml", ["target=onnx", CLIPPED.replace("output", "error"), limit])
-    with pytest.raises(RecipeError, match="nothing goes by it"):
-        plan(other, base=project)
-    plainly = CLIPPED.replace("output, calibration: {inputs: 3}", "error")
-    by_error = load_recipe(project / "recipe.yaml", ["target=onnx", plainly, limit])
-    bundle = toolchain.compile_recipe(by_error, tmp_path / "error", base=project, store=Store(tmp_path / "a"))
-    assert [f for b in bundle.manifest.components["transformer"].blocks for f in b.files] != files[0]
+    assert {"int4-block32-clip-output-f32", "int4-block32-compensated-f32"} <= set(blocks[0][1].quantized.values())
+    prices = [[block.quantization for block in each] for each in blocks]
+    assert any(prices[0])
+    assert prices[0] == prices[1] == prices[2]
+
+
+def test_what_decides_the_bytes_is_in_the_key(project: Path, tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+
+    def keys(passes: str) -> tuple[str, str]:
+        found = planned(project, passes)
+        builder = builders(found, store, direct=False)["transformer"]
+        (block,) = (b for b in builder.plan.blocks if b.name == "pair_0")
+        return builder.template_key(block), builder.artifact_key(block)
+
+    by_output = keys(CLIPPED)
+    others = keys(CLIPPED.replace("inputs: 3", "inputs: 3, seed: 1"))
+    by_error = keys(CLIPPED.replace("output, calibration: {inputs: 3}", "error"))
+    assert by_output[0] == others[0] == by_error[0]  # a template is lowered for the parts, however they are found
+    assert len({by_output[1], others[1], by_error[1]}) == 3
 
 
 # --- what is refused -----------------------------------------------------------------------------------
@@ -255,7 +273,8 @@ def test_bytes_are_the_same_whatever_the_way(project: Path, tmp_path: Path) -> N
         ),
         (
             "{quantize: {scheme: int4, calibration: {inputs: 8}}}",
-            "transformer.passes.0.quantize: calibration: nothing goes by it; remove it, or choose one of clip: output",
+            "transformer.passes.0.quantize: calibration: nothing goes by it; remove it, or choose one of clip: output, "
+            "weighted: true, compensate: true",
         ),
         (
             "{quantize: {scheme: int4, clip: output, calibration: {input: 8}}}",
@@ -280,3 +299,47 @@ def test_a_weight_that_nothing_was_measured_for(project: Path, tmp_path: Path) -
         measured.statistic(whole("zzz", 4, 4), "importance")
     with pytest.raises(LoweringError, match="is no linear layer's"):
         measured.digest(measured.measured[0].source, "moments")
+
+
+# --- as candidates of a budget -------------------------------------------------------------------------
+
+
+def test_candidates_that_go_by_a_calibration(project: Path, tmp_path: Path) -> None:
+    text = "float int4{block=16} int4{block=16 compensate=true calibration={inputs: 2}}"
+    ways = read_candidates(text, "candidates")
+    assert " ".join(map(str, ways)) == text.replace("inputs: 2", "inputs: 2, seed: 0")
+    assert read_candidates(" ".join(map(str, ways)), "candidates") == ways
+    recipe = load_recipe(project / "recipe.yaml", ["target=onnx"])
+    found = plan_resolved(resolve(recipe, project, checkpoints=True))
+    swept = Sweep(builders(found, Store(tmp_path / "store"), direct=False)["transformer"], found, ways)
+    errors = [own for own in swept.errors() if own[1] and own[2]]
+    assert len(errors) >= 12
+    assert sum(own[2] or 0 for own in errors) < 0.8 * sum(own[1] or 0 for own in errors)
+    quantized = [item for item in swept.items if item.sizes[2] is not None]
+    chosen = rules((item, ways[2 if i % 2 else 1]) for i, item in enumerate(quantized))
+    assert chosen is not None
+    assert chosen["calibration"] == {"inputs": 2, "seed": 0}
+    again = plan(with_rules(recipe, {"transformer": chosen}), base=project).components["transformer"]
+    assert again.passes.calibration == ways[2].calibration
+    needs = [w.storage.needs for block in again.blocks for w in block.weights.values()]
+    assert "moments" in needs
+    plainly = rules((item, ways[1]) for item in quantized)
+    assert plainly is not None
+    assert "calibration" not in plainly
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("int4{clip=output}", "'clip: output' goes by what comes into a layer; write 'calibration: {inputs: 8}'"),
+        (
+            "int4{clip=output calibration={inputs: 1}} palette{weighted=true calibration={inputs: 2}}",
+            "candidates: candidates have different calibrations; a component has one",
+        ),
+    ],
+    ids=["without", "two"],
+)
+def test_candidates_that_are_refused(text: str, said: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        read_candidates(text, "candidates")
+    assert said in str(error.value)

@@ -221,8 +221,9 @@ def verify(
 
         if explain is not None:
             from toolchain.accuracy.explain import explain_block
+            from toolchain.build.calibration import calibrate_recipe
 
-            found = explain_block(bundle, explain)
+            found = explain_block(bundle, explain, calibrate=calibrate_recipe)
             console.answer(explanation_json(found), "\n\n".join(e.text() for e in found))
             return
         with console.progress(None) as listener:

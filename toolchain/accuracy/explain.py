@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -12,17 +13,29 @@ from toolchain.accuracy.references import run_eager
 from toolchain.accuracy.walk import Explanation, explain
 from toolchain.errors import BundleError, RecipeError
 from toolchain.formats.bundle import RECIPE_FILE, Bundle, load_bundle
+from toolchain.formats.recipe import Recipe
 from toolchain.formats.recipe_file import load_recipe
+from toolchain.ir.calibration import Calibrated
 from toolchain.planning.plan import plan
 from toolchain.player.opening import open_engine
 from toolchain.weights.block_weights import BlockWeights
 from toolchain.weights.checkpoint import open_checkpoint
 
 
-def explain_block(bundle: Bundle | str | Path, name: str, *, base: str | Path = ".") -> tuple[Explanation, ...]:
+def explain_block(
+    bundle: Bundle | str | Path,
+    name: str,
+    *,
+    base: str | Path = ".",
+    calibrate: Callable[[Recipe, Path, str], Calibrated] | None = None,
+) -> tuple[Explanation, ...]:
     """Walk every function of the block ``COMPONENT/BLOCK`` on its golden inputs.
 
     The bundle's recipe says where the checkpoint is; relative paths are looked for in ``base``.
+
+    Args:
+        calibrate: measures a recipe's component again, where its weights were encoded with what was measured then
+            (:func:`toolchain.build.calibration.calibrate_recipe`).
 
     Raises:
         RecipeError: there is no such block; lists those there are.
@@ -44,7 +57,14 @@ def explain_block(bundle: Bundle | str | Path, name: str, *, base: str | Path = 
     block, plain = pair.lowered, pair.plain
     checkpoint = open_checkpoint(recipe.components()[component].checkpoint, Path(base))
     aliases = planned.definition.aliases
-    weights, own = (BlockWeights(b, checkpoint, aliases, stored=block.weights) for b in (plain, block))
+    calibrated = None
+    if block.int8_inputs or any(w.storage.needs for w in block.weights.values()):
+        if calibrate is None:
+            raise BundleError(f"'{bundle.path}': {name} was encoded with a calibration; give what measures it again")
+        calibrated = calibrate(recipe, Path(base), component)
+    weights, own = (
+        BlockWeights(b, checkpoint, aliases, stored=block.weights, calibrated=calibrated) for b in (plain, block)
+    )
     engine = open_engine(bundle, component, entry, planned.target)
     tensors = load_file(bundle.path / entry.goldens.path)
     found = []

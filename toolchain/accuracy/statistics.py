@@ -57,7 +57,7 @@ class Total:
         self.count += count
         self.squares = squares if self.squares is None else self.squares + squares
         if products is not None:
-            self.products = products if self.products is None else self.products.add_(products)
+            self.products = products.clone() if self.products is None else self.products.add_(products)
 
 
 class Watch(TorchFunctionMode):
@@ -72,6 +72,7 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self._weights, self._products = weights, products
         self._names = {w.data_ptr(): n for n, w in weights.items() if w.is_floating_point()}
+        self._last: tuple[torch.Tensor, int, torch.Tensor] | None = None
         self.totals: dict[str, Total] = {}
         self.ranges: dict[str, Range] = {}
         """Since they were taken last."""
@@ -101,7 +102,9 @@ class Watch(TorchFunctionMode):
             return
         if func in LINEAR:
             rows = x.reshape(-1, x.shape[-1])
-            total.add(len(rows), _squares(rows).reshape(shape), _second(rows) if name in self._products else None)
+            total.add(
+                len(rows), _squares(rows).reshape(shape), self._second(x, rows) if name in self._products else None
+            )
         else:
             channels = x.reshape(x.shape[0], x.shape[1], -1)
             squares = sum((_squares(part.T) for part in channels), start=torch.zeros((), dtype=torch.float64))
@@ -109,6 +112,12 @@ class Watch(TorchFunctionMode):
             total.add(channels.shape[0] * channels.shape[2], grouped.reshape(-1, *(1 for _ in shape[1:])), None)
         met = Range(*(float(v) for t in (x, result) for v in t.aminmax()))
         self.ranges[name] = self.ranges[name].with_(met) if name in self.ranges else met
+
+    def _second(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """The products of an input's columns; layers that read the same input, as queries and keys do, share them."""
+        if self._last is None or self._last[0] is not x or self._last[1] != x._version:
+            self._last = x, x._version, _second(rows)
+        return self._last[2]
 
 
 def _squares(rows: torch.Tensor) -> torch.Tensor:

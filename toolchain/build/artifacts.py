@@ -54,7 +54,7 @@ class Builder:
         calibrate: Callable[[], ComponentCalibration] | None = None,
     ) -> None:
         self.plan, self.store, self.direct = plan, store, direct
-        self._digests, self._aliases, self._calibrate = digests, plan.definition.aliases, calibrate
+        self.digests, self._aliases, self._calibrate = digests, plan.definition.aliases, calibrate
 
     @functools.cached_property
     def calibrated(self) -> ComponentCalibration | None:
@@ -168,7 +168,7 @@ class Builder:
         Raises:
             LoweringError: nothing was measured for a weight that needs it; names it.
         """
-        return block_digest(block, self._digests, self._aliases, self._statistics_digest, self._scale)
+        return block_digest(block, self.digests, self._aliases, self._statistics_digest, self._scale)
 
     def _scale(self, source: ScaleSource) -> float:
         return float(scale(f"{self.plan.name}: '{', '.join(source.layer.tensors)}'", source, self.calibrated))

@@ -1,9 +1,7 @@
-"""A component's calibration: its blocks run on several inputs, one after the other, through the store.
+"""A component's calibration: what its recipe's passes want to know of its activations, measured once.
 
-Two sorts of entries for each block: what it gave on every run (``forward``), which goes as soon as no later block takes
-it, and the sums over what came into its layers (``sums``). A calibration that was stopped goes on with what is not
-there yet. When all blocks are done, one entry has what is known of every weight, and the others go. In memory are a
-block's weights, its activations in one run, and the sums.
+Blocks are run through the store (:mod:`toolchain.build.calibration_chain`). When all are done, one entry has what is
+known of every weight, and theirs go.
 """
 
 from __future__ import annotations
@@ -11,8 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +19,20 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from toolchain.accuracy.references import Values, sample_inputs
-from toolchain.accuracy.statistics import Range, Watched
+from toolchain.accuracy.statistics import Range
+from toolchain.build.calibration_chain import (
+    KIND,
+    Chain,
+    Run,
+    Sum,
+    read_sums,
+    source_data,
+    source_of,
+    tensors_of,
+)
 from toolchain.build.tables import component_tables, tables_origin
 from toolchain.errors import LoweringError
+from toolchain.formats.recipe import Recipe
 from toolchain.ir.activations import ScaleSource, scale_of
 from toolchain.ir.blocks import Block
 from toolchain.ir.calibration import Calibrated, Calibration, coarse, derived, derived_moments
@@ -34,24 +42,13 @@ from toolchain.ir.storage import Need
 from toolchain.ir.target import package_versions
 from toolchain.ir.weights import Weight, WeightSource
 from toolchain.listener import Listener
-from toolchain.planning.plan import ComponentPlan, Plan
+from toolchain.planning.plan import ComponentPlan, Plan, plan_resolved
+from toolchain.planning.resolve import resolve
 from toolchain.system.code import code_digest
-from toolchain.system.memory import release
-from toolchain.system.store import Entry, NewEntry, Store, clone_or_copy, key_of
-from toolchain.weights.block_weights import BlockWeights
-from toolchain.weights.digests import block_digest
+from toolchain.system.store import Entry, NewEntry, Store, key_of
+from toolchain.weights.digests import block_digest, tensor_digests
 
-KIND = "calibrations"
-SUMS, IMPORTANCE, MOMENTS = "sums.safetensors", "importance.safetensors", "moments_{}.safetensors"
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run of a function: on the ``number``-th input, at a timestep of the recipe's schedule where it takes one."""
-
-    function: str
-    number: int
-    timestep: float | None
+IMPORTANCE, MOMENTS = "importance.safetensors", "moments_{}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,7 @@ class ComponentCalibration(Calibrated):
         self._folder = entry.data
         self.measured = tuple(_measured(data) for data in entry.meta["measured"])
         self._places = {m.source: i for i, m in enumerate(self.measured)}
-        self._wholes = {_tensors(m.source): i for i, m in enumerate(self.measured) if not m.source.is_part}
+        self._wholes = {tensors_of(m.source): i for i, m in enumerate(self.measured) if not m.source.is_part}
 
     def statistic(self, source: WeightSource, need: Need) -> torch.Tensor:
         place = self._place(source)
@@ -112,7 +109,7 @@ class ComponentCalibration(Calibrated):
 
     def _place(self, source: WeightSource) -> int:
         """Where a weight is among those that were measured: itself, or the one that it is a part of."""
-        place = self._places.get(source, self._wholes.get(_tensors(source)))
+        place = self._places.get(source, self._wholes.get(tensors_of(source)))
         if place is None:
             names = ", ".join(source.tensors)
             raise LoweringError(f"no linear layer, convolution or table of the model reads '{names}' as it is")
@@ -120,41 +117,66 @@ class ComponentCalibration(Calibrated):
 
 
 def calibrate(
-    planned: Plan, component: str, store: Store, digests: Mapping[str, str], listener: Listener | None = None
+    planned: Plan,
+    component: str,
+    store: Store,
+    digests: Mapping[str, str],
+    listener: Listener | None = None,
+    *,
+    asked: Calibration | None = None,
+    weights: Iterable[Weight] | None = None,
 ) -> ComponentCalibration:
-    """What is known of a component's activations, by its recipe's calibration; measured now if need be.
+    """What is known of a component's activations, measured now if need be.
 
     Args:
         digests: of the checkpoint's tensors.
+        asked: on which inputs; those that the recipe's passes name if None.
+        weights: what is going to be encoded; all of the plan's if None. Second moments are measured for these alone.
 
     Raises:
         LoweringError: the passes name no calibration, or the model gives numbers that are NaN or infinite.
     """
     plan = planned.components[component]
-    if plan.passes.calibration is None:
+    asked = asked or plan.passes.calibration
+    if asked is None:
         raise LoweringError(f"{component}: no pass has a calibration")
-    work = _Work(planned, plan, plan.passes.calibration, store, digests, listener or Listener())
+    if weights is None:
+        weights = (w for block in plan.blocks for w in block.weights.values())
+    wanted = {tensors_of(w.source) for w in weights if w.storage.needs == "moments"}
+    work = _Work(planned, plan, asked, wanted, store, digests, listener or Listener())
     return ComponentCalibration(store.get_or_make(KIND, work.key, work.make))
 
 
+def calibrate_recipe(recipe: Recipe, base: Path, component: str) -> ComponentCalibration:
+    """As :func:`calibrate`, for a component of a recipe, through the user's cache.
+
+    Raises:
+        SoraCompileError: the recipe cannot be built; says why.
+    """
+    planned, store = plan_resolved(resolve(recipe, base, checkpoints=True)), Store()
+    return calibrate(
+        planned, component, store, tensor_digests(planned.resolved.components[component].checkpoint, store)
+    )
+
+
 class _Work:
-    """A calibration that is to be done."""
+    """A calibration that is to be done; ``wanted`` are the tensors whose layers' second moments are."""
 
     def __init__(
         self,
         planned: Plan,
         plan: ComponentPlan,
         asked: Calibration,
+        wanted: set[tuple[object, ...]],
         store: Store,
         digests: Mapping[str, str],
         listener: Listener,
     ) -> None:
         self._plan, self._store, self._listener = plan, store, listener
-        wanted = {_tensors(w.source) for b in plan.blocks for w in b.weights.values() if w.storage.needs == "moments"}
         blocks = {pair.name: _plainly(pair.plain) for pair in plan.pairs}
         family = planned.resolved.family
         self._chains = [
-            _Chain(
+            Chain(
                 plan,
                 store,
                 [blocks[name] for name in graph.blocks()],
@@ -182,7 +204,7 @@ class _Work:
         tables = component_tables(self._plan)
         name = self._plan.name
         self._listener.start(name, [b.name for chain in self._chains for b in chain.blocks])
-        found: dict[WeightSource, _Sum] = {}
+        found: dict[WeightSource, Sum] = {}
         entries: list[Entry] = []
         for number, chain in enumerate(self._chains):
             key = functools.partial(self._key, number)
@@ -190,7 +212,7 @@ class _Work:
                 self._listener.working(name, block.name, "calibrate")
                 entry = chain.sums(block, key, tables)
                 entries.append(entry)
-                for source, own in _read_sums(entry):
+                for source, own in read_sums(entry):
                     found[source] = found[source].with_(own) if source in found else own
                 self._listener.finished(name, block.name, None)
         measured = [self._write(folder, place, source, own) for place, (source, own) in enumerate(found.items())]
@@ -202,149 +224,14 @@ class _Work:
     def _key(self, graph: int, what: str, block: Block) -> str:
         return key_of({**self._parts, "what": what, "graph": graph, "block": block.name})
 
-    def _write(self, folder: Path, place: int, source: WeightSource, own: _Sum) -> dict[str, Any]:
+    def _write(self, folder: Path, place: int, source: WeightSource, own: Sum) -> dict[str, Any]:
         """A weight's second moments, if they are wanted; gives what the entry says of it."""
         digests = {"importance": _digest(coarse(own.importance))}
         if own.moments is not None:
             moments = (load_file(own.moments[0])[own.moments[1]] / own.count).float()
             save_file({"moments": moments}, folder / MOMENTS.format(place))
             digests["moments"] = _digest(moments)
-        return {"source": _source_data(source), "ranges": own.ranges, "digests": digests}
-
-
-class _Chain:
-    """A graph's blocks in a row."""
-
-    def __init__(
-        self,
-        plan: ComponentPlan,
-        store: Store,
-        blocks: list[Block],
-        runs: list[Run],
-        inputs: Callable[[Run], Values],
-        wanted: set[tuple[object, ...]],
-    ) -> None:
-        self._plan, self._store, self.blocks, self.runs = plan, store, blocks, runs
-        self._inputs, self._wanted = inputs, wanted
-        self._by_name = {b.name: b for b in blocks}
-
-    def sums(self, block: Block, key: Callable[[str, Block], str], tables: Values) -> Entry:
-        """The entry of a block's sums, made now if need be; what no later block takes is removed."""
-        known = self._store.get(KIND, key("sums", block))
-        if known is not None:
-            return known
-        missing: set[str] = set()
-        left = [block.name]
-        while left:
-            name = left.pop()
-            if name not in missing and self._store.get(KIND, key("forward", self._by_name[name])) is None:
-                missing.add(name)
-                left += _before(self._by_name[name]) & self._by_name.keys()
-        for each in (b for b in self.blocks if b.name in missing | {block.name}):
-            make = functools.partial(self._run, each, key, tables)
-            forward = self._store.get_or_make(KIND, key("forward", each), make)
-        found = self._store.get_or_make(KIND, key("sums", block), functools.partial(_taken, forward))
-        at = self.blocks.index(block)
-        later = {name for b in self.blocks[at + 1 :] for name in _before(b)}
-        for each in (b for b in self.blocks[: at + 1] if b.name not in later):
-            gone = self._store.get(KIND, key("forward", each))
-            if gone is not None:
-                self._store.remove(gone)
-        return found
-
-    def _run(self, block: Block, key: Callable[[str, Block], str], tables: Values, folder: Path) -> NewEntry:
-        """Run a block on all inputs: what it gave, and the sums."""
-        before = {n: self._by_name[n] for n in _before(block) & self._by_name.keys()}
-        folders = {n: self._store.get(KIND, key("forward", b)) for n, b in before.items()}
-        weights = dict(BlockWeights(block, self._plan.resolved.checkpoint, self._plan.definition.aliases))
-        products = {n for n, w in block.weights.items() if _tensors(w.source) in self._wanted and len(w.shape) == 2}
-        watched = Watched(block, weights, products)
-        ranges: dict[str, list[list[Any]]] = {}
-        for number, run in enumerate(self.runs):
-            given = {f"inputs.{n}": v for n, v in self._inputs(run).items()}
-            given |= {f"tables.{n}": v for n, v in tables.items()}
-            inputs = {
-                port: given[source] if source in given else _port(folders, source, number)
-                for port, source in block.sources.items()
-            }
-            outputs, met = watched.run(run.function, inputs)
-            if not all(bool(torch.isfinite(v).all()) for v in outputs.values() if v.is_floating_point()):
-                raise LoweringError(
-                    f"{block.component}: calibration: block '{block.name}' gives numbers that are NaN or infinite"
-                )
-            save_file({n: v.contiguous().clone() for n, v in outputs.items()}, folder / _run_file(number))
-            for name, found in met.items():
-                ranges.setdefault(name, []).append([dataclasses.astuple(run), dataclasses.astuple(found)])
-        kept: Values = {}
-        layers: list[dict[str, Any]] = []
-        for name, total in watched.totals.items():
-            assert total.squares is not None
-            kept[f"{len(layers)}.squares"] = total.squares
-            if total.products is not None:
-                kept[f"{len(layers)}.products"] = total.products
-            source = _source_data(block.weights[name].source)
-            layers.append({"source": source, "count": total.count, "ranges": ranges.get(name, [])})
-        save_file(kept, folder / SUMS)
-        release()
-        return NewEntry({"layers": layers})
-
-
-@dataclass(frozen=True)
-class _Sum:
-    """What a weight's layer was given in all runs: sums of squares, and where a file has the sums of products."""
-
-    count: int
-    squares: torch.Tensor
-    moments: tuple[Path, str] | None
-    ranges: list[list[Any]]
-
-    def with_(self, other: _Sum) -> _Sum:
-        """Both, of a weight that several layers read."""
-        if self.moments is not None:
-            raise LoweringError(
-                "second moments of a weight that several blocks read are not kept; leave it out by a rule"
-            )
-        return _Sum(self.count + other.count, self.squares + other.squares, None, [*self.ranges, *other.ranges])
-
-    @property
-    def importance(self) -> torch.Tensor:
-        """Mean squares, float64."""
-        return self.squares / max(1, self.count)
-
-
-def _read_sums(entry: Entry) -> Iterator[tuple[WeightSource, _Sum]]:
-    path = entry.data / SUMS
-    with safe_open(path, framework="pt") as file:
-        names = set(file.keys())
-        for i, layer in enumerate(entry.meta["layers"]):
-            moments = (path, f"{i}.products") if f"{i}.products" in names else None
-            own = _Sum(layer["count"], file.get_tensor(f"{i}.squares"), moments, layer["ranges"])
-            yield _source(layer["source"]), own
-
-
-def _taken(forward: Entry, folder: Path) -> NewEntry:
-    """The sums alone, out of what a block's run left."""
-    clone_or_copy(forward.data / SUMS, folder / SUMS)
-    return NewEntry(forward.meta)
-
-
-def _port(folders: Mapping[str, Entry | None], source: str, run: int) -> torch.Tensor:
-    """What a block gave in a run."""
-    block, _, port = source.partition(".")
-    entry = folders[block]
-    assert entry is not None
-    with safe_open(entry.data / _run_file(run), framework="pt") as file:
-        value: torch.Tensor = file.get_tensor(port)
-    return value
-
-
-def _run_file(number: int) -> str:
-    return f"run_{number}.safetensors"
-
-
-def _before(block: Block) -> set[str]:
-    """The blocks (and other places) that a block's inputs come from."""
-    return {source.partition(".")[0] for source in block.sources.values()}
+        return {"source": source_data(source), "ranges": own.ranges, "digests": digests}
 
 
 def _plainly(block: Block) -> Block:
@@ -370,25 +257,9 @@ def _inputs(graph: Graph, drawn: Callable[[str, int], Values], run: Run) -> Valu
     return values
 
 
-def _tensors(source: WeightSource) -> tuple[object, ...]:
-    """What a part of a weight has in common with the whole."""
-    return (*source.tensors, source.concat if len(source.tensors) > 1 else 0)
-
-
-def _source_data(source: WeightSource) -> list[Any]:
-    return json.loads(json.dumps(dataclasses.astuple(source)))  # type: ignore[no-any-return]
-
-
-def _source(data: list[Any]) -> WeightSource:
-    tensors, shape, select, narrow, concat = data
-    parts = tuple((int(d), int(i)) for d, i in select)
-    pieces = tuple((int(d), int(s), int(n)) for d, s, n in narrow)
-    return WeightSource(tuple(tensors), tuple(shape), parts, pieces, concat)
-
-
 def _measured(data: Mapping[str, Any]) -> Measured:
     ranges = tuple((Run(*run), Range(*found)) for run, found in data["ranges"])
-    return Measured(_source(data["source"]), ranges, data["digests"])
+    return Measured(source_of(data["source"]), ranges, data["digests"])
 
 
 def _digest(value: torch.Tensor) -> str:

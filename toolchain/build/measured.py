@@ -11,7 +11,7 @@ import torch
 from toolchain.accuracy.metrics import compare, decibels
 from toolchain.accuracy.references import Case, References, Weights, sample_inputs, stored_case
 from toolchain.build.artifacts import Builder, code_modules
-from toolchain.build.tables import component_tables, table_digests
+from toolchain.build.tables import component_tables, tables_origin
 from toolchain.ir.blocks import Block
 from toolchain.ir.graph import Graph
 from toolchain.ir.target import package_versions
@@ -46,7 +46,6 @@ def measure_choice(builder: Builder, planned: Plan) -> Measured:
     Two blocks' weights are in memory, and the activations between them.
     """
     plan, gate = builder.plan, planned.recipe.gate
-    tables = component_tables(plan)
     key = key_of(
         {
             "what": "choice",
@@ -54,7 +53,7 @@ def measure_choice(builder: Builder, planned: Plan) -> Measured:
                 [p.name, p.lowered.structure(), p.plain.structure(), builder.weights_digest(p.plain)]
                 for p in plan.pairs
             ],
-            "tables": table_digests(tables),
+            "tables": tables_origin(planned, plan, builder.digests),
             "runs": [gate.inputs, gate.seed],
             "tools": package_versions("torch"),
             "code": code_digest("toolchain.build.measured", *code_modules(plan.resolved)),
@@ -62,7 +61,7 @@ def measure_choice(builder: Builder, planned: Plan) -> Measured:
     )
 
     def make(_: object) -> NewEntry:
-        error = 0.0
+        tables, error = component_tables(plan), 0.0
         prices: dict[str, float] = {}
         for graph in plan.graphs:
             found, own = _measure(builder, planned, graph, tables)

@@ -18,10 +18,13 @@ from safetensors.torch import load_file, save_file
 from toolchain.accuracy.references import References, Values, sample_inputs
 from toolchain.accuracy.sensitivity import Backward, Cotangents, directions, squared_errors
 from toolchain.build.artifacts import Builder, code_modules
+from toolchain.build.calibration import ComponentCalibration, calibrate
 from toolchain.build.tables import component_tables, table_digests
 from toolchain.ir.blocks import Block
+from toolchain.ir.calibration import Calibration
 from toolchain.ir.stored import decoding_reader
 from toolchain.ir.target import package_versions
+from toolchain.ir.weights import Weight
 from toolchain.planning.candidates import Candidate, ChoiceGraph, Item, choice_graphs
 from toolchain.planning.plan import Plan
 from toolchain.system.code import code_digest
@@ -48,7 +51,10 @@ class Sweep:
     def __init__(self, builder: Builder, planned: Plan, candidates: Sequence[Candidate]) -> None:
         tables = component_tables(builder.plan)
         choices = choice_graphs(builder.plan, candidates)
-        self.chains = tuple(Chain(builder, planned, i, tables, c) for i, c in enumerate(choices))
+        asked = next((c.calibration for c in candidates if c.calibration is not None), None)
+        stored = [w for choice in choices for weights in choice.stored for w in weights.values()]
+        calibration = _Calibration(builder, planned, asked, stored)
+        self.chains = tuple(Chain(builder, planned, i, tables, c, calibration) for i, c in enumerate(choices))
 
     @property
     def items(self) -> tuple[Item, ...]:
@@ -88,13 +94,36 @@ class Sweep:
         return found
 
 
+class _Calibration:
+    """What candidates go by that need to know of activations; measured when it is asked for."""
+
+    def __init__(self, builder: Builder, planned: Plan, asked: Calibration | None, stored: Sequence[Weight]) -> None:
+        self._builder, self._planned, self.asked, self._stored = builder, planned, asked, stored
+
+    @functools.cached_property
+    def found(self) -> ComponentCalibration | None:
+        """None if no candidate needs it."""
+        if self.asked is None:
+            return None
+        name, store, digests = self._builder.plan.name, self._builder.store, self._builder.digests
+        return calibrate(self._planned, name, store, digests, asked=self.asked, weights=self._stored)
+
+
 class Chain:
     """A graph's blocks in a row, forward and back."""
 
-    def __init__(self, builder: Builder, planned: Plan, number: int, tables: Values, choice: ChoiceGraph) -> None:
+    def __init__(
+        self,
+        builder: Builder,
+        planned: Plan,
+        number: int,
+        tables: Values,
+        choice: ChoiceGraph,
+        calibration: _Calibration,
+    ) -> None:
         graph = builder.plan.graphs[number]
         names = set(graph.blocks())
-        self.choice = choice
+        self.choice, self._calibration = choice, calibration
         self.builder, self._tables = builder, tables
         self._blocks = [pair.plain for pair in builder.plan.pairs if pair.name in names]
         self._by_name = {b.name: b for b in self._blocks}
@@ -179,13 +208,15 @@ class Chain:
             for weights in self.choice.stored
         ]
         sizes = [self.choice.items[i].sizes for i in sorted(set(self._own_items(block).values()))]
-        return self._key("errors", block, directions=self._directions, stored=stored, sizes=sizes)
+        asked = None if self._calibration.asked is None else self._calibration.asked.model_dump()
+        return self._key("errors", block, directions=self._directions, stored=stored, sizes=sizes, calibration=asked)
 
     def _tensors(self, block: Block) -> set[tuple[str, ...]]:
         return {w.source.tensors for w in block.weights.values()}
 
     def prepare(self, block: Block) -> None:
-        """Run what comes before a block, and back from the end what comes after it."""
+        """Run what comes before a block, and back from the end what comes after it; calibrate, if need be."""
+        _ = self._calibration.found
         self._forward(block)
         for later in reversed(self._blocks[self._blocks.index(block) + 1 :]):
             self._backward(later)
@@ -224,7 +255,7 @@ class Chain:
 
         def decode(stored: Mapping[str, Any]) -> torch.Tensor:
             own = {n: w for n, w in stored.items() if tensors & set(w.source.tensors)}
-            return source.value(decoding_reader(own, read)).float()
+            return source.value(decoding_reader(own, read, self._calibration.found)).float()
 
         return [
             None if size is None else functools.partial(decode, stored)

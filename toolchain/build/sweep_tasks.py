@@ -11,7 +11,7 @@ from pathlib import Path
 
 from toolchain.build.parallel import OwnProcesses
 from toolchain.build.sweep import Sweep
-from toolchain.build.tasks import builders, differs, recipe_for_tasks
+from toolchain.build.tasks import builders, differs, errors_for_others, recipe_for_tasks
 from toolchain.errors import ResourceError
 from toolchain.formats.recipe import Recipe
 from toolchain.listener import Listener
@@ -43,15 +43,17 @@ def run_sweep_task(task: SweepTask) -> None:
 
     Raises:
         ResourceError: this process has other code, tools, configurations or weights than the one that wants it done.
+        RuntimeError: stands for an error that cannot be handed to another process.
     """
     return_large_allocations()
-    for _ in range(2):
-        sweep = _opened(task.recipe, task.base, task.store, task.candidates, task.component)
-        if sweep.key(task.graph, task.block) == task.key:
-            sweep.measure(task.graph, task.block)
-            return
-        _opened.cache_clear()  # files may have changed since
-    raise differs(task.component, task.block, "measure")
+    with errors_for_others():
+        for _ in range(2):
+            sweep = _opened(task.recipe, task.base, task.store, task.candidates, task.component)
+            if sweep.key(task.graph, task.block) == task.key:
+                sweep.measure(task.graph, task.block)
+                return
+            _opened.cache_clear()  # files may have changed since
+        raise differs(task.component, task.block, "measure")
 
 
 @functools.lru_cache(maxsize=1)

@@ -5,9 +5,11 @@ A task holds nothing but text and numbers; what it makes is handed on through th
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import pickle
 import platform
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -93,17 +95,13 @@ def run_task(task: Task) -> None:
         RuntimeError: stands for an error that cannot be handed to another process.
     """
     return_large_allocations()
-    try:
+    with errors_for_others():
         builder, block = _prepared(task)
         with builder.store.scratch() as scratch, temporary_files_in(scratch):
             if task.kind == "template":
                 builder.template(block)
             else:
                 builder.artifact(block)
-    except Exception as e:
-        if _survives_pickling(e):
-            raise
-        raise RuntimeError(f"{type(e).__name__}: {e}") from None
 
 
 def _prepared(task: Task) -> tuple[Builder, Block]:
@@ -131,6 +129,21 @@ def _opened(recipe: str, base: str, store: str, direct: bool) -> dict[str, Build
     """The builders of a build; those of the last one are kept."""
     build = resolve(Recipe.model_validate_json(recipe), Path(base), checkpoints=True)
     return builders(plan_resolved(build), Store(Path(store)), direct)
+
+
+@contextlib.contextmanager
+def errors_for_others() -> Iterator[None]:
+    """What is raised in it can be handed to another process.
+
+    Raises:
+        RuntimeError: stands for an error that cannot.
+    """
+    try:
+        yield
+    except Exception as e:
+        if _survives_pickling(e):
+            raise
+        raise RuntimeError(f"{type(e).__name__}: {e}") from None
 
 
 def _survives_pickling(error: Exception) -> bool:

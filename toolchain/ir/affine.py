@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from toolchain.ir.compensated import round_compensated
 from toolchain.ir.dtypes import DTYPES, DType
+from toolchain.ir.importance import floored
 from toolchain.ir.storage import Need, Part, Storage
 
 if TYPE_CHECKING:
@@ -41,6 +43,8 @@ class Affine(Storage):
         symmetric: whether zero is in the middle of the range.
         clip: how ranges are chosen.
         scale: the type of scales.
+        compensate: round a linear layer's columns one after the other, each making up for those before it
+            (:mod:`toolchain.ir.compensated`).
     """
 
     bits: int
@@ -48,6 +52,7 @@ class Affine(Storage):
     symmetric: bool = True
     clip: Clip = "none"
     scale: DType = DTYPES["float32"]
+    compensate: bool = False
 
     @property
     def name(self) -> str:
@@ -55,6 +60,7 @@ class Affine(Storage):
         parts += [f"block{self.block}"] if self.block else []
         parts += [] if self.symmetric else ["asymmetric"]
         parts += [] if self.clip == "none" else [f"clip-{self.clip}"]
+        parts += ["compensated"] if self.compensate else []
         return "-".join([*parts, self.scale.short])
 
     @property
@@ -74,6 +80,8 @@ class Affine(Storage):
             fits = [b for b in (16, 32, 64, 128, 256) if shape[1] % b == 0]
             hint = f"{', '.join(map(str, fits))} do" if fits else "no power of two from 16 on does; use int8"
             return f"blocks of {self.block} do not divide its {shape[1]} columns; {hint}"
+        if self.compensate and len(shape) != 2:
+            return f"errors are compensated in matrices alone, it has the shape {list(shape)}; leave it out by a rule"
         return None
 
     def parts(self, shape: Sequence[int]) -> tuple[Part, ...]:
@@ -90,11 +98,13 @@ class Affine(Storage):
 
     @property
     def needs(self) -> Need | None:
+        if self.compensate:
+            return "moments"
         return "importance" if self.clip == "output" else None
 
     @property
     def uncalibrated(self) -> Affine:
-        return dataclasses.replace(self, clip="none")
+        return dataclasses.replace(self, clip="none", compensate=False)
 
     def encode(self, weight: torch.Tensor, statistic: torch.Tensor | None = None) -> Mapping[str, torch.Tensor]:
         import torch
@@ -104,7 +114,9 @@ class Affine(Storage):
         # in pieces that the processor's cache holds: whole tensors would be written and read a dozen times
         count = max(1, PIECE // max(1, math.prod(whole.shape[1:])))
         pieces = torch.split(whole, count)
-        if self.needs is None or statistic is None:
+        if self.compensate and statistic is not None:
+            found = [round_compensated(self, whole, statistic)]
+        elif self.needs is None or statistic is None:
             found = [self._encode_rows(piece.reshape(len(piece) * shape[1], -1)) for piece in pieces]
         else:
             importance = torch.split(statistic.expand(whole.shape), count)
@@ -120,17 +132,18 @@ class Affine(Storage):
         self, rows: torch.Tensor, importance: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         scale, zero = self.range_of(rows, importance)
-        return self._rounded(rows, scale, zero).to(DTYPES["int8"].torch), scale, zero
+        return self.rounded(rows, scale, zero).to(DTYPES["int8"].torch), scale, zero
 
     def range_of(self, rows: torch.Tensor, importance: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Scales (rounded to their type) and zeros of rows ``[R, n]``, ``[R, 1]`` each.
 
         Args:
-            importance: of each number, as ``clip: output`` needs it.
+            importance: of each number; only ``clip: output`` goes by it.
         """
         scale, zero = self._ranges(rows, 1.0)
         if self.clip in ("error", "output"):
-            scale, zero = self._by_least_error(rows, scale, zero, None if importance is None else floored(importance))
+            given = floored(importance) if importance is not None and self.clip == "output" else None
+            scale, zero = self._by_least_error(rows, scale, zero, given)
         elif self.clip == "half-quadratic":
             scale, zero = self._half_quadratic(rows, scale, zero)
         return scale, zero
@@ -155,8 +168,9 @@ class Affine(Storage):
         least = torch.finfo(kind).smallest_normal
         return torch.where(scale > 0, scale.clamp(min=least), torch.ones_like(scale)).to(kind)
 
-    def _rounded(self, rows: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-        return (rows / scale.float()).round_().add_(zero).clamp_(self.lowest, self.highest)
+    def rounded(self, rows: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        """The whole numbers nearest to rows ``[R, n]``, as floats."""
+        return (rows / scale.to(rows.dtype)).round_().add_(zero).clamp_(self.lowest, self.highest)
 
     def _by_least_error(
         self, rows: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, importance: torch.Tensor | None
@@ -164,7 +178,7 @@ class Affine(Storage):
         import torch
 
         def error(scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-            found = (self._rounded(rows, scale, zero).sub_(zero).mul_(scale.float()) - rows).square_()
+            found = (self.rounded(rows, scale, zero).sub_(zero).mul_(scale.float()) - rows).square_()
             return (found if importance is None else found.mul_(importance)).sum(1, True)
 
         least = error(scale, zero)
@@ -182,7 +196,7 @@ class Affine(Storage):
         """Alternate between the sparse error, which is set aside, and the scales that fit what is left."""
         beta = HALF_QUADRATIC_BETA
         for _ in range(HALF_QUADRATIC_STEPS):
-            values = self._rounded(rows, scale, zero)
+            values = self.rounded(rows, scale, zero)
             error = rows - (values - zero) * scale.float()
             size = error.abs()
             shrink = size.clamp(min=1e-8).pow(HALF_QUADRATIC_NORM - 1) / beta
@@ -199,16 +213,3 @@ class Affine(Storage):
         if not self.symmetric:
             blocked -= parts[ZERO].float().reshape(one)
         return blocked.mul_(scale.float().reshape(one)).reshape(values.shape)
-
-
-LEAST_IMPORTANCE = 2.0**-20
-"""Of the largest in a row: what a calibration did not see may come all the same."""
-
-
-def floored(importance: torch.Tensor) -> torch.Tensor:
-    """Importance ``[R, n]`` with none that is nothing against the largest of its row; all alike where all are zero."""
-    import torch
-
-    largest = importance.float().amax(1, keepdim=True)
-    raised = torch.maximum(importance.float(), largest * LEAST_IMPORTANCE)
-    return torch.where(largest > 0, raised, torch.ones_like(raised))

@@ -7,12 +7,14 @@ then integers and matrices are found by turns, each for what the other leaves ov
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from toolchain.ir.affine import Affine
-from toolchain.ir.storage import Part, Storage
+from toolchain.ir.importance import floored
+from toolchain.ir.storage import Need, Part, Storage
 
 if TYPE_CHECKING:
     import torch
@@ -36,15 +38,25 @@ class LowRank(Storage):
     Args:
         main: how the integers are kept.
         rank: how many columns and rows the thin matrices have.
+        weighted: find the thin matrices by the error of what the layer gives, as far as a calibration tells.
     """
 
     main: Affine
     rank: int
+    weighted: bool = False
 
     @property
     def name(self) -> str:
         main, _, number = self.main.name.rpartition("-")
-        return f"{main}-rank{self.rank}-{number}"
+        return f"{main}-rank{self.rank}{'-weighted' if self.weighted else ''}-{number}"
+
+    @property
+    def needs(self) -> Need | None:
+        return self.main.needs or ("importance" if self.weighted else None)
+
+    @property
+    def uncalibrated(self) -> LowRank:
+        return dataclasses.replace(self, main=self.main.uncalibrated, weighted=False)
 
     def refusal(self, shape: Sequence[int]) -> str | None:
         if len(shape) != 2:
@@ -61,22 +73,37 @@ class LowRank(Storage):
 
     def encode(self, weight: torch.Tensor, statistic: torch.Tensor | None = None) -> Mapping[str, torch.Tensor]:
         whole = weight.detach().float()
+        roots = self._roots(statistic)
         least = float("inf")
         best: Mapping[str, torch.Tensor] = {}
-        left, right = self._thin(whole)  # what is strongest in a weight is what integers are worst at
+        left, right = self._thin(whole, roots)  # what is strongest in a weight is what integers are worst at
         for _ in range(ROUNDS):
-            main = self.main.encode(whole - left.float() @ right.float())
-            left, right = self._thin(whole - self.main.decode(main))
+            main = self.main.encode(whole - left.float() @ right.float(), statistic)
+            left, right = self._thin(whole - self.main.decode(main), roots)
             found = {**main, LEFT: left, RIGHT: right}
-            error = float((self.decode(found) - whole).double().square().sum())
+            off = self.decode(found) - whole
+            error = float((off if roots is None else off * roots).double().square().sum())
             if error >= least:
                 break
             least, best = error, found
         return best
 
-    def _thin(self, matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _roots(self, statistic: torch.Tensor | None) -> torch.Tensor | None:
+        """Square roots of the columns' importance ``[K]``; None if all count alike."""
+        if not self.weighted or statistic is None:
+            return None
+        columns = statistic.diagonal() if self.main.needs == "moments" else statistic[0]
+        return floored(columns[None])[0].sqrt()
+
+    def _thin(self, matrix: torch.Tensor, roots: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """:func:`thin`, as it is stored."""
-        left, right = thin(matrix, self.rank)
+        left, right = thin(matrix if roots is None else matrix * roots, self.rank)
+        if roots is not None:
+            right = right / roots.double()
+            longer = right.norm(dim=1) / left.norm(dim=0)
+            share = longer.sqrt().where(longer > 0, longer.new_ones(()))
+            share = share.where(share.isfinite(), share.new_ones(()))
+            left, right = left * share, right / share[:, None]
         return left.to(self.main.scale.torch), right.to(self.main.scale.torch)
 
     def decode(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:

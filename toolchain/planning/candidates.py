@@ -11,6 +11,7 @@ from typing import Any
 from toolchain.errors import RecipeError
 from toolchain.formats.pass_specs import Named
 from toolchain.formats.recipe import Recipe
+from toolchain.ir.calibration import Calibration
 from toolchain.ir.graph import Graph
 from toolchain.ir.legalise import legalise
 from toolchain.ir.passes import find_pass
@@ -20,8 +21,8 @@ from toolchain.ir.uses import LEAST_NUMBERS, weight_uses
 from toolchain.ir.weights import Weight, WeightSource
 from toolchain.planning.plan import ComponentPlan, kept_storage, rewritten_graphs
 
-PASS = "quantize"
-"""The pass that sets how weights are kept."""
+PASS, CALIBRATION = "quantize", "calibration"
+"""The pass that sets how weights are kept, and its option that says what activations are measured on."""
 DEFAULT = (
     "float int8 int4{block=32 symmetric=false clip=error} int4{block=64 symmetric=false clip=error} "
     "palette{bits=8} palette{bits=6} palette{bits=6 group=16} palette{bits=4} palette{bits=4 group=16} "
@@ -32,35 +33,51 @@ DEFAULT = (
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to keep a weight: the options of a rule. As text it is what :func:`read_candidates` reads."""
+    """A way to keep a weight: the options of a rule. As text it is what :func:`read_candidates` reads.
+
+    ``calibration`` is what the pass has beside its rules, where one of the options needs it.
+    """
 
     scheme: str
     options: tuple[tuple[str, Any], ...] = ()
+    calibration: Calibration | None = None
 
     @property
     def rule(self) -> dict[str, Any]:
         """As the pass takes it."""
         return {"scheme": self.scheme, **dict(self.options)}
 
+    @property
+    def beside(self) -> dict[str, Any]:
+        """What the pass needs beside such a rule."""
+        return {} if self.calibration is None else {CALIBRATION: self.calibration.model_dump()}
+
     def __str__(self) -> str:
-        return pipeline_text([(self.scheme, dict(self.options))])
+        return pipeline_text([(self.scheme, {**dict(self.options), **self.beside})])
 
 
 def read_candidates(text: str, key: str) -> tuple[Candidate, ...]:
     """Candidates as people write them, ``float int8 palette{bits=6}``; ``key`` is where they do.
 
     Raises:
-        RecipeError: the text is wrong, a scheme or an option is unknown, or one is given twice.
+        RecipeError: the text is wrong, a scheme or an option is unknown, one is given twice, or two have different
+            calibrations, of which a pass has one.
     """
     try:
-        found = tuple(Candidate(name, tuple(options.items())) for name, options in parse_pipeline(text))
+        parsed = parse_pipeline(text)
     except ValueError as e:
         raise RecipeError(f"{key}: {e}") from e
-    for candidate in found:
-        find_pass(PASS, candidate.rule, f"{key} '{candidate}'")
+    found = tuple(_candidate(name, options, f"{key} '{pipeline_text([(name, options)])}'") for name, options in parsed)
+    if len({c.calibration for c in found} - {None}) > 1:
+        raise RecipeError(f"{key}: candidates have different calibrations; a component has one")
     if not found or len(set(found)) < len(found):
         raise RecipeError(f"{key}: expected different ways to keep a weight, such as '{DEFAULT[:26]}…'")
     return found
+
+
+def _candidate(name: str, options: Mapping[str, Any], where: str) -> Candidate:
+    calibration = find_pass(PASS, {"scheme": name, **options}, where).calibration
+    return Candidate(name, tuple((k, v) for k, v in options.items() if k != CALIBRATION), calibration)
 
 
 @dataclass(frozen=True)
@@ -119,7 +136,8 @@ def _choices(
     stored, sizes = [], []
     for candidate in candidates:
         named = [{"match": name, **candidate.rule} for of in names.values() for name in of]
-        legal = legalise(find_pass(PASS, {"scheme": "float", "rules": named}, PASS)(graph), plan.target.forms)
+        quantize = find_pass(PASS, {"scheme": "float", "rules": named, **candidate.beside}, PASS)
+        legal = legalise(quantize(graph), plan.target.forms)
         kept = _kept(legal, plan)
         stored.append({name: weight for name, weight in kept.items() if weight is not None})
         sizes.append({source: _bytes(of[0], source, legal, kept) for source, of in names.items()})
@@ -186,10 +204,7 @@ def rules(items: Iterable[tuple[Item, Candidate]]) -> dict[str, Any] | None:
 
     None if none is.
     """
-    found = [
-        {"match": name, **candidate.rule}
-        for item, candidate in items
-        if candidate.scheme != "float"
-        for name in item.names
-    ]
-    return {"scheme": "float", "rules": found} if found else None
+    chosen = [(item, candidate) for item, candidate in items if candidate.scheme != "float"]
+    found = [{"match": name, **candidate.rule} for item, candidate in chosen for name in item.names]
+    beside = {k: v for _, candidate in chosen for k, v in candidate.beside.items()}
+    return {"scheme": "float", "rules": found, **beside} if found else None
