@@ -109,14 +109,15 @@ def expected(block: Block, function: str, weights: Mapping[str, torch.Tensor]) -
 # --- packages ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_stamped_is_direct_byte_for_byte_and_computes_what_pytorch_does(tmp_path: Path) -> None:
     target, block = layers()
     made = template(target, block, tmp_path)
     assert {slot["weight"] for slot in made.slots} == set(StoredParts(block.weights, {}))
-    # equal scales, the least one, one of a layer that met nothing but zeros, and large ones
-    equal = {n: 0.125 for n in block.weights if "input_scale" in n}
-    odd = equal | {"first.input_scale_base": LEAST_SCALE, "wide.input_scale_base": 1.0, "last.input_scale_base": 512.0}
-    for name, scales in {"usual": None, "equal": equal, "odd": odd}.items():
+    # equal scales, the least one, one of a layer that met nothing but zeros, and a large one
+    odd = {n: 0.125 for n in block.weights if "input_scale" in n}
+    odd |= {"first.input_scale_base": LEAST_SCALE, "wide.input_scale_base": 1.0, "last.input_scale_base": 512.0}
+    for name, scales in {"usual": None, "odd": odd}.items():
         weights = trained(block, scales)
         stamped = target.stamp(made, StoredParts(block.weights, weights), tmp_path / f"{name}.mlpackage")
         direct = target.lower(block, weights, tmp_path / f"{name}-direct.mlpackage")
@@ -127,8 +128,8 @@ def test_stamped_is_direct_byte_for_byte_and_computes_what_pytorch_does(tmp_path
     engine = target.engine(tmp_path / "usual.mlpackage", block.inputs, block.outputs)
     found = {f: engine(f, {"x": given_x()})["y"] for f in FUNCTIONS}
     for function, value in found.items():
-        assert relative(value, expected(block, function, weights)) < 2e-2
-    assert relative(found["base"], found["base_2"]) > 2e-2
+        assert relative(value, expected(block, function, weights)) < 5e-2  # steps of a tenth of the range
+        assert relative(value, expected(block, "base" if function != "base" else "base_2", weights)) > 5e-2
     # weights are stored once; two functions differ in the program's file alone
     values = sum(w.bytes for n, w in block.weights.items() if n.endswith("weight"))
     assert (tmp_path / "usual.mlpackage" / WEIGHTS).stat().st_size < values + 8192

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from toolchain.errors import RecipeError
 from toolchain.formats.recipe import Recipe
-from toolchain.formats.schedule import groups_of, plan_steps
+from toolchain.formats.schedule import Step, groups_of, plan_steps
 from toolchain.ir.activations import scale_sources
 from toolchain.ir.blocks import Block, BlockPair, extract_blocks
 from toolchain.ir.functions import grouped, ungrouped
@@ -88,10 +89,19 @@ class Plan:
         """How many groups the denoising steps are divided into."""
         return self.components["transformer"].passes.groups
 
+    @functools.cached_property
+    def steps(self) -> tuple[Step, ...]:
+        """The calls of the denoiser.
+
+        Raises:
+            RecipeError: there are fewer than groups.
+        """
+        own, times = self.recipe.sampler, self.resolved.family.timesteps(self.recipe)
+        return plan_steps(times, own.leap, merged_steps=own.merged_steps, groups=self.groups)
+
     def timesteps_of(self, function: str) -> list[float]:
         """Timesteps of the steps that call a function of the denoiser; where none does, of all steps of its group."""
-        own, family = self.recipe.sampler, self.resolved.family
-        steps = plan_steps(family.timesteps(self.recipe), own.leap, merged_steps=own.merged_steps, groups=self.groups)
+        steps = self.steps
         calls = [s.t for s in steps if s.function == function]
         divided = enumerate(groups_of(steps, self.groups))
         return calls or [s.t for k, group in divided if function == grouped(ungrouped(function), k) for s in group]
@@ -120,7 +130,9 @@ def plan_resolved(build: ResolvedBuild, listener: Listener | None = None) -> Pla
     listener = listener or Listener()
     definitions = build.family.define(build.recipe, build.configs)
     budget = build.recipe.memory_budget
-    return Plan(build, {n: _component(build.components[n], d, listener, budget) for n, d in definitions.items()})
+    found = Plan(build, {n: _component(build.components[n], d, listener, budget) for n, d in definitions.items()})
+    groups_of(found.steps, found.groups)  # refused now, not when all is built
+    return found
 
 
 def _component(
