@@ -8,6 +8,7 @@ trained (hidden size 128). Every artifact is lowered once, stamped, executed,
 and held against eager float32 on the weights that it stores (``lowering``, which on ExecuTorch has the rounding of
 activations to int8 in it); ``quantization`` is what these weights
 cost: eager on them against eager on the checkpoint's. ``of the change`` is the same on what a block adds to x.
+``int8, activations`` rounds what comes into linear layers with fixed scales, which are learned on other inputs.
 Seconds are the encoding and stamping of the block. Random weights are the hardest case for palettes and the easiest
 for scales: they have no outliers. They have no strong directions either, which is what a rank lives on.
 """
@@ -27,6 +28,7 @@ from synthetic import value
 SCHEMES: dict[str, dict[str, Any] | None] = {
     "plain": None,
     "int8": {"scheme": "int8"},
+    "int8, activations": {"scheme": "int8", "activations": {}, "calibration": {}},
     "int8, asymmetric": {"scheme": "int8", "symmetric": False},
     "int4, blocks of 32": {"scheme": "int4"},
     "int4, clipped": {"scheme": "int4", "clip": "error"},
@@ -54,6 +56,8 @@ T5 = {"feed_forward_proj": "gated-gelu", "vocab_size": 32128, "d_model": 4096, "
 T5 |= {"num_layers": 2, "num_heads": 64}
 
 
+CALIBRATED = 4
+"""Inputs that each function is run on to learn what comes into its layers."""
 MINIATURE = Path(__file__).parents[1] / "recipes" / "tiny" / "transformer" / "model.safetensors"
 
 
@@ -108,6 +112,9 @@ def measured(component: str, target: dict[str, Any], scheme: dict[str, Any] | No
         tensors = {n: t.float() for n, t in load_file(MINIATURE).items()}
     else:
         tensors = {n: value(n, w.shape, generator) for n, w in tensor_shapes(plain).items()}
+    whole = plain.unrounded()
+    exact = {n: w.source.value(tensors.__getitem__) for n, w in whole.weights.items()}
+    tensors |= scales(plain, exact, generator)
     weights = {n: w.source.value(tensors.__getitem__) for n, w in block.weights.items()}
     unique = unique_weights(block)
     template = own.bind(own.lower(block, unique, folder / f"template{own.suffix}"), StoredParts(block.weights, unique))
@@ -118,11 +125,10 @@ def measured(component: str, target: dict[str, Any], scheme: dict[str, Any] | No
     engine = own.engine(artifact.path, block.inputs, block.outputs)
     read = decoding_reader(block.weights, tensors.__getitem__)
     stored = {n: w.source.value(read) for n, w in plain.weights.items()}
-    exact = {n: w.source.value(tensors.__getitem__) for n, w in plain.weights.items()}
     inputs = {p.name: torch.randn(p.shape, generator=generator) for p in plain.inputs}
     worst = {"lowering": 0.0, "quantization": 0.0, "of the change": 0.0}
     for function in artifact.functions:
-        held, truth = (run_eager(plain, function, w, inputs).outputs for w in (stored, exact))
+        held, truth = (run_eager(b, function, w, inputs).outputs for b, w in ((plain, stored), (whole, exact)))
         results = engine(function, scaled(inputs, block.inputs))
         (name,) = truth
         x = next(v for v in inputs.values() if v.shape == truth[name].shape)
@@ -137,9 +143,26 @@ def measured(component: str, target: dict[str, Any], scheme: dict[str, Any] | No
     return {"bytes": total, "predicted": block.weight_bytes, "seconds": seconds, **worst}
 
 
+def scales(plain: Any, exact: dict[str, torch.Tensor], generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """The scales of layers that round what comes in, by what they met in :data:`CALIBRATED` runs of each function."""
+    from toolchain.accuracy.statistics import Watched
+    from toolchain.ir.activations import scale_of, scale_sources
+
+    sources = scale_sources(plain.weights)
+    watched = Watched(plain.unrounded(), exact, ())
+    largest: dict[Any, float] = {}
+    for function in plain.functions if sources else ():
+        for _ in range(CALIBRATED):
+            inputs = {p.name: torch.randn(p.shape, generator=generator) for p in plain.inputs}
+            for name, met in watched.run(function, inputs)[1].items():
+                key = plain.weights[name].source, function
+                largest[key] = max(largest.get(key, 0.0), -met.low, met.high)
+    return {n: torch.tensor(scale_of(largest[s.layer, s.function or "base"])) for n, s in sources.items()}
+
+
 def tensor_shapes(block: Any) -> dict[str, Any]:
     """The checkpoint's tensors that a block needs; each of its weights is one."""
-    return {w.source.tensors[0]: w for w in block.weights.values()}
+    return {w.source.tensors[0]: w for w in block.unrounded().weights.values()}
 
 
 def main() -> None:

@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 import toolchain
+from toolchain.accuracy.explain import explain_block
 from toolchain.accuracy.references import sample_inputs
 from toolchain.accuracy.statistics import Watch, Watched
-from toolchain.build.calibration import ComponentCalibration, calibrate
+from toolchain.build.calibration import ComponentCalibration, calibrate, calibrate_recipe
 from toolchain.build.calibration_chain import KIND
 from toolchain.build.sweep import Sweep
 from toolchain.build.tasks import builders
-from toolchain.errors import LoweringError, RecipeError, SoraCompileError
+from toolchain.errors import BundleError, LoweringError, RecipeError, SoraCompileError
 from toolchain.formats.recipe_file import load_recipe
 from toolchain.ir.blocks import materialise
 from toolchain.ir.calibration import coarse, derived, derived_moments
@@ -238,10 +239,16 @@ def test_bytes_are_the_same_whatever_the_way(project: Path, tmp_path: Path) -> N
     blocks = [bundle.manifest.components["transformer"].blocks for bundle in made]
     files = [[f for block in each for f in block.files] for each in blocks]
     assert files[0] == files[1] == files[2]
-    assert {"int4-block32-clip-output-f32", "int4-block32-compensated-f32"} <= set(blocks[0][1].quantized.values())
+    kept = {name for block in blocks[0] for name in block.quantized.values()}
+    assert kept == {"int4-block32-clip-output-f32", "int4-block32-compensated-f32"}
     prices = [[block.quantization for block in each] for each in blocks]
     assert any(prices[0])
     assert prices[0] == prices[1] == prices[2]
+    # whoever looks for what broke measures again, or is told that he has to
+    explained = explain_block(made[0], "transformer/pair_0", base=project, calibrate=calibrate_recipe)
+    assert all(row.own is None or row.own < 1e-5 for each in explained for row in each.rows)
+    with pytest.raises(BundleError, match="was encoded with a calibration"):
+        explain_block(made[0], "transformer/pair_0", base=project)
 
 
 def test_what_decides_the_bytes_is_in_the_key(project: Path, tmp_path: Path) -> None:
@@ -284,12 +291,27 @@ def test_what_decides_the_bytes_is_in_the_key(project: Path, tmp_path: Path) -> 
             "{quantize: {scheme: int4, clip: output, calibration: {inputs: 0}}}",
             "transformer.passes.0.quantize.calibration.inputs: input should be greater than or equal to 1, got int 0",
         ),
+        (
+            "{quantize: {scheme: int4, clip: output, calibration: {inputs: 8}, rules: [{match: '*', scheme: int8}]}}",
+            "pass 'quantize' on transformer: calibration: no weight is kept by an option that goes by it; remove it",
+        ),
+        (
+            "{quantize: {scheme: int4, weighted: true, calibration: {inputs: 8}}}",
+            "transformer.passes.0.quantize: 'weighted' is for palettes and for a rank; int4 has 'clip: output' for its "
+            "ranges",
+        ),
+        (
+            "{quantize: {scheme: palette, compensate: true, calibration: {inputs: 8}}}",
+            "transformer.passes.0.quantize: 'compensate' is no option of the scheme palette; it has bits, group, "
+            "weighted",
+        ),
     ],
-    ids=["none", "for nothing", "misspelt", "no inputs"],
+    ids=["none", "for nothing", "misspelt", "no inputs", "overridden", "weighted integers", "a compensated palette"],
 )
 def test_refusals(project: Path, passes: str, said: str) -> None:
     with pytest.raises(SoraCompileError) as error:
-        plan(load_recipe(project / "recipe.yaml", ["target=onnx", f"transformer.passes=[{passes}]"]), base=project)
+        overrides = ["target=onnx", "sampler.merged_steps=0", f"transformer.passes=[{passes}]"]
+        plan(load_recipe(project / "recipe.yaml", overrides), base=project)
     assert str(error.value) == said
 
 

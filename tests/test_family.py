@@ -16,10 +16,16 @@ from toy_family.family import checkpoint_shapes
 import toolchain
 from toolchain.accuracy.eager import EagerPipeline
 from toolchain.accuracy.golden_video import psnr
+from toolchain.build.calibration import calibrate
 from toolchain.errors import RecipeError
 from toolchain.formats.recipe import Recipe
 from toolchain.formats.recipe_file import parse_recipe
+from toolchain.ir.calibration import Calibration
+from toolchain.planning.plan import plan_resolved
+from toolchain.planning.resolve import resolve
 from toolchain.player.video import to_bytes
+from toolchain.system.store import Store
+from toolchain.weights.digests import tensor_digests
 
 ROOT = Path(__file__).parents[1]
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -119,3 +125,24 @@ def test_the_toolchain_names_no_family() -> None:
     files = [p for p in folder.rglob("*.py") if own not in p.parents]
     named = [str(p) for p in files for word in ("open_sora", "stdit", "STDiT", "T5Encoder") if word in p.read_text()]
     assert named == []
+
+
+def test_fused_and_packed_weights_have_the_statistics_of_their_inputs(toy: Path) -> None:
+    planned = plan_resolved(resolve(recipe(), toy, checkpoints=True))
+    found = {}
+    for component in ("transformer", "vae"):
+        digests = tensor_digests(planned.components[component].resolved.checkpoint)
+        asked = Calibration(inputs=2)
+        found[component] = calibrate(planned, component, Store(toy / "store"), digests, asked=asked)
+    sources = [w.source for pair in planned.components["transformer"].pairs for w in pair.plain.weights.values()]
+    fused = [source for source in sources if len(source.tensors) == 3 and len(source.shape) == 2]
+    assert len(fused) == 3
+    for source in fused:
+        columns = found["transformer"].statistic(source, "importance")
+        assert columns.shape == source.shape
+        assert float(columns.min()) > 0
+        assert torch.equal(columns[0], columns[-1])
+        assert {run.function for run, _ in found["transformer"].ranges(source)} == {"base"}
+    (packed,) = (m.source for m in found["vae"].measured)
+    assert packed.narrow == ((1, 0, packed.shape[1]),)
+    assert found["vae"].statistic(packed, "importance").shape == packed.shape

@@ -16,7 +16,7 @@ from targets.forms.residual_stream import SMALL_RESIDUAL_STREAM
 from targets.streams import quiet
 from toolchain.ir.affine import Affine
 from toolchain.ir.blocks import Block, Port
-from toolchain.ir.dtypes import DTYPES
+from toolchain.ir.dtypes import DTYPES, INT8_ACTIVATIONS
 from toolchain.ir.leaves import LegalForm
 from toolchain.ir.palette import BITS, Palette
 from toolchain.ir.residual import LowRank
@@ -71,6 +71,14 @@ class CoreMLTarget(Target):
         integers = ", ".join(f"int{bits}" for bits in AFFINE_BITS)
         plain = "float32, float16" if self.precision == "float32" else self.storage
         raise UnsupportedStorageError(f"it takes {plain}, {integers} and palettes of {', '.join(map(str, BITS))} bits")
+
+    @property
+    def int8_inputs_refusal(self) -> str | None:
+        return None
+
+    def arithmetic(self, block: Block) -> str:
+        """What float16 rounds before a layer rounds to eight bits falls to the other side at times: by a whole step."""
+        return INT8_ACTIVATIONS if block.int8_inputs and self.precision == "float16" else self.precision
 
     def lower(self, block: Block, weights: Mapping[str, torch.Tensor], out: Path) -> Artifact:
         with quiet():

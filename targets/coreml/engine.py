@@ -13,9 +13,10 @@ from typing import Any, Literal
 import torch
 
 from targets.coreml.dtypes import held_as
-from targets.coreml.linking import Bound, Linked, Step, link
+from targets.coreml.linking import Linked, link
 from targets.coreml.package import Package, agrees, describe
 from targets.coreml.program import Ref, Tensor
+from targets.coreml.steps import Bound, Step
 from targets.coreml.values import MalformedError
 from targets.exporting import reason
 from toolchain.errors import LoweringError

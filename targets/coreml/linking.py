@@ -6,27 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 
+from targets.coreml.integers import with_integer_products
 from targets.coreml.ops import OPERATORS, Operator
-from targets.coreml.program import Argument, Function, Operation, Ref, Tensor
+from targets.coreml.program import Argument, Function, Operation, Tensor
+from targets.coreml.steps import Bound, Step
 from targets.coreml.values import Constant, MalformedError
-
-Bound = Ref | Constant
-
-
-@dataclass(frozen=True)
-class Step:
-    """An operation, ready to run. ``done``: the values that nothing needs after it."""
-
-    operation: Operation
-    operator: Operator
-    arguments: Mapping[str, Bound | tuple[Bound, ...]]
-    done: tuple[str, ...]
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        """Names of the values that it is given, in the order of its parameters."""
-        several = (a if isinstance(a, tuple) else (a,) for a in self.arguments.values())
-        return tuple(a.name for group in several for a in group if isinstance(a, Ref))
 
 
 @dataclass(frozen=True)
@@ -58,6 +42,7 @@ def link(name: str, function: Function) -> Linked:
     if missing:
         raise MalformedError(f"function '{name}': nothing computes its output '{missing[0]}'")
     steps = [Step(operation, operator, arguments, ()) for operation, operator, arguments in bound]
+    steps = with_integer_products(steps, function)
     return Linked(function.inputs, function.outputs, function.constants, _with_lifetimes(_late(steps), function))
 
 

@@ -18,6 +18,7 @@ from targets.coreml.quantized import Plan, Quantized, StandIns, with_quantized
 from targets.exporting import export, reason
 from targets.streams import quiet
 from toolchain.errors import LoweringError
+from toolchain.ir.activations import rounded_layers
 from toolchain.ir.blocks import Block, Port
 from toolchain.ir.target import Artifact, distinct_functions, port_dtype
 from toolchain.system.disk import full_disk_named
@@ -57,12 +58,13 @@ def _convert(
     quantized: Quantized,
 ) -> Path:
     compute = PRECISIONS[precision]
-    program = export(block, function, StandIns(quantized, weights))
+    program = export(block.unrounded(), function, StandIns(quantized, weights))
     pipeline = ct.PassPipeline.DEFAULT
     if precision == "float16":
         pipeline = with_own_float16(pipeline)
     if quantized.weights:
-        pipeline = with_quantized(pipeline, Plan(quantized, program))
+        scales = {name: weights[scale] for name, scale in rounded_layers(block.functions[function]).items()}
+        pipeline = with_quantized(pipeline, Plan(quantized, program, scales))
     signature = block.signatures[function]
     # operators without a name are counted, and only the end of a conversion sets the count back: what else this
     # process built of MIL would change our bytes

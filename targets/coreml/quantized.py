@@ -3,6 +3,10 @@
 A block is converted with random stand-ins for the weights that are to be quantized. They tell which constant of the
 converted program is which weight: one that the converter transposed, scaled or folded into something is not found,
 and nothing is stored of it. So the structure of the program does not depend on the numbers either.
+
+What comes into a linear layer that rounds it goes through ``quantize`` and ``dequantize``, with the layer's scale
+and without a zero point: what coremltools' own ``linear_quantize_activations`` makes, and Core ML runs as a product of
+int8 numbers where the processor has one.
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ from toolchain.ir.weights import Weight, quantized
 PASS_NAME = "keep_quantized"
 OWN_PASS = f"{NAMESPACE}::{PASS_NAME}"
 SUFFIX = "_quantized"
+QUANTIZE, DEQUANTIZE = "quantize", "dequantize"
 HEAD = 16
 """Numbers by which a constant is told from others before all are looked at."""
 
@@ -73,12 +78,18 @@ class StandIns(Mapping[str, torch.Tensor]):
 
 
 class Plan:
-    """What is to be quantized in one function: weights, and how many operators of the exported program take each."""
+    """What is to be quantized in one function: weights, and how many operators of the exported program take each.
 
-    def __init__(self, quantized: Quantized, program: torch.export.ExportedProgram) -> None:
+    Args:
+        scales: by weight, what is divided by that comes into the layers which round it.
+    """
+
+    def __init__(
+        self, quantized: Quantized, program: torch.export.ExportedProgram, scales: Mapping[str, torch.Tensor]
+    ) -> None:
         signature = program.graph_signature
         names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-        self.quantized = quantized
+        self.quantized, self.scales = quantized, scales
         self.uses = {
             names[node.name]: len(node.users)
             for node in program.graph.nodes
@@ -127,6 +138,8 @@ def _replace(block: Any, plan: Plan) -> None:
         if len(op.outputs[0].child_ops) != uses or op.outputs[0] in block.outputs:
             taken = len(op.outputs[0].child_ops)
             raise LoweringError(f"{where} {taken} of the {uses} operators that use it take it as it is")
+        if name in plan.scales:
+            _round_inputs(block, op, plan.scales[name], where)
         parts = plan.quantized.parts(name)
         if isinstance(weight.storage, LowRank):
             _add_product(block, op, parts, where)
@@ -156,21 +169,52 @@ def _add_product(block: Any, op: Any, parts: Mapping[str, torch.Tensor], where: 
     Raises:
         LoweringError: another operator takes the constant; starts with ``where``.
     """
-    users = list(op.outputs[0].child_ops)
-    if other := [user.op_type for user in users if user.op_type != "linear" or user.weight is not op.outputs[0]]:
-        raise LoweringError(f"{where} an operator '{other[0]}' uses it, not a linear layer")
     left, right = (
         Builder.const(val=parts[part].numpy(), name=f"{op.name}_{part}", before_op=op) for part in (LEFT, RIGHT)
     )
-    for user in users:
+    for user in _linear_users(op, where):
         name, result = user.outputs[0].name, user.outputs[0]
-        given = {"bias": user.bias} if "bias" in user.inputs and user.bias is not None else {}
-        main = Builder.linear(x=user.x, weight=user.weight, **given, name=f"{name}_main", before_op=user)
+        main = Builder.linear(x=user.x, weight=user.weight, **_bias(user), name=f"{name}_main", before_op=user)
         thin = Builder.linear(x=user.x, weight=right, name=f"{name}_{RIGHT}", before_op=user)
         product = Builder.linear(x=thin, weight=left, name=f"{name}_{LEFT}", before_op=user)
         whole = Builder.add(x=main, y=product, name=name, before_op=user)
         block.replace_uses_of_var_after_op(anchor_op=user, old_var=result, new_var=whole)
         block.remove_ops([user])
+
+
+def _round_inputs(block: Any, op: Any, scale: torch.Tensor, where: str) -> None:
+    """Round what comes into every linear layer that takes the constant ``op`` to eight bits, in steps of ``scale``.
+
+    Raises:
+        LoweringError: another operator takes the constant; starts with ``where``.
+    """
+    for user in _linear_users(op, where):
+        name, result = user.outputs[0].name, user.outputs[0]
+        step = scale.numpy().astype(types.nptype_from_builtin(user.x.dtype))
+        whole = Builder.quantize(
+            input=user.x, scale=step, output_dtype="int8", name=f"{name}_{QUANTIZE}", before_op=user
+        )
+        x = Builder.dequantize(input=whole, scale=step, name=f"{name}_{DEQUANTIZE}", before_op=user)
+        again = Builder.linear(x=x, weight=user.weight, **_bias(user), name=name, before_op=user)
+        block.replace_uses_of_var_after_op(anchor_op=user, old_var=result, new_var=again)
+        block.remove_ops([user])
+
+
+def _linear_users(op: Any, where: str) -> list[Any]:
+    """The linear layers that take the constant ``op`` as their matrix.
+
+    Raises:
+        LoweringError: another operator takes it; starts with ``where``.
+    """
+    users = list(op.outputs[0].child_ops)
+    if other := [user.op_type for user in users if user.op_type != "linear" or user.weight is not op.outputs[0]]:
+        raise LoweringError(f"{where} an operator '{other[0]}' uses it, not a linear layer")
+    return users
+
+
+def _bias(user: Any) -> dict[str, Any]:
+    """A linear layer's bias, as an argument for another one."""
+    return {"bias": user.bias} if "bias" in user.inputs and user.bias is not None else {}
 
 
 def _decompressed(op: Any, weight: Weight, parts: Mapping[str, torch.Tensor]) -> Any:

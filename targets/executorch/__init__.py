@@ -39,6 +39,10 @@ class ExecuTorchTarget(Target):
 
         return keep(asked, use)
 
+    @property
+    def int8_inputs_refusal(self) -> str | None:
+        return "it rounds what comes into quantized linear layers to int8 already, each token with a range of its own"
+
     def arithmetic(self, block: Block) -> str:
         """Linear layers over quantized weights round what comes in to eight bits."""
         return INT8_ACTIVATIONS if block.quantized else self.precision

@@ -13,6 +13,7 @@ import torch
 from toolchain.errors import RecipeError
 from toolchain.formats.recipe import Recipe
 from toolchain.formats.schedule import Step, plan_steps
+from toolchain.ir.activations import unrounded, without_scales
 from toolchain.ir.blocks import materialise
 from toolchain.ir.graph import output_values
 from toolchain.planning.plan import capture_forms
@@ -61,13 +62,14 @@ class EagerPipeline:
         self._prompt = family.prompt(self.recipe, configs)
         self._models = family.eager(self.recipe, configs, weights)
         own = self.recipe.sampler
-        self.steps = plan_steps(family.timesteps(self.recipe), own.leap, merged_steps=own.merged_steps)
+        groups = build.components["transformer"].passes.groups
+        self.steps = plan_steps(family.timesteps(self.recipe), own.leap, merged_steps=own.merged_steps, groups=groups)
         graph = capture_forms(definitions["transformer"].forms[0])
         for rewrite in build.components["transformer"].passes.rewrites:
             graph = rewrite(graph)
         read = weights["transformer"].__getitem__
-        parameters = {name: weight.source.value(read) for name, weight in graph.weights.items()}
-        self._functions = {name: materialise(gm, parameters) for name, gm in graph.functions.items()}
+        parameters = {name: w.source.value(read) for name, w in without_scales(graph.weights).items()}
+        self._functions = {name: materialise(unrounded(gm), parameters) for name, gm in graph.functions.items()}
         self._inputs = {name: graph.inputs_of(name) for name in graph.functions}
         self._prediction = next(i for i, name in enumerate(graph.outputs) if graph.gives.get(name) == "prediction")
         # a table that is a tensor of the checkpoint as it is, such as the null prompt

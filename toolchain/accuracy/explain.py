@@ -58,7 +58,7 @@ def explain_block(
     checkpoint = open_checkpoint(recipe.components()[component].checkpoint, Path(base))
     aliases = planned.definition.aliases
     calibrated = None
-    if any(w.storage.needs for w in block.weights.values()):
+    if block.int8_inputs or any(w.storage.needs for w in block.weights.values()):
         if calibrate is None:
             raise BundleError(f"'{bundle.path}': {name} was encoded with a calibration; give what measures it again")
         calibrated = calibrate(recipe, Path(base), component)

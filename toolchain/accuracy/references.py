@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from toolchain.formats.schedule import NUM_TRAIN_TIMESTEPS
 from toolchain.ir.blocks import Block
 from toolchain.ir.graph import Graph
 from toolchain.models.family import ModelFamily
@@ -59,12 +60,25 @@ def stored_case(block: Block, case: Case, weights: Weights) -> Case:
     return run_eager(block, case.function, weights, case.inputs)
 
 
-def sample_inputs(graph: Graph, family: ModelFamily, seed: int) -> Callable[[str, int], Values]:
-    """What a component's blocks are run on, for a function of its ``graph`` and the number of a run."""
+def sample_inputs(
+    graph: Graph, family: ModelFamily, seed: int, stretches: Mapping[str, tuple[float, float]] | None = None
+) -> Callable[[str, int], Values]:
+    """What a component's blocks are run on, for a function of its ``graph`` and the number of a run.
+
+    Args:
+        stretches: the least and the largest timestep that a function is run on, where it is not for all.
+    """
 
     def inputs(function: str, run: int) -> Values:
         generator = torch.Generator().manual_seed(seed * 1000 + run)
-        return {spec.name: family.sample_input(spec, generator) for spec in graph.inputs_of(function)}
+        found = {}
+        for spec in graph.inputs_of(function):
+            value = family.sample_input(spec, generator)
+            if stretches and spec.feed.kind == "timestep":
+                least, largest = stretches[function]
+                value = least + value * ((largest - least) / NUM_TRAIN_TIMESTEPS)
+            found[spec.name] = value
+        return found
 
     return inputs
 

@@ -15,9 +15,10 @@ from typing import Any
 
 from toolchain.build.calibration import ComponentCalibration
 from toolchain.errors import LoweringError, PrecisionError
+from toolchain.ir.activations import ScaleSource
 from toolchain.ir.blocks import Block
 from toolchain.ir.storage import Need
-from toolchain.ir.stored import StoredParts
+from toolchain.ir.stored import StoredParts, scale
 from toolchain.ir.target import Artifact, Template, UnboundTemplateError, distinct_functions, unique_weights
 from toolchain.ir.weights import Weight
 from toolchain.planning.plan import ComponentPlan
@@ -167,7 +168,10 @@ class Builder:
         Raises:
             LoweringError: nothing was measured for a weight that needs it; names it.
         """
-        return block_digest(block, self.digests, self._aliases, self._statistics_digest)
+        return block_digest(block, self.digests, self._aliases, self._statistics_digest, self._scale)
+
+    def _scale(self, source: ScaleSource) -> float:
+        return float(scale(f"{self.plan.name}: '{', '.join(source.layer.tensors)}'", source, self.calibrated))
 
     def _statistics_digest(self, weight: Weight, need: Need) -> str:
         try:

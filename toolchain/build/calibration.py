@@ -33,7 +33,7 @@ from toolchain.build.calibration_chain import (
 from toolchain.build.tables import component_tables, tables_origin
 from toolchain.errors import LoweringError
 from toolchain.formats.recipe import Recipe
-from toolchain.formats.schedule import plan_steps
+from toolchain.ir.activations import ScaleSource, scale_of
 from toolchain.ir.blocks import Block
 from toolchain.ir.calibration import Calibrated, Calibration, coarse, derived, derived_moments
 from toolchain.ir.feeds import Timestep
@@ -90,6 +90,14 @@ class ComponentCalibration(Calibrated):
         if found is None:
             raise LoweringError(f"'{source.tensors[0]}' is no linear layer's, which alone second moments are kept of")
         return found
+
+    def scale(self, source: ScaleSource) -> torch.Tensor:
+        runs = self.ranges(source.layer)
+        met = [r for run, r in runs if source.function in (None, run.function)]
+        if not met:
+            names = ", ".join(source.layer.tensors)
+            raise LoweringError(f"the layer of '{names}' was not run in function '{source.function}'")
+        return torch.tensor(scale_of(max(max(-r.low, r.high) for r in met)))
 
     def ranges(self, source: WeightSource) -> tuple[tuple[Run, Range], ...]:
         """What came into the layer of a weight (or of the one that it is a part of) and what it gave, run by run.
@@ -227,7 +235,8 @@ class _Work:
 
 
 def _plainly(block: Block) -> Block:
-    """A block that says nothing of how its weights are kept, so that all schemes share a calibration."""
+    """A block that rounds nothing and says nothing of how its weights are kept, so that schemes share a calibration."""
+    block = block.unrounded()
     return dataclasses.replace(block, weights={n: Weight(w.source) for n, w in block.weights.items()})
 
 
@@ -235,10 +244,7 @@ def _timesteps(planned: Plan, graph: Graph, function: str, asked: Calibration) -
     """The timestep of each input of a function: spread over the steps that call it."""
     if not any(isinstance(spec.feed, Timestep) for spec in graph.inputs):
         return [None] * asked.inputs
-    own = planned.recipe.sampler
-    leap = own.leap.resolve(own.steps) if own.leap is not None else None
-    steps = plan_steps(planned.resolved.family.timesteps(planned.recipe), leap, merged_steps=own.merged_steps)
-    calls = [s.t for s in steps if s.function == function] or [s.t for s in steps]
+    calls = planned.timesteps_of(function)
     return [calls[(2 * k + 1) * len(calls) // (2 * asked.inputs)] for k in range(asked.inputs)]
 
 

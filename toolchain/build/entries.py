@@ -63,6 +63,7 @@ def block(
         parameters=block.parameters,
         weight_bytes=bytes_by_storage([block]),
         quantized=block.quantized,
+        int8_inputs=list(block.int8_inputs),
         structure=block.structure(),
         accuracy=None if passed is None else passed.accuracy,
         quantization=None if passed is None else passed.quantization,
@@ -120,11 +121,11 @@ def component(
     )
 
 
-def sampler(recipe: Recipe, family: ModelFamily) -> m.SamplerEntry:
-    """The denoising plan, as the device runs it."""
+def sampler(recipe: Recipe, family: ModelFamily, groups: int = 1) -> m.SamplerEntry:
+    """The denoising plan, as the device runs it, with functions for so many ``groups`` of steps."""
     own = recipe.sampler
     leap = own.leap.resolve(own.steps) if own.leap is not None else None
-    steps = plan_steps(family.timesteps(recipe), leap, merged_steps=own.merged_steps)
+    steps = plan_steps(family.timesteps(recipe), leap, merged_steps=own.merged_steps, groups=groups)
     return m.SamplerEntry(
         guidance=own.guidance,
         leap=leap,
@@ -163,7 +164,7 @@ def manifest(
         geometry=build.family.geometry(recipe, build.configs),
         memory_budget_bytes=recipe.memory_budget,
         text=_text(build, tokenizer),
-        sampler=sampler(recipe, build.family),
+        sampler=sampler(recipe, build.family, planned.groups),
         decoding=_decoding(build),
         components=dict(components),
         gate=m.Gate(

@@ -19,6 +19,7 @@ from toolchain.formats import manifest as m
 from toolchain.formats.recipe import QUANTIZATION_DEFAULT, Recipe
 from toolchain.ir.blocks import Block, BlockPair, scales
 from toolchain.ir.dtypes import FLOAT16_MAX
+from toolchain.ir.feeds import Timestep
 from toolchain.ir.graph import Graph
 from toolchain.ir.target import Engine, EngineUnavailableError
 from toolchain.listener import Listener
@@ -52,6 +53,7 @@ class ComponentGate:
     def __init__(self, builder: Builder, planned: Plan, tables: Mapping[str, torch.Tensor], listener: Listener) -> None:
         self._builder, self._recipe, self._tables, self._listener = builder, planned.recipe, tables, listener
         self._family = planned.resolved.family
+        self._planned = planned
         self._table_digests = table_digests(tables)
         self._price_limit = planned.recipe.gate.max_quantization_error.get(builder.plan.name, QUANTIZATION_DEFAULT)
         self._pairs = {pair.name: pair for pair in builder.plan.pairs}
@@ -64,8 +66,8 @@ class ComponentGate:
             chain: list[Any] = []
             for name in names:
                 if self._stand_in[name] == name:
-                    plain = self._pairs[name].plain
-                    chain = [*chain, [name, plain.structure(), builder.weights_digest(plain)]]
+                    exact = self._pairs[name].plain.unrounded()
+                    chain = [*chain, [name, exact.structure(), builder.weights_digest(exact)]]
                 self._references[name] = references
                 self._chain[name] = chain
 
@@ -81,8 +83,8 @@ class ComponentGate:
 
     def _start(self, graph: Graph) -> References:
         names = set(graph.blocks())
-        inputs = sample_inputs(graph, self._family, self._recipe.gate.seed)
-        blocks = tuple(pair.plain for pair in self._pairs.values() if pair.name in names)
+        inputs = sample_inputs(graph, self._family, self._recipe.gate.seed, stretches(graph, self._planned))
+        blocks = tuple(pair.plain.unrounded() for pair in self._pairs.values() if pair.name in names)
         functions = tuple(graph.functions)
         stand_in = {name: self._stand_in[name] for name in names}
         return References(blocks, functions, inputs, self._runs, self._tables, self._builder.weights, stand_in)
@@ -129,7 +131,9 @@ class ComponentGate:
             program = {"template": self._builder.template_key(block), "plain": pair.plain.structure()}
         # artifacts do not depend on the code that executes and measures them, but results do
         code = code_digest("toolchain.build.gate", type(self._builder.plan.target).__module__)
-        key = key_of(program | {"inputs": [gate.seed, self._runs], "code": code})
+        graph = next(g for g in self._builder.plan.graphs if block.name in g.blocks())
+        inputs = [gate.seed, self._runs, *sorted(stretches(graph, self._planned).items())]
+        key = key_of(program | {"inputs": inputs, "code": code})
         try:
             found = self._builder.store.get_or_make("gates", key, lambda folder: self._execute(pair, artifact, folder))
         except EngineUnavailableError as e:
@@ -208,6 +212,14 @@ class ComponentGate:
                     f"{block.component}/{block.name}: function '{function}' reaches {peak:.3g} at {found.step}; "
                     f"float16 ends at {FLOAT16_MAX:.0f}"
                 )
+
+
+def stretches(graph: Graph, planned: Plan) -> dict[str, tuple[float, float]]:
+    """By function, the least and the largest timestep of its group of denoising steps; none if there is one for all."""
+    if planned.groups == 1 or not any(isinstance(spec.feed, Timestep) for spec in graph.inputs):
+        return {}
+    times = {function: planned.timesteps_of(function) for function in graph.functions}
+    return {function: (min(own), max(own)) for function, own in times.items()}
 
 
 def _activations(block: Block, cases: Sequence[Case], function: str) -> dict[str, Any]:

@@ -119,6 +119,11 @@ class BlockEntry(Entry):
     parameters: int
     weight_bytes: dict[str, int] = Field(description="Bytes of its weights by how they are stored, such as float16.")
     quantized: dict[str, str] = Field(description="How weights are stored that are no plain numbers, by their names.")
+    int8_inputs: list[str] = Field(
+        default_factory=list,
+        description="Names of the quantized weights whose linear layers round what comes in to int8, with a fixed "
+        "scale for each function that they are in.",
+    )
     structure: str = Field(description="Digest shared by blocks that differ in their weights alone.")
     accuracy: dict[str, Accuracy] | None = Field(
         description="By function; null where the artifact was not executed (see gate)."
@@ -135,6 +140,8 @@ class BlockEntry(Entry):
         for file in self.files:
             if file.path != self.artifact and not file.path.startswith(f"{self.artifact}/"):
                 raise ValueError(f"block '{self.name}': '{file.path}' is no file of '{self.artifact}'")
+        if unknown := set(self.int8_inputs) - self.quantized.keys():
+            raise ValueError(f"block '{self.name}': int8_inputs: '{min(unknown)}' is no quantized weight")
         return self
 
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from toolchain.errors import RecipeError
+from toolchain.ir.functions import grouped
 from toolchain.ir.rounding import float32
 
 NUM_TRAIN_TIMESTEPS: Final = 1000
@@ -135,18 +137,20 @@ def plan_steps(
     leap: StaticLeap | DynamicLeap | None = None,
     *,
     merged_steps: int = 0,
+    groups: int = 1,
     num_train_timesteps: int = NUM_TRAIN_TIMESTEPS,
 ) -> tuple[Step, ...]:
     """The denoiser calls of a run: dt_i = (t_i - t_{i+1}) / 1000, the last one's t / 1000.
 
-    The first ``merged_steps`` of them ask for the function :data:`MERGED` (TDTM).
+    The first ``merged_steps`` of them ask for the function :data:`MERGED` (TDTM). A step asks for its function as it is
+    there for its group (:func:`groups_of`, :func:`toolchain.ir.functions.grouped`).
 
     A static leap cuts the list short. A dynamic one is decided while sampling, so the list is whole: the
     step for which the rule says so is replaced by its :meth:`Step.leaping` and is the last.
 
     Raises:
         RecipeError: there are no timesteps, a static leap does not lie within them, or there are fewer than
-            ``merged_steps``.
+            ``merged_steps`` or ``groups``.
     """
     if not timesteps:
         raise RecipeError("there are no timesteps; steps must be at least 1")
@@ -159,5 +163,18 @@ def plan_steps(
     ]
     if isinstance(leap, StaticLeap):
         leap.check(len(steps))
-        return (*steps[: leap.after], steps[leap.after].leaping(num_train_timesteps))
-    return tuple(steps)
+        steps = [*steps[: leap.after], steps[leap.after].leaping(num_train_timesteps)]
+    places = enumerate(groups_of(steps, groups))
+    return tuple(replace(step, function=grouped(step.function, k)) for k, own in places for step in own)
+
+
+def groups_of(steps: Sequence[Step], groups: int) -> list[Sequence[Step]]:
+    """Steps divided into stretches of equal length; the first ones have one more where they do not come out even.
+
+    Raises:
+        RecipeError: there are fewer steps than groups.
+    """
+    if not 1 <= groups <= len(steps):
+        raise RecipeError(f"groups of steps: {groups} of {len(steps)} denoiser calls; choose 1 to {len(steps)}")
+    ends = [len(steps) // groups * k + min(k, len(steps) % groups) for k in range(groups + 1)]
+    return [steps[a:b] for a, b in pairwise(ends)]

@@ -7,6 +7,7 @@ cross borders are named by the model (``wire``), so pair 3 and pair 17 differ on
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import torch
 from torch import fx, nn
 
 from toolchain.errors import LoweringError
+from toolchain.ir.activations import rounded_layers, unrounded, without_scales
 from toolchain.ir.graph import (
     RATES,
     Graph,
@@ -99,6 +101,19 @@ class Block:
     def quantized(self) -> dict[str, str]:
         """Names of the storages of weights that are no plain numbers, by weight."""
         return {n: w.storage.name for n, w in quantized(self.weights).items()}
+
+    @property
+    def int8_inputs(self) -> tuple[str, ...]:
+        """Names of the weights whose linear layers round what comes in, with fixed scales."""
+        found = {name for gm in self.functions.values() for name in rounded_layers(gm)}
+        return tuple(name for name in self.weights if name in found)
+
+    def unrounded(self) -> Block:
+        """The block as the model has it, whose linear layers round nothing."""
+        if not self.int8_inputs:
+            return self
+        functions = {name: unrounded(gm) for name, gm in self.functions.items()}
+        return dataclasses.replace(self, functions=functions, weights=without_scales(self.weights))
 
     def own_function(self, function: str) -> str:
         """The function that runs when ``function`` is asked for: ``base``, where the block does not have it."""

@@ -15,6 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from toolchain.errors import LoweringError
+from toolchain.ir.activations import ScaleSource
 from toolchain.ir.storage import Need
 from toolchain.ir.weights import WeightSource
 
@@ -41,6 +42,14 @@ class Calibrated(Protocol):
 
         Raises:
             LoweringError: nothing was measured for the weight; names its tensors.
+        """
+        ...
+
+    def scale(self, source: ScaleSource) -> torch.Tensor:
+        """What a layer divides by that rounds what comes in: float32, without dimensions.
+
+        Raises:
+            LoweringError: nothing was measured for the layer; names its tensors.
         """
         ...
 

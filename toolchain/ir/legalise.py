@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from toolchain.errors import LoweringError
+from toolchain.ir.activations import ScaleSource
 from toolchain.ir.graph import Graph, leaf_of
 from toolchain.ir.leaves import Leaf, LegalForm, LegalLeaf
 from toolchain.ir.weights import Weight, WeightSource
@@ -30,27 +31,37 @@ def legalise(graph: Graph, forms: Sequence[LegalForm]) -> Graph:
 
 
 def _apply(graph: Graph, form: LegalForm, weights: dict[str, Weight]) -> None:
-    replaced: dict[str, Leaf] = {}  # functions share leaves, so they share their legal form
+    before = dict(weights)
+    # functions share leaves, so they share their legal form; those whose layers round have leaves of their own
+    replaced: dict[tuple[str, int], Leaf] = {}
     for gm in graph.functions.values():
+        called: dict[str, Leaf] = {}
         for node in gm.graph.nodes:
             leaf, path = leaf_of(gm, node), str(node.target)
-            if leaf is None or not (path in replaced or leaf.is_a(form.of)):
+            if leaf is None or not (path in called or leaf.is_a(form.of)):
                 continue
-            if path not in replaced:
-                replaced[path] = _legal(leaf, form, weights, path, f"{graph.component}: legal form '{form.name}'")
-            gm.set_submodule(path, replaced[path])
+            if path not in called:
+                key, where = (path, id(leaf)), f"{graph.component}: legal form '{form.name}'"
+                if key not in replaced:
+                    replaced[key] = _legal(leaf, form, before, weights, path, where)
+                called[path] = replaced[key]
+            gm.set_submodule(path, called[path])
         gm.recompile()
 
 
-def _legal(leaf: Leaf, form: LegalForm, weights: dict[str, Weight], path: str, where: str) -> Leaf:
-    """The leaf at ``path`` in its legal form; ``weights`` are brought up to it."""
+def _legal(
+    leaf: Leaf, form: LegalForm, before: Mapping[str, Weight], weights: dict[str, Weight], path: str, where: str
+) -> Leaf:
+    """The leaf at ``path`` in its legal form; ``weights``, which were ``before``, are brought up to it."""
     legal = form.make(leaf)
     place = f"'{path}' ({leaf.kind or type(leaf).__name__})"
     if legal is None:
         raise LoweringError(f"{where} has no answer for {place}, though it is for '{form.of}'")
     _check_sources(leaf, legal, f"{where} of {place}")
     if legal.sources is not None:
-        _replace_sources(weights, path, legal.sources, where)
+        for name in _tensor_names(leaf):
+            weights.pop(f"{path}.{name}", None)
+        weights |= _replaced_sources(before, path, legal.sources, where)
     return legal.leaf
 
 
@@ -71,15 +82,19 @@ def _tensor_names(module: nn.Module) -> set[str]:
     return {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
 
 
-def _replace_sources(weights: dict[str, Weight], path: str, sources: Mapping[str, WeightSource], where: str) -> None:
-    prefix = f"{path}."
-    old = {k: weights.pop(k) for k in list(weights) if k.startswith(prefix)}
+def _replaced_sources(
+    before: Mapping[str, Weight], path: str, sources: Mapping[str, WeightSource], where: str
+) -> dict[str, Weight]:
+    prefix, weights = f"{path}.", dict[str, Weight]()
     for name, source in sources.items():
         if len(source.tensors) != 1:
             raise LoweringError(f"{where}: '{path}': '{name}' must come from one of the leaf's parameters")
         (own,) = source.tensors
-        whole = old[prefix + own]
+        whole = before[prefix + own]
         if whole.source.is_part:
             raise LoweringError(f"{where}: '{path}' was legalised before: '{own}' is a part of a tensor")
-        composed = dataclasses.replace(source, tensors=whole.source.tensors, concat=whole.source.concat)
-        weights[prefix + name] = dataclasses.replace(whole, source=composed)
+        if not isinstance(whole.source, ScaleSource):  # which stays the scale that it is
+            composed = dataclasses.replace(source, tensors=whole.source.tensors, concat=whole.source.concat)
+            whole = dataclasses.replace(whole, source=composed)
+        weights[prefix + name] = whole
+    return weights

@@ -38,6 +38,14 @@ class Pass(abc.ABC):
     provides: ClassVar[tuple[str, ...]] = ()
     """Names of the functions that the pass adds to a graph, as ``merged``."""
 
+    @property
+    def groups(self) -> int | None:
+        """For how many groups of denoising steps the pass makes every function (:mod:`toolchain.ir.functions`).
+
+        None for a pass that leaves functions as they are. Passes that provide functions stand before one that does not.
+        """
+        return None
+
     def __init__(self, config: PassConfig | None = None) -> None:
         self.config = config if config is not None else self.Config()
 
@@ -116,6 +124,11 @@ class Pipeline:
 
     def __str__(self) -> str:
         return " ".join(map(str, self))
+
+    @property
+    def groups(self) -> int:
+        """For how many groups of denoising steps there is every function."""
+        return max((p.groups or 1 for p in self), default=1)
 
     @property
     def calibration(self) -> Calibration | None:

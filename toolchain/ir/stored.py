@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 
 from toolchain.errors import LoweringError
+from toolchain.ir.activations import ScaleSource
 from toolchain.ir.calibration import Calibrated
 from toolchain.ir.storage import Need, Plain
 from toolchain.ir.weights import Weight
@@ -98,6 +99,20 @@ def statistic(name: str, weight: Weight, need: Need, calibrated: Calibrated | No
         return calibrated.statistic(weight.source, need)
     except LoweringError as e:
         raise LoweringError(f"{where}: {e}") from e
+
+
+def scale(where: str, source: ScaleSource, calibrated: Calibrated | None) -> torch.Tensor:
+    """What a layer divides by that rounds what comes in: float32, without dimensions.
+
+    Raises:
+        LoweringError: there is no calibration, or it has not met the layer; starts with ``where``.
+    """
+    if calibrated is None:
+        raise LoweringError(f"{where}: what comes in is to be rounded, which needs a calibration, and there is none")
+    try:
+        return calibrated.scale(source)
+    except LoweringError as e:
+        raise LoweringError(f"{where}: what comes in is to be rounded, which needs a calibration: {e}") from e
 
 
 def decoding_reader(

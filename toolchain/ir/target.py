@@ -139,6 +139,14 @@ class Target(abc.ABC):
             raise UnsupportedStorageError(f"it takes {self.storage}")
         return asked
 
+    @property
+    def int8_inputs_refusal(self) -> str | None:
+        """Why no linear layer can round what comes in with a fixed scale; None for a target where it can.
+
+        Such a layer is a :class:`toolchain.ir.activations.RoundedLinear`, over an int8 weight with a scale a channel.
+        """
+        return "it has no products of int8 numbers with fixed scales"
+
     def arithmetic(self, block: Block) -> str:
         """The precision that a block's artifact computes in, by which the gate's limit is chosen."""
         return self.precision
@@ -237,7 +245,12 @@ def port_dtype(port: HasDtype, precision: str) -> DType:
 def unique_weights(block: Block, seed: int = 0) -> dict[str, torch.Tensor]:
     """Random weights in which every tensor differs from every other, to build a template with."""
     generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(weight.shape, generator=generator) for name, weight in block.weights.items()}
+    found = {name: torch.randn(weight.shape, generator=generator) for name, weight in block.weights.items()}
+    # there are so few float16 numbers that of many drawn ones two would be equal; these are in a row, from 1 on
+    alone = [name for name, weight in block.weights.items() if not weight.shape]
+    bits = [0x3C01 + (997 * seed + i) % 0x3F00 for i in range(len(alone))]
+    numbers = torch.tensor(bits, dtype=torch.int16).view(torch.float16).float()
+    return found | dict(zip(alone, numbers, strict=True))
 
 
 def package_versions(*names: str) -> dict[str, str]:
@@ -248,8 +261,8 @@ def package_versions(*names: str) -> dict[str, str]:
 
 
 def distinct_functions(block: Block) -> tuple[str, ...]:
-    """The block's functions without those that compute the same as ``base`` (no token merged in them)."""
-    from toolchain.ir.graph_text import function_text
+    """The block's functions without those that compute what ``base`` does (nothing merged, no scales of their own)."""
+    from toolchain.ir.graph_text import function_text, leaves_text
 
-    base = function_text(block.functions["base"], "")
-    return tuple(n for n, gm in block.functions.items() if n == "base" or function_text(gm, "") != base)
+    texts = {n: (function_text(gm, ""), leaves_text(gm)) for n, gm in block.functions.items()}
+    return tuple(n for n, text in texts.items() if n == "base" or text != texts["base"])

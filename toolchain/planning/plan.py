@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from toolchain.errors import RecipeError
 from toolchain.formats.recipe import Recipe
+from toolchain.formats.schedule import Step, groups_of, plan_steps
+from toolchain.ir.activations import scale_sources
 from toolchain.ir.blocks import Block, BlockPair, extract_blocks
+from toolchain.ir.functions import grouped, ungrouped
 from toolchain.ir.graph import Graph, capture, with_function
 from toolchain.ir.legalise import legalise
 from toolchain.ir.passes import Pipeline
@@ -81,6 +85,28 @@ class Plan:
         return self.resolved.target
 
     @property
+    def groups(self) -> int:
+        """How many groups the denoising steps are divided into."""
+        return self.components["transformer"].passes.groups
+
+    @functools.cached_property
+    def steps(self) -> tuple[Step, ...]:
+        """The calls of the denoiser.
+
+        Raises:
+            RecipeError: there are fewer than groups.
+        """
+        own, times = self.recipe.sampler, self.resolved.family.timesteps(self.recipe)
+        return plan_steps(times, own.leap, merged_steps=own.merged_steps, groups=self.groups)
+
+    def timesteps_of(self, function: str) -> list[float]:
+        """Timesteps of the steps that call a function of the denoiser; where none does, of all steps of its group."""
+        steps = self.steps
+        calls = [s.t for s in steps if s.function == function]
+        divided = enumerate(groups_of(steps, self.groups))
+        return calls or [s.t for k, group in divided if function == grouped(ungrouped(function), k) for s in group]
+
+    @property
     def blocks(self) -> tuple[Block, ...]:
         """All blocks, in the order in which components and blocks run."""
         return tuple(b for c in self.components.values() for b in c.blocks)
@@ -104,7 +130,9 @@ def plan_resolved(build: ResolvedBuild, listener: Listener | None = None) -> Pla
     listener = listener or Listener()
     definitions = build.family.define(build.recipe, build.configs)
     budget = build.recipe.memory_budget
-    return Plan(build, {n: _component(build.components[n], d, listener, budget) for n, d in definitions.items()})
+    found = Plan(build, {n: _component(build.components[n], d, listener, budget) for n, d in definitions.items()})
+    groups_of(found.steps, found.groups)  # refused now, not when all is built
+    return found
 
 
 def _component(
@@ -156,10 +184,15 @@ def lower_graph(
         The partitioned graph, and the same without legalisation.
 
     Raises:
-        RecipeError: a weight is to be kept in a way that the target cannot express.
+        RecipeError: a weight is to be kept, or a layer to round, in a way that the target cannot express.
         LoweringError: the partition cannot be applied.
     """
     listener = listener or Listener()
+    if target.int8_inputs_refusal is not None and scale_sources(graph.weights):
+        raise RecipeError(
+            f"{graph.component}: activations are to be rounded to int8 with fixed scales, which target '{target.name}' "
+            f"does not do: {target.int8_inputs_refusal}; leave out 'activations'"
+        )
     legal = _kept(legalise(graph, target.forms), target)
     listener.graph(graph.component, "legalise", legal)
     cut = passes.partition(legal)

@@ -105,6 +105,12 @@ def load_pipeline(recipe: Recipe, component: str, family: ModelFamily) -> Pipeli
         ((name, options),) = parse_pipeline(family.default_partition(component))
         cuts = [find_pass(name, options, key)]
     pipeline = Pipeline(tuple(p for p in passes if p.phase == "rewrite"), cuts[0])
+    for at, grouping in enumerate(passes):
+        late = [p for p in passes[at:] if p.provides and p is not grouping and grouping.groups is not None]
+        if late:
+            raise RecipeError(
+                f"{key}: '{late[0].name}' adds a function that '{grouping.name}' would know nothing of; list it before"
+            )
     if component == "transformer" and recipe.sampler.merged_steps and MERGED not in pipeline.provides:
         known = ", ".join(passes_providing(MERGED)) or "none"
         raise RecipeError(f"sampler.merged_steps: needs a pass in {key} that provides '{MERGED}'; installed: {known}")

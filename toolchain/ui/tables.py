@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
@@ -14,6 +15,8 @@ from rich.text import Text
 from toolchain.build.entries import bytes_by_storage, sampler
 from toolchain.formats.bundle import Bundle
 from toolchain.formats.manifest import BlockEntry, Manifest
+from toolchain.formats.schedule import MERGED
+from toolchain.ir.functions import ungrouped
 from toolchain.ir.target import distinct_functions
 from toolchain.planning.plan import ComponentPlan, Plan
 from toolchain.system.disk import readable_size
@@ -33,12 +36,12 @@ def runs(rate: str) -> str:
 
 def plan_json(planned: Plan) -> dict[str, Any]:
     """A plan as plain data."""
-    steps = sampler(planned.recipe, planned.resolved.family).steps
+    steps = sampler(planned.recipe, planned.resolved.family, planned.groups).steps
     return {
         "name": planned.recipe.name,
         "target": planned.target.name,
         "denoiser_calls": len(steps),
-        "merged_calls": sum(s.function == "merged" for s in steps),
+        "merged_calls": sum(ungrouped(s.function) == MERGED for s in steps),
         "components": {name: _component_json(c) for name, c in planned.components.items()},
     }
 
@@ -160,15 +163,29 @@ def bundle_table(bundle: Bundle) -> RenderableType:
         groups.append(table)
     g, s = m.geometry, m.sampler
     leap = f", leap: {s.leap.kind}" if s.leap is not None else ""
-    merged = sum(step.function == "merged" for step in s.steps)
+    merged = sum(ungrouped(step.function) == MERGED for step in s.steps)
     lines = [
         f"{m.name} ({m.model}), {m.target.name}, {readable_size(sum(f.bytes for f in bundle.files()))}",
         f"{g.frames} frames of {g.width}×{g.height} at {g.fps}/s, "
         f"latents {g.latent_frames}×{g.latent_height}×{g.latent_width}",
         f"{len(s.steps)} denoiser calls, {merged} of them merged, guidance {s.guidance}{leap}",
+        *_int8_inputs(m),
         f"gate: {m.gate.mode}; built with {', '.join(f'{k} {v}' for k, v in m.tools.items())}",
     ]
     return Group(*groups, Text("\n".join(lines)))
+
+
+def _int8_inputs(m: Manifest) -> list[str]:
+    """Which linear layers round what comes in, and the denoiser's functions from call to call, for people."""
+    layers = {name: sum(len(b.int8_inputs) for b in c.blocks) for name, c in m.components.items()}
+    said = [f"{name}: {count} linear layers with static int8 activations" for name, count in layers.items() if count]
+    if layers.get("transformer"):
+        calls: list[str] = []
+        for function, run in groupby(enumerate(s.function for s in m.sampler.steps), key=lambda step: step[1]):
+            numbers = [number + 1 for number, _ in run]
+            calls.append(f"{function} {numbers[0]}-{numbers[-1]}")
+        said.append(f"denoiser calls by function, each with scales of its own: {', '.join(calls)}")
+    return said
 
 
 def _errors(block: BlockEntry) -> str:

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 
+from toolchain.ir.activations import ScaleSource
 from toolchain.ir.blocks import Block
 from toolchain.ir.calibration import Calibrated
-from toolchain.ir.stored import STATISTIC, decoding_reader, part_key, statistic
+from toolchain.ir.stored import STATISTIC, decoding_reader, part_key, scale, statistic
 from toolchain.ir.weights import Weight
 from toolchain.weights.checkpoint import Checkpoint
 
@@ -24,8 +25,9 @@ class BlockWeights(Mapping[str, torch.Tensor]):
     Args:
         stored: read the checkpoint as if it held what these weights decode to, the same block's as its target keeps it.
         halves: leave float16 and bfloat16 as they are, for those who store them as something else at once.
-        calibrated: has the statistics that storages need. Without ``stored`` they stand among the weights, for those
-            who encode these (:func:`toolchain.ir.stored.encoded`); with it, they are what ``stored`` is encoded with.
+        calibrated: has the scales of layers that round what comes in, and the statistics that storages need. Without
+            ``stored`` these stand among the weights, for those who encode them (:func:`toolchain.ir.stored.encoded`);
+            with it, they are what ``stored`` is encoded with.
     """
 
     def __init__(
@@ -49,7 +51,10 @@ class BlockWeights(Mapping[str, torch.Tensor]):
         if name in self._statistics:
             of, need = self._statistics[name]
             return statistic(of, self._weights[of], need, self._calibrated)
-        weight = self._weights[name].source.value(self._read)
+        source = self._weights[name].source
+        if isinstance(source, ScaleSource):
+            return scale(f"weight '{name}'", source, self._calibrated)
+        weight = source.value(self._read)
         return (weight if weight.dtype in self._kept else weight.float()).contiguous()
 
     def __iter__(self) -> Iterator[str]:

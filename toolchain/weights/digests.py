@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from toolchain.ir.activations import ScaleSource, without_scales
 from toolchain.ir.blocks import Block
 from toolchain.ir.storage import Need
 from toolchain.ir.weights import Weight, WeightSource
@@ -62,13 +63,19 @@ def block_digest(
     digests: Mapping[str, str],
     aliases: Mapping[str, str],
     statistics: Callable[[Weight, Need], str] | None = None,
+    scale: Callable[[ScaleSource], float] | None = None,
 ) -> str:
     """Digest of a block's weights: each parameter's tensors and what is made of them.
 
     Args:
         statistics: gives the digest of the statistic that a weight's storage needs; it decides what is stored.
+        scale: gives the scales that layers round with; only needed for a block that has some.
     """
-    found = {name: source_digest(w.source, digests, aliases) for name, w in block.weights.items()}
+    found = {name: source_digest(w.source, digests, aliases) for name, w in without_scales(block.weights).items()}
+    for name, weight in block.weights.items():
+        if isinstance(weight.source, ScaleSource):
+            assert scale is not None, "a block that rounds is given its scales"
+            found[name] = ["scale", scale(weight.source)]
     for name, weight in block.weights.items():
         if statistics is not None and (need := weight.storage.needs) is not None:
             found[name] = [*found[name], need, statistics(weight, need)]

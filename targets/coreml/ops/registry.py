@@ -43,12 +43,17 @@ def operator(*names: str, moves: bool = False) -> Callable[[F], F]:
     """
 
     def register(function: F) -> F:
-        parameters = {}
-        for name, p in inspect.signature(function).parameters.items():
-            kind = str(p.annotation)
-            parameters[name] = Parameter(p.default is p.empty, "Tensor" in kind, "Sequence[Tensor]" in kind)
         for name in names:
-            OPERATORS[name] = Operator(function, parameters, rounds=not moves)
+            OPERATORS[name] = described(function, moves)
         return function
 
     return register
+
+
+def described(function: Callable[..., Any], moves: bool = False) -> Operator:
+    """A function as an operator."""
+    parameters = {}
+    for name, p in inspect.signature(function).parameters.items():
+        kind = str(p.annotation)
+        parameters[name] = Parameter(p.default is p.empty, "Tensor" in kind, "Sequence[Tensor]" in kind)
+    return Operator(function, parameters, rounds=not moves)
