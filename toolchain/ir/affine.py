@@ -19,6 +19,9 @@ more; or by half-quadratic optimisation (Badri and Shaji, 2023), which lets few 
 VALUES, SCALE, ZERO = "values", "scale", "zero"
 SHRUNK = tuple(1.0 - 0.025 * i for i in range(24))
 """Ranges that ``error`` tries, as shares of the largest number."""
+PIECE = 1 << 15
+"""Numbers that are encoded in one go: what is computed of them stays in the processor's cache, is not so large that the
+system hands out new memory for it each time, and torch leaves it to one thread."""
 HALF_QUADRATIC_STEPS, HALF_QUADRATIC_NORM, HALF_QUADRATIC_BETA, HALF_QUADRATIC_GROWTH = 20, 0.7, 10.0, 1.01
 
 
@@ -87,32 +90,41 @@ class Affine(Storage):
         import torch
 
         shape = self._scale_shape(weight.shape)
-        rows = weight.detach().float().reshape(shape[0] * shape[1], -1)
-        # in pieces that the processor's cache holds: whole tensors would be written and read a dozen times
-        count = max(1, (1 << 18) // rows.shape[1])
-        found = [self._encode_rows(piece) for piece in torch.split(rows, count)]
-        values, scale, zero = (torch.cat(parts) for parts in zip(*found, strict=True))
+        rows = weight.detach().reshape(shape[0] * shape[1], -1)
+        values = torch.empty(rows.shape, dtype=DTYPES["int8"].torch)
+        scale, zero = torch.empty(len(rows), 1, dtype=self.scale.torch), torch.empty(len(rows), 1, dtype=values.dtype)
+        count = max(1, PIECE // rows.shape[1])
+        for given, *taken in zip(*(t.split(count) for t in (rows, values, scale, zero)), strict=True):
+            for out, found in zip(taken, self._encode_rows(given.float()), strict=True):
+                out.copy_(found)
         encoded = {VALUES: values.reshape(weight.shape), SCALE: scale.reshape(shape)}
-        return encoded if self.symmetric else encoded | {ZERO: zero.to(torch.int8).reshape(shape)}
+        return encoded if self.symmetric else encoded | {ZERO: zero.reshape(shape)}
 
     def _encode_rows(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        scale, zero = self._ranges(rows, 1.0)
         if self.clip == "error":
-            scale, zero = self._by_least_error(rows, scale, zero)
-        elif self.clip == "half-quadratic":
+            scale, zero = self._by_least_error(rows)
+        else:
+            (scale,), (zero,) = self._ranges(rows, (1.0,))
+        if self.clip == "half-quadratic":
             scale, zero = self._half_quadratic(rows, scale, zero)
-        return self._rounded(rows, scale, zero).to(DTYPES["int8"].torch), scale, zero
+        return self._rounded(rows, scale.float(), zero), scale, zero
 
-    def _ranges(self, rows: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scales (rounded to their type) and zeros of rows ``[R, n]``, ``[R, 1]`` each."""
+    def _ranges(self, rows: torch.Tensor, shares: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scales (rounded to their type) and zeros of rows ``[R, n]``, ``[shares, R, 1]`` each.
+
+        Args:
+            shares: of the range that the numbers of a row, and zero, take.
+        """
         import torch
 
+        share = torch.tensor(shares, dtype=torch.float64).reshape(-1, 1, 1)
         if self.symmetric:
-            scale = self._settled(rows.abs().amax(1, keepdim=True) * (share / self.highest))
+            scale = self._settled(rows.abs().amax(1, keepdim=True) * (share / self.highest).float())
             return scale, torch.zeros_like(scale, dtype=torch.float32)
-        low, high = rows.amin(1, keepdim=True).clamp(max=0) * share, rows.amax(1, keepdim=True).clamp(min=0) * share
+        low, high = rows.amin(1, keepdim=True).clamp_(max=0), rows.amax(1, keepdim=True).clamp_(min=0)
+        low, high = low * share.float(), high * share.float()
         scale = self._settled((high - low) / (self.highest - self.lowest))
-        zero = (self.lowest - low / scale.float()).round().clamp(self.lowest, self.highest)
+        zero = (self.lowest - low / scale.float()).round_().clamp_(self.lowest, self.highest)
         return scale, zero
 
     def _settled(self, scale: torch.Tensor) -> torch.Tensor:
@@ -123,25 +135,29 @@ class Affine(Storage):
         least = torch.finfo(kind).smallest_normal
         return torch.where(scale > 0, scale.clamp(min=least), torch.ones_like(scale)).to(kind)
 
-    def _rounded(self, rows: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-        return (rows / scale.float()).round_().add_(zero).clamp_(self.lowest, self.highest)
-
-    def _by_least_error(
-        self, rows: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _rounded(
+        self, rows: torch.Tensor, step: torch.Tensor, zero: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Values, as float32 and in ``out`` if given; ``step`` is the scale in float32."""
         import torch
 
-        def error(scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-            return (self._rounded(rows, scale, zero).sub_(zero).mul_(scale.float()) - rows).square_().sum(1, True)
+        values = torch.div(rows, step, out=out).round_()
+        return (values if self.symmetric else values.add_(zero)).clamp_(self.lowest, self.highest)
 
-        least = error(scale, zero)
-        for share in SHRUNK[1:]:
-            tried = self._ranges(rows, share)
-            now = error(*tried)
-            better = now < least
-            least = torch.where(better, now, least)
-            scale, zero = torch.where(better, tried[0], scale), torch.where(better, tried[1], zero)
-        return scale, zero
+    def _by_least_error(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The scale and the zero of the share that leaves the least squared error; of equal ones, the largest share."""
+        import torch
+
+        scales, zeros = self._ranges(rows, SHRUNK)
+        buffer, least = torch.empty_like(rows), torch.full((len(rows), 1), torch.inf)
+        place = torch.zeros(least.shape, dtype=torch.int64)
+        for i, (step, zero) in enumerate(zip(scales.float(), zeros, strict=True)):
+            values = self._rounded(rows, step, zero, buffer)
+            values = values if self.symmetric else values.sub_(zero)
+            error = values.mul_(step).sub_(rows).square_().sum(1, True)
+            place.masked_fill_(error < least, i)
+            torch.minimum(least, error, out=least)
+        return scales.gather(0, place[None])[0], zeros.gather(0, place[None])[0]
 
     def _half_quadratic(
         self, rows: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
@@ -149,7 +165,7 @@ class Affine(Storage):
         """Alternate between the sparse error, which is set aside, and the scales that fit what is left."""
         beta = HALF_QUADRATIC_BETA
         for _ in range(HALF_QUADRATIC_STEPS):
-            values = self._rounded(rows, scale, zero)
+            values = self._rounded(rows, scale.float(), zero)
             error = rows - (values - zero) * scale.float()
             size = error.abs()
             shrink = size.clamp(min=1e-8).pow(HALF_QUADRATIC_NORM - 1) / beta

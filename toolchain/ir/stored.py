@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 
 from toolchain.errors import LoweringError
+from toolchain.ir.finite import finite
 from toolchain.ir.storage import Plain
 from toolchain.ir.weights import Weight
 
@@ -56,7 +57,7 @@ def encoded(name: str, weight: Weight, value: torch.Tensor) -> Mapping[str, torc
     Raises:
         LoweringError: it has numbers that are NaN or infinite; names it.
     """
-    if not bool(torch.isfinite(value).all()):
+    if not finite(value):
         raise LoweringError(f"weight '{name}' has numbers that are NaN or infinite; mend the checkpoint")
     return weight.storage.encode(value)
 
