@@ -17,9 +17,13 @@ BLOCK_BYTES = 512
 
 @dataclass(frozen=True)
 class Cost:
-    """What a command took: seconds, and in bytes the peak memory of its process tree and what this wrote to files."""
+    """What a command took: seconds, and in bytes the peak memory of its process tree and what this wrote to files.
+
+    ``processor`` are the seconds that processors worked for it, which other work on the machine hardly changes.
+    """
 
     seconds: float
+    processor: float
     peak: int
     written: int
     output: str
@@ -53,7 +57,7 @@ def run(command: list[str], cwd: Path) -> Cost:
     watcher.join()
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
-    return Cost(seconds, peak, usage.ru_oublock * BLOCK_BYTES, output)
+    return Cost(seconds, usage.ru_utime + usage.ru_stime, peak, usage.ru_oublock * BLOCK_BYTES, output)
 
 
 def _resident(process: psutil.Process) -> int:

@@ -1,8 +1,8 @@
 """The published way to convert a transformer, for comparison: see ``compile.py``, which runs it.
 
-    python benchmarks/published.py FOLDER PAIRS
+    python benchmarks/published.py FOLDER CHECKPOINT PAIRS
 
-Loads the whole checkpoint FOLDER/checkpoint/transformer three times as float32, as the published scripts do; then
+Loads the whole transformer's CHECKPOINT three times as float32, as the published scripts do; then
 traces (``torch.jit.trace`` with its usual check) and converts each of the first PAIRS pairs once plain and once with
 merged tokens, as float32 Core ML packages that share nothing. Prints the seconds of the load, of the conversions,
 and the bytes of the packages.
@@ -61,11 +61,11 @@ def convert(block: Block, function: str, weights: dict[str, torch.Tensor], out: 
 
 def main() -> None:
     ops._cast = _cast_as_ever
-    folder, pairs = Path(sys.argv[1]), int(sys.argv[2])
-    target = ["target={name: coreml, precision: float32}", "transformer.checkpoint=checkpoint/transformer"]
+    folder, location, pairs = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    target = ["target={name: coreml, precision: float32}", f"transformer.checkpoint={location}"]
     recipe = toolchain.load_recipe(folder / "recipe.yaml", target)
     part = toolchain.plan(recipe, base=folder).components["transformer"]
-    checkpoint = open_checkpoint("checkpoint/transformer", folder)
+    checkpoint = open_checkpoint(location, folder)
     started = time.perf_counter()
     expected = part.definition.expected
     whole = [{k: v.clone() for k, v in read_named(checkpoint, expected).items()} for _ in range(MODELS)]

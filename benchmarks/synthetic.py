@@ -24,6 +24,8 @@ FIXED = {"scale": (3.85, 2.32, 2.33, 3.06), "shift": (-0.10, 0.34, 0.27, 0.98)}
 """The VAE's latent normalisation, as published."""
 
 SHARD_BYTES = 1_000_000_000
+T5_HEAD = 64
+"""Width of an attention head (``d_kv``) of every T5 v1.1."""
 
 
 def shapes(component: str, config: Mapping[str, Any]) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
@@ -71,6 +73,11 @@ def value(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torc
     if name.startswith("shared."):
         return noise
     fan_in = torch.Size(shape[1:]).numel() if len(shape) > 1 else shape[0]
+    if name.endswith(("SelfAttention.q.weight", "relative_attention_bias.weight")):
+        # T5 does not divide the products of queries and keys by the root of a head's width: its initialisation has
+        # that in q (transformers' T5PreTrainedModel._init_weights). Else they would have a deviation of 8 instead of 1,
+        # where softmax picks one token and makes much of any error. The bias that is added to them starts as small.
+        fan_in *= T5_HEAD
     return noise / fan_in**0.5
 
 

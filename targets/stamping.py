@@ -16,18 +16,13 @@ import torch
 
 from toolchain.errors import LoweringError, PrecisionError, ResourceError
 from toolchain.ir.dtypes import dtype_of
+from toolchain.ir.finite import finite
 
 PIECE_BYTES = 1 << 22
 CACHED_BYTES = 1 << 18
 """What a processor's cache holds while it is looked at twice."""
 SERIAL_ELEMENTS = 1 << 15
 """Torch casts no more than these in one thread. With more it wakes others, which wait for work by spinning."""
-EXPONENTS = {
-    torch.float16: (np.uint16, 0x7C00),
-    torch.bfloat16: (np.uint16, 0x7F80),
-    torch.float32: (np.uint32, 0x7F800000),
-}
-"""Numbers whose exponent has all bits set are NaN or infinite."""
 
 
 class Hash(Protocol):
@@ -64,8 +59,8 @@ def stored_pieces(name: str, weight: torch.Tensor, dtype: torch.dtype, buffers: 
     """
     for part in weight.detach().reshape(-1).split(PIECE_BYTES // dtype.itemsize):
         stored = part if part.dtype == dtype else buffers.cast(part, dtype)
-        if stored.dtype.is_floating_point and not _finite(stored):
-            if _finite(part.float()):
+        if stored.dtype.is_floating_point and not finite(stored):
+            if finite(part.float()):
                 largest = float(weight.abs().max())
                 raise PrecisionError(f"weight '{name}' reaches {largest:.3g}, which {dtype_of(dtype).name} cannot hold")
             raise LoweringError(f"weight '{name}' has numbers that are NaN or infinite; mend the checkpoint")
@@ -92,15 +87,6 @@ class _Ring:
                 taken = self._floats[: taken.numel()].copy_(taken)
             given.copy_(taken)
         return whole
-
-
-def _finite(tensor: torch.Tensor) -> bool:
-    """By the exponents' bits, in pieces that stay in the processor's cache: isfinite takes thirty times as long."""
-    kind, exponent = EXPONENTS[tensor.dtype]
-    bits, step = np.frombuffer(raw(tensor), kind), CACHED_BYTES // tensor.itemsize
-    return not any(
-        np.equal(np.bitwise_and(bits[at : at + step], exponent), exponent).any() for at in range(0, len(bits), step)
-    )
 
 
 def cut(path: Path, places: Sequence[tuple[int, int]]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -26,6 +25,9 @@ PIECE = 1 << 18
 """Numbers that are encoded at a time."""
 SHRUNK = tuple(1.0 - 0.025 * i for i in range(24))
 """Ranges that ``error`` and ``output`` try, as shares of the largest number."""
+PIECE = 1 << 15
+"""Numbers that are encoded in one go: what is computed of them stays in the processor's cache, is not so large that the
+system hands out new memory for it each time, and torch leaves it to one thread."""
 HALF_QUADRATIC_STEPS, HALF_QUADRATIC_NORM, HALF_QUADRATIC_BETA, HALF_QUADRATIC_GROWTH = 20, 0.7, 10.0, 1.01
 
 
@@ -110,29 +112,28 @@ class Affine(Storage):
         import torch
 
         shape = self._scale_shape(weight.shape)
-        whole = weight.detach().float()
-        # in pieces that the processor's cache holds: whole tensors would be written and read a dozen times
-        count = max(1, PIECE // max(1, math.prod(whole.shape[1:])))
-        pieces = torch.split(whole, count)
+        whole = weight.detach()
         if self.compensate and statistic is not None:
-            found = [round_compensated(self, whole, statistic)]
-        elif self.needs is None or statistic is None:
-            found = [self._encode_rows(piece.reshape(len(piece) * shape[1], -1)) for piece in pieces]
+            values, scale, zero = round_compensated(self, whole.float(), statistic)
         else:
-            importance = torch.split(statistic.expand(whole.shape), count)
-            found = [
-                self._encode_rows(*(p.reshape(len(p) * shape[1], -1) for p in both))
-                for both in zip(pieces, importance, strict=True)
-            ]
-        values, scale, zero = (torch.cat(parts) for parts in zip(*found, strict=True))
+            values = torch.empty((shape[0] * shape[1], whole[0].numel() // shape[1]), dtype=DTYPES["int8"].torch)
+            scale, zero = (torch.empty(len(values), 1, dtype=kind) for kind in (self.scale.torch, values.dtype))
+            channels = max(1, PIECE // whole[0].numel())
+            given = statistic.expand(whole.shape) if self.needs is not None and statistic is not None else None
+            for start in range(0, shape[0], channels):
+                own, rows = slice(start, start + channels), slice(start * shape[1], (start + channels) * shape[1])
+                importance = None if given is None else given[own].reshape(len(values[rows]), -1)
+                found = self._encode_rows(whole[own].float().reshape(len(values[rows]), -1), importance)
+                for out, part in zip((values, scale, zero), found, strict=True):
+                    out[rows].copy_(part)
         encoded = {VALUES: values.reshape(weight.shape), SCALE: scale.reshape(shape)}
-        return encoded if self.symmetric else encoded | {ZERO: zero.to(torch.int8).reshape(shape)}
+        return encoded if self.symmetric else encoded | {ZERO: zero.to(DTYPES["int8"].torch).reshape(shape)}
 
     def _encode_rows(
-        self, rows: torch.Tensor, importance: torch.Tensor | None = None
+        self, rows: torch.Tensor, importance: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         scale, zero = self.range_of(rows, importance)
-        return self.rounded(rows, scale, zero).to(DTYPES["int8"].torch), scale, zero
+        return self.rounded(rows, scale, zero), scale, zero
 
     def range_of(self, rows: torch.Tensor, importance: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Scales (rounded to their type) and zeros of rows ``[R, n]``, ``[R, 1]`` each.
@@ -140,24 +141,31 @@ class Affine(Storage):
         Args:
             importance: of each number; only ``clip: output`` goes by it.
         """
-        scale, zero = self._ranges(rows, 1.0)
         if self.clip in ("error", "output"):
-            given = floored(importance) if importance is not None and self.clip == "output" else None
-            scale, zero = self._by_least_error(rows, scale, zero, given)
-        elif self.clip == "half-quadratic":
+            return self._by_least_error(
+                rows, None if importance is None or self.clip == "error" else floored(importance)
+            )
+        (scale,), (zero,) = self._ranges(rows, (1.0,))
+        if self.clip == "half-quadratic":
             scale, zero = self._half_quadratic(rows, scale, zero)
         return scale, zero
 
-    def _ranges(self, rows: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scales (rounded to their type) and zeros of rows ``[R, n]``, ``[R, 1]`` each."""
+    def _ranges(self, rows: torch.Tensor, shares: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scales (rounded to their type) and zeros of rows ``[R, n]``, ``[shares, R, 1]`` each.
+
+        Args:
+            shares: of the range that the numbers of a row, and zero, take.
+        """
         import torch
 
+        share = torch.tensor(shares, dtype=torch.float64).reshape(-1, 1, 1)
         if self.symmetric:
-            scale = self._settled(rows.abs().amax(1, keepdim=True) * (share / self.highest))
+            scale = self._settled(rows.abs().amax(1, keepdim=True) * (share / self.highest).float())
             return scale, torch.zeros_like(scale, dtype=torch.float32)
-        low, high = rows.amin(1, keepdim=True).clamp(max=0) * share, rows.amax(1, keepdim=True).clamp(min=0) * share
+        low, high = rows.amin(1, keepdim=True).clamp_(max=0), rows.amax(1, keepdim=True).clamp_(min=0)
+        low, high = low * share.float(), high * share.float()
         scale = self._settled((high - low) / (self.highest - self.lowest))
-        zero = (self.lowest - low / scale.float()).round().clamp(self.lowest, self.highest)
+        zero = (self.lowest - low / scale.float()).round_().clamp_(self.lowest, self.highest)
         return scale, zero
 
     def _settled(self, scale: torch.Tensor) -> torch.Tensor:
@@ -168,27 +176,30 @@ class Affine(Storage):
         least = torch.finfo(kind).smallest_normal
         return torch.where(scale > 0, scale.clamp(min=least), torch.ones_like(scale)).to(kind)
 
-    def rounded(self, rows: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-        """The whole numbers nearest to rows ``[R, n]``, as floats."""
-        return (rows / scale.to(rows.dtype)).round_().add_(zero).clamp_(self.lowest, self.highest)
-
-    def _by_least_error(
-        self, rows: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, importance: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def rounded(
+        self, rows: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The whole numbers nearest to rows ``[R, n]``, as floats, and in ``out`` if given."""
         import torch
 
-        def error(scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-            found = (self.rounded(rows, scale, zero).sub_(zero).mul_(scale.float()) - rows).square_()
-            return (found if importance is None else found.mul_(importance)).sum(1, True)
+        values = torch.div(rows, scale.to(rows.dtype), out=out).round_()
+        return (values if self.symmetric else values.add_(zero)).clamp_(self.lowest, self.highest)
 
-        least = error(scale, zero)
-        for share in SHRUNK[1:]:
-            tried = self._ranges(rows, share)
-            now = error(*tried)
-            better = now < least
-            least = torch.where(better, now, least)
-            scale, zero = torch.where(better, tried[0], scale), torch.where(better, tried[1], zero)
-        return scale, zero
+    def _by_least_error(self, rows: torch.Tensor, importance: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The scale and the zero of the share that leaves the least squared error; of equal ones, the largest share."""
+        import torch
+
+        scales, zeros = self._ranges(rows, SHRUNK)
+        buffer, least = torch.empty_like(rows), torch.full((len(rows), 1), torch.inf)
+        place = torch.zeros(least.shape, dtype=torch.int64)
+        for i, (step, zero) in enumerate(zip(scales.float(), zeros, strict=True)):
+            values = self.rounded(rows, step, zero, buffer)
+            values = values if self.symmetric else values.sub_(zero)
+            errors = values.mul_(step).sub_(rows).square_()
+            error = (errors if importance is None else errors.mul_(importance)).sum(1, True)
+            place.masked_fill_(error < least, i)
+            torch.minimum(least, error, out=least)
+        return scales.gather(0, place[None])[0], zeros.gather(0, place[None])[0]
 
     def _half_quadratic(
         self, rows: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor

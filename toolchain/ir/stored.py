@@ -9,6 +9,7 @@ import torch
 from toolchain.errors import LoweringError
 from toolchain.ir.activations import ScaleSource
 from toolchain.ir.calibration import Calibrated
+from toolchain.ir.finite import finite
 from toolchain.ir.storage import Need, Plain
 from toolchain.ir.weights import Weight
 
@@ -65,7 +66,7 @@ def encoded(name: str, weight: Weight, values: Mapping[str, torch.Tensor]) -> Ma
         LoweringError: it has numbers that are NaN or infinite; names it.
     """
     value = values[name]
-    if not bool(torch.isfinite(value).all()):
+    if not finite(value):
         raise LoweringError(f"weight '{name}' has numbers that are NaN or infinite; mend the checkpoint")
     if weight.storage.needs is None:
         return weight.storage.encode(value)
