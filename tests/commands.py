@@ -45,7 +45,7 @@ def command(*args: str | Path) -> list[str]:
 def run_process(*args: str | Path, cwd: Path, env: Mapping[str, str] | None = None) -> Ran:
     """Run it in a process of its own."""
     done = subprocess.run(
-        command(*args), cwd=cwd, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=300
+        command(*args), cwd=cwd, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=900
     )
     return Ran(done.returncode, done.stdout, done.stderr)
 
