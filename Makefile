@@ -22,9 +22,9 @@ demo: $(VENV)/installed
 	$(BIN)/sora-compile tiny --set target=coreml -o $(OUT)/tiny-coreml
 	$(BIN)/sora-compile play $(OUT)/tiny-executorch --prompt "$(PROMPT)" -o $(OUT)/tiny.mp4
 
-# two processes, each file of tests in one of them; they share what they build
+# two processes, each file of tests in one of them, dear files first (tests/conftest.py); they share what they build
 test: $(VENV)/installed lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

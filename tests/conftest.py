@@ -6,10 +6,11 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 # tests/ mirrors the tree, so with tests/ on the path its folders would hide the packages `passes` and `targets`
@@ -26,8 +27,9 @@ import json  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from commands import Ran, RunCli, run_here, run_process, start_process  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
-from support import FACTS, GOLDEN, RECIPE, Cut, command, write_checkpoint, write_project  # noqa: E402
+from support import FACTS, GOLDEN, RECIPE, Cut, write_checkpoint, write_project  # noqa: E402
 
 from toolchain.ir.leaves import LegalForm  # noqa: E402
 from toolchain.models.open_sora_v1_2.stdit3 import STDiT3, STDiT3Config  # noqa: E402
@@ -35,6 +37,12 @@ from toolchain.models.open_sora_v1_2.stdit3 import STDiT3, STDiT3Config  # noqa:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-goldens", action="store_true", help="rewrite the stored graph texts in tests/golden")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with the most slow tests come first: a long file at the end would leave other processes idle."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 # --- the model ---------------------------------------------------------------------------------------
@@ -141,50 +149,22 @@ def cut_small(one_pair: tuple[dict[str, Any], dict[str, torch.Tensor]]) -> Calla
 # --- the command -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Ran:
-    """How a command ended and what it said."""
-
-    code: int
-    out: str
-    err: str
-
-
-class RunCli(Protocol):
-    def __call__(self, *args: str | Path, cwd: Path, env: Mapping[str, str] | None = None) -> Ran: ...
-
-
-def run_command(*args: str | Path, cwd: Path, env: Mapping[str, str] | None = None) -> Ran:
-    done = subprocess.run(
-        command(*args), cwd=cwd, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=300
-    )
-    return Ran(done.returncode, done.stdout, done.stderr)
+@pytest.fixture(scope="session")
+def run_cli() -> RunCli:
+    """Run ``sora-compile`` in this process."""
+    return run_here
 
 
 @pytest.fixture(scope="session")
-def run_cli() -> RunCli:
+def run_cli_process() -> RunCli:
     """Run ``sora-compile`` in a process of its own."""
-    return run_command
+    return run_process
 
 
 @pytest.fixture(scope="session")
 def start_cli() -> Callable[..., subprocess.Popen[str]]:
     """Start ``sora-compile`` in a process that can be sent signals as from a terminal."""
-
-    def start(*args: str | Path, cwd: Path, cache: Path | None = None) -> subprocess.Popen[str]:
-        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        # an empty cache, or there would be little to interrupt
-        env = {**os.environ, "SORA_COMPILE_CACHE": str(cache or tempfile.mkdtemp(dir=os.environ["SORA_COMPILE_CACHE"]))}
-        return subprocess.Popen(command(*args), cwd=cwd, env=env, preexec_fn=_hear_interrupts, **pipes)
-
-    return start
-
-
-def _hear_interrupts() -> None:
-    """Undo what a background job inherits: SIGINT ignored."""
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return start_process
 
 
 # --- built bundles -----------------------------------------------------------------------------------
@@ -202,7 +182,7 @@ class Built:
 def _build(folder: Path, one_pair: Any, target: str) -> Built:
     project = write_project(folder / "project", one_pair)
     args = ("recipe.yaml", "--set", f"target={target}", "-o", "bundle", "-v")
-    ran = run_command(*args, cwd=project, env={"PYTHONHASHSEED": "1"})
+    ran = run_process(*args, cwd=project, env={"PYTHONHASHSEED": "1"})
     assert ran.code == 0, ran.err
     return Built(project / "bundle", project, ran)
 

@@ -6,7 +6,6 @@ Fixtures are in conftest.py; there is more than one module of that name, so noth
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -47,11 +46,6 @@ RECIPE: dict[str, Any] = {
 """One video of 5 latent frames, each of 2 × 3 patches."""
 
 
-def command(*args: str | Path) -> list[str]:
-    """The command line of ``sora-compile`` with this Python."""
-    return [sys.executable, "-m", "toolchain.cli", *map(str, args)]
-
-
 def write_checkpoint(folder: Path, config: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> Path:
     """A checkpoint in the official layout."""
     folder.mkdir(parents=True)
@@ -64,6 +58,25 @@ def write_project(folder: Path, one_pair: tuple[dict[str, Any], dict[str, torch.
     write_checkpoint(folder / "checkpoint", *one_pair)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
     return folder
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """Everything under a folder: files with their bytes, folders and links with None."""
+    found = sorted(folder.rglob("*"))
+    return {p.relative_to(folder).as_posix(): p.read_bytes() if p.is_file() else None for p in found}
+
+
+def edit_recipe(project: Path, **changes: Any) -> None:
+    """Change keys of the project's recipe; ``__`` stands for the dot."""
+    path = project / "recipe.yaml"
+    data = yaml.safe_load(path.read_text())
+    for key, value in changes.items():
+        *parents, last = key.split("__")
+        place = data
+        for part in parents:
+            place = place[part]
+        place[last] = value
+    path.write_text(yaml.safe_dump(data))
 
 
 class Decoded(Mapping[str, torch.Tensor]):

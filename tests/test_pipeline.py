@@ -186,7 +186,7 @@ def test_the_resolved_recipe_leaves_nothing_open(built: Any) -> None:
 @slow
 @pytest.mark.parametrize("target", ["executorch", "coreml"])
 def test_the_resolved_recipe_gives_the_same_bundle(
-    request: pytest.FixtureRequest, run_cli: Any, tmp_path: Path, target: str
+    request: pytest.FixtureRequest, run_cli_process: Any, tmp_path: Path, target: str
 ) -> None:
     """At another path, with other hashes, over an older bundle: the same bytes."""
     built = request.getfixturevalue(f"{target}_bundle")
@@ -196,7 +196,7 @@ def test_the_resolved_recipe_gives_the_same_bundle(
     (elsewhere / "again" / "stray.txt").write_text("not of this build")
     (elsewhere / "again" / "recipe.yaml").write_text("old")
     args = ("compile", built.path / "recipe.yaml", "-o", elsewhere / "again", "--json")
-    ran = run_cli(*args, cwd=elsewhere, env={"PYTHONHASHSEED": "4321"})
+    ran = run_cli_process(*args, cwd=elsewhere, env={"PYTHONHASHSEED": "4321"})
     assert ran.code == 0, ran.err
     first, second = contents(built.path), contents(elsewhere / "again")
     assert first.keys() == second.keys()
@@ -208,7 +208,9 @@ def test_the_resolved_recipe_gives_the_same_bundle(
 
 
 @slow
-def test_another_kind_of_recipe(run_cli: Any, tmp_path: Path, one_pair: Any, recipe_data: dict[str, Any]) -> None:
+def test_another_kind_of_recipe(
+    run_cli_process: Any, tmp_path: Path, one_pair: Any, recipe_data: dict[str, Any]
+) -> None:
     """From the hub, one frame given as condition, no merging, a dynamic leap."""
     repo = tmp_path / "hub" / "models--owner--name"
     write_checkpoint(repo / "snapshots" / COMMIT, *one_pair)
@@ -219,7 +221,7 @@ def test_another_kind_of_recipe(run_cli: Any, tmp_path: Path, one_pair: Any, rec
     recipe_data["transformer"] = {"checkpoint": "hf://owner/name", "frame_conditions": True}
     recipe_data["target"] = {"name": "coreml", "precision": "float32"}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_data))
-    ran = run_cli("recipe.yaml", "-o", "bundle", cwd=tmp_path, env={"HF_HUB_CACHE": str(tmp_path / "hub")})
+    ran = run_cli_process("recipe.yaml", "-o", "bundle", cwd=tmp_path, env={"HF_HUB_CACHE": str(tmp_path / "hub")})
     assert ran.code == 0, ran.err
     manifest = manifest_of(tmp_path / "bundle")
     sampler = manifest["sampler"]

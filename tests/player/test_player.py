@@ -287,11 +287,11 @@ def test_frame_conditions_without_any_change_nothing(
 
 
 @pytest.fixture(scope="module")
-def played(bundle: Bundle, run_cli: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+def played(bundle: Bundle, run_cli_process: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     """The folder in which the command played the bundle with everything it can write, and what it said."""
     folder = tmp_path_factory.mktemp("played")
     options = ("--seed", "7", "-o", "fox.mp4", "--frames", "frames", "--trace", "trace.json")
-    return folder, run_cli("play", bundle.path, "--prompt", LONG, *options, cwd=folder)
+    return folder, run_cli_process("play", bundle.path, "--prompt", LONG, *options, cwd=folder)
 
 
 def test_command_says_where_the_video_is(played: tuple[Path, Any]) -> None:

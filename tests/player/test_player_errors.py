@@ -131,9 +131,9 @@ def test_a_truncated_file(hollow: Path, play: Callable[..., Failed]) -> None:
 
 
 @pytest.mark.slow
-def test_a_program_that_is_none(hollow: Path, run_cli: Any, tmp_path: Path) -> None:
+def test_a_program_that_is_none(hollow: Path, run_cli_process: Any, tmp_path: Path) -> None:
     """Its digest is right, so only its engine can tell. What the runtime itself writes is not shown."""
-    ran = run_cli("play", hollow, "--prompt", "fox", "-o", "out.mp4", cwd=tmp_path)
+    ran = run_cli_process("play", hollow, "--prompt", "fox", "-o", "out.mp4", cwd=tmp_path)
     (line,) = ran.err.splitlines()
     assert line.startswith("sora-compile: 'embed.pte' is not a program that ExecuTorch can load")
     assert (ran.code, ran.out) == (4, "")
