@@ -17,10 +17,9 @@ from toolchain.ui.report.timeline import Timeline
 Spec = dict[str, Any]
 SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
 """Names the language's version; nothing fetches it."""
-AXIS = 104
-"""Width in pixels of the vertical axes of charts that stand below one another, so that their times do, too."""
 ROW, LANE = 22, 34
 """Heights in pixels of a block's row and of a lane."""
+SHAPES = ("circle", "square", "diamond", "triangle-up")
 NEAR_BUDGET = 4.0
 """A budget is drawn if it is at most so many times the peak: farther off it would flatten the curve."""
 
@@ -87,7 +86,13 @@ def timeline_chart(timelines: Sequence[Timeline], facts: Facts, look: Look) -> S
         "data": {"values": values},
         "mark": {"type": "bar", "clip": True, "height": {"band": 0.8}},
         "encoding": {
-            "y": {"field": "row", "type": "nominal", "sort": rows, "title": None, "axis": _fixed(domain=False)},
+            "y": {
+                "field": "row",
+                "type": "nominal",
+                "sort": rows,
+                "title": None,
+                "axis": _axis(timelines, domain=False),
+            },
             "x": _time("start"),
             "x2": {"field": "end"},
             "color": _colours("component", [c.name for c in facts.components], look),
@@ -122,7 +127,13 @@ def memory_chart(timelines: Sequence[Timeline], look: Look) -> Spec:
         },
         "encoding": {
             "x": _time("time"),
-            "y": {"field": "memory", "type": "quantitative", "title": name, "stack": None, "axis": _fixed(tickCount=4)},
+            "y": {
+                "field": "memory",
+                "type": "quantitative",
+                "title": None,
+                "stack": None,
+                "axis": _axis(timelines, tickCount=4, labelExpr=f"datum.label + ' {name}'"),
+            },
             "color": _colours("title", titles, look, legend=len(timelines) > 1),
             "tooltip": [
                 {"field": "title", "title": "timeline"},
@@ -136,7 +147,10 @@ def memory_chart(timelines: Sequence[Timeline], look: Look) -> Spec:
     for budget in sorted(b for b in budgets if b <= NEAR_BUDGET * max(peak, 1)):
         datum: Spec = {"y": {"datum": budget / unit}}
         layers += [
-            {"mark": {"type": "rule", "color": look.alarm, "strokeDash": [6, 4], "strokeWidth": 1.5}, "encoding": datum},
+            {
+                "mark": {"type": "rule", "color": look.alarm, "strokeDash": [6, 4], "strokeWidth": 1.5},
+                "encoding": datum,
+            },
             {
                 "mark": {"type": "text", "align": "left", "baseline": "bottom", "dx": 4, "dy": -3, "color": look.alarm},
                 "encoding": datum | {"x": {"value": 0}, "text": {"value": f"budget {readable_size(budget)}"}},
@@ -165,8 +179,18 @@ def _time(field: str) -> Spec:
     return {"field": field, "type": "quantitative", "title": "seconds", "scale": scale, "axis": axis}
 
 
-def _fixed(**options: Any) -> Spec:
-    return {"minExtent": AXIS, "maxExtent": AXIS, "labelLimit": AXIS, "ticks": False, "labelPadding": 6, **options}
+def _axis(timelines: Sequence[Timeline], **options: Any) -> Spec:
+    """The vertical axis, of one width in charts that stand below one another, so that their times do, too."""
+    longest = max(len(_row(t, lane, timelines)) for t in timelines for lane in t.lanes)
+    extent = max(60, 14 + 6 * longest)
+    return {
+        "minExtent": extent,
+        "maxExtent": extent,
+        "labelLimit": extent,
+        "ticks": False,
+        "labelPadding": 6,
+        **options,
+    }
 
 
 # --- the sampler -------------------------------------------------------------------------------------
@@ -203,7 +227,7 @@ def sampler_chart(facts: Facts, look: Look) -> Spec:
             "shape": {
                 "field": "what",
                 "type": "nominal",
-                "scale": {"domain": kinds, "range": _cycle(("circle", "square", "diamond", "triangle-up"), kinds)},
+                "scale": {"domain": kinds, "range": _cycle(SHAPES, kinds)},
             },
             "tooltip": [
                 {"field": "call"},
@@ -248,7 +272,7 @@ def bytes_chart(component: ComponentFacts, facts: Facts, look: Look) -> Spec:
                 "scale": {"domain": [0, largest / unit or 1]},
                 "axis": {"tickCount": 5},
             },
-            "color": _colours("scheme", facts.schemes, look),
+            "color": _colours("scheme", facts.schemes, look, legend=len(facts.schemes) > 1),
             "order": {"field": "scheme"},
             "tooltip": [{"field": "block"}, {"field": "scheme", "title": "stored as"}, {"field": "bytes"}],
         },
@@ -264,7 +288,7 @@ def errors_chart(component: ComponentFacts, facts: Facts, look: Look) -> Spec:
     kinds: list[ErrorOf] = ["lowering", "quantization"]
     every = [e for b in facts.blocks() for e in b.errors if e.finite]
     low, high = _decades([x for e in every for x in (e.accuracy.relative_error, e.accuracy.limit)])
-    functions = list(dict.fromkeys(e.function for e in every))
+    functions = list(dict.fromkeys(f for b in component.blocks for f in b.functions))
     values = [
         {
             "block": b.name,
@@ -281,8 +305,14 @@ def errors_chart(component: ComponentFacts, facts: Facts, look: Look) -> Spec:
     ]
     scale = {"type": "log", "domain": [low, high], "nice": False}
     axis = {"format": ".0e", "values": [10.0**n for n in range(round(math.log10(low)), round(math.log10(high)) + 1)]}
-    shapes = {"domain": functions, "range": _cycle(("circle", "square", "diamond", "triangle-up"), functions)}
-    colour = _colours("of", [k for k in kinds if any(e.of == k for e in every)], look)
+    shapes: Spec = {
+        "field": "function",
+        "type": "nominal",
+        "scale": {"domain": functions, "range": _cycle(SHAPES, functions)},
+        **({} if len(functions) > 1 else {"legend": None}),
+    }
+    shown = [k for k in kinds if any(e.of == k for e in every)]
+    colour = _colours("of", shown, look, legend=len(shown) > 1)
     return {
         "description": f"Relative error of each block of {component.name}, with its limit",
         "height": ROW * len(component.blocks),
@@ -307,7 +337,7 @@ def errors_chart(component: ComponentFacts, facts: Facts, look: Look) -> Spec:
             },
             {
                 "mark": {"type": "point", "filled": True, "size": 60, "opacity": 1},
-                "encoding": {"shape": {"field": "function", "type": "nominal", "scale": shapes}},
+                "encoding": {"shape": shapes},
             },
         ],
     }

@@ -36,7 +36,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class BlockFacts:
-    """A block. ``file_bytes`` and ``errors`` are known of built ones alone; ``errors`` is empty if it was not executed."""
+    """A block. ``file_bytes`` is known of a built one alone, ``errors`` of one that was executed."""
 
     name: str
     rate: str
@@ -140,7 +140,7 @@ class Facts:
             yield from component.blocks
 
     def worst(self, of: ErrorOf) -> tuple[str, Measured] | None:
-        """The largest error of a kind and the block that has it, as ``COMPONENT/BLOCK``; not a number is the largest."""
+        """The largest error of a kind, and the block that has it as ``COMPONENT/BLOCK``; NaN is the largest."""
         every = [(f"{c.name}/{b.name}", e) for c in self.components for b in c.blocks for e in b.errors_of(of)]
         return max(every, key=lambda e: e[1].accuracy.relative_error if e[1].finite else math.inf, default=None)
 

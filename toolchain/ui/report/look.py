@@ -1,4 +1,4 @@
-"""Colours of charts, and what all charts have in common. On a page colours are CSS variables, so they follow its scheme."""
+"""Colours of charts, and what all charts have in common; on a page colours are CSS variables and follow its scheme."""
 
 from __future__ import annotations
 
@@ -46,11 +46,13 @@ def config(look: Look) -> dict[str, Any]:
         },
         "legend": {
             "orient": "top",
+            "layout": {"top": {"anchor": "start", "bounds": "full"}},
             "title": None,
             "labelColor": look.ink,
             "labelFontSize": 12,
             "labelLimit": 150,
             "symbolOpacity": 1,
+            "symbolBaseFillColor": look.quiet,
             "symbolStrokeWidth": 2,
         },
         "title": {"color": look.ink, "fontSize": 13, "anchor": "start", "fontWeight": 600},

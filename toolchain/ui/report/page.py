@@ -17,7 +17,7 @@ from toolchain.ui.report.charts import on_paper, report_charts
 from toolchain.ui.report.facts import Facts
 from toolchain.ui.report.timeline import Timeline
 from toolchain.ui.report.video import Clip
-from toolchain.ui.tables import runs
+from toolchain.ui.tables import by_storage, runs
 from toolchain.version import VERSION
 
 TEMPLATE = "template"
@@ -62,7 +62,7 @@ def render(facts: Facts, timelines: Sequence[Timeline] = (), clip: Clip | None =
         "seconds": words.seconds,
         "count": words.count,
         "percent": words.percent,
-        "stored": words.stored,
+        "stored": by_storage,
         "runs": runs,
     }
     environment.filters |= filters
@@ -79,6 +79,7 @@ def render(facts: Facts, timelines: Sequence[Timeline] = (), clip: Clip | None =
         quantized=any(b.errors_of("quantization") for b in facts.blocks()),
         cards=words.cards(facts),
         totals=[words.totals(t) for t in timelines],
+        stretches=words.stretches(timelines),
         sampler_note=words.sampler_note(facts),
         blocks_note=words.blocks_note(facts),
         memory_note=words.memory_note(timelines),
@@ -129,5 +130,7 @@ def _library() -> str:
     """Vega, Vega-Lite and Vega-Embed as one script, which defines ``vegaEmbed``; they ship inside of vl-convert."""
     script: str = require("vl_convert").javascript_bundle("window.vegaEmbed = vegaEmbed;", VEGA_LITE)
     if "</script" in script.lower() or "<!--" in script or "\r" in script:
-        raise ResourceError("the chart library that vl-convert ships cannot be put into a page; install another version")
+        raise ResourceError(
+            "the chart library that vl-convert ships cannot be put into a page; install another version"
+        )
     return script

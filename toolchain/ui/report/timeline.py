@@ -20,7 +20,7 @@ LANES = {"load": LOADER, "run": COMPUTE}
 
 @dataclass(frozen=True)
 class Interval:
-    """Something that took a while, in seconds from the start: loading ``block`` (``function`` is None) or running it."""
+    """Loading ``block`` (then ``function`` is None) or running it; times in seconds from the start."""
 
     component: str
     block: str
@@ -57,7 +57,7 @@ class Timeline:
 
 
 def played_timeline(path: Path, bundle: Bundle) -> Timeline:
-    """The timeline that ``play --trace`` wrote to ``path``; memory is that of the weights of the blocks that are loaded.
+    """The timeline that ``play --trace`` wrote to ``path``. Memory is that of the weights of loaded blocks.
 
     Raises:
         RecipeError: it is not such a trace, or one of another bundle.

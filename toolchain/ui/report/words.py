@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from toolchain.formats.manifest import GateMode, StaticLeap
+from toolchain.formats.manifest import GateMode
+from toolchain.formats.schedule import StaticLeap
 from toolchain.system.disk import readable_size
 from toolchain.ui.report.facts import ErrorOf, Facts, Measured
 from toolchain.ui.report.timeline import COMPUTE, LOADER, Timeline
@@ -98,7 +99,9 @@ def sampler_note(facts: Facts) -> str:
 def blocks_note(facts: Facts) -> str:
     """What the errors of blocks are measured against."""
     if facts.built is None:
-        return "Blocks stand in the order in which they are loaded. Nothing has been lowered yet, so there are no errors."
+        return (
+            "Blocks stand in the order in which they are loaded. Nothing has been lowered yet, so there are no errors."
+        )
     words = "Blocks stand in the order in which they are loaded. "
     if not any(b.errors for b in facts.blocks()):
         return words + "No block has figures of its accuracy: with this gate, none were measured for this checkpoint."
@@ -170,6 +173,15 @@ def totals(timeline: Timeline) -> Totals:
     )
 
 
+def stretches(timelines: Sequence[Timeline]) -> list[tuple[str, float, float]]:
+    """For each component, from when until when anything of it is loaded or run, in seconds."""
+    found: dict[str, tuple[float, float]] = {}
+    for i in (i for t in timelines for lane in t.lanes.values() for i in lane):
+        start, end = found.get(i.component, (i.start_s, i.end_s))
+        found[i.component] = min(start, i.start_s), max(end, i.end_s)
+    return [(name, *span) for name, span in sorted(found.items(), key=lambda kv: kv[1])]
+
+
 # --- figures -----------------------------------------------------------------------------------------
 
 
@@ -192,13 +204,6 @@ def count(value: int) -> str:
 
 def percent(value: float) -> str:
     return f"{value:.1%}"
-
-
-def stored(bytes_: Mapping[str, int]) -> str:
-    """How weights are stored, most first: what is alone without its size."""
-    if len(bytes_) < 2:
-        return "".join(bytes_)
-    return ", ".join(f"{k} {readable_size(v)}" for k, v in sorted(bytes_.items(), key=lambda kv: -kv[1]))
 
 
 def over(measured: Measured) -> bool:

@@ -38,6 +38,11 @@
     for (const button of document.querySelectorAll("button[data-move]")) {
       button.addEventListener("click", moves[button.dataset.move]);
     }
+    for (const button of document.querySelectorAll("button[data-from]")) {
+      const start = Number(button.dataset.from);
+      const width = Number(button.dataset.to) - start;
+      button.addEventListener("click", () => show(start + width / 2, width));
+    }
     await moves.whole();
     document.getElementById("moves").hidden = false;
   }
