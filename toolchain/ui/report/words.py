@@ -51,13 +51,9 @@ def _sizes(facts: Facts) -> list[Card]:
 
 
 def _calls(facts: Facts) -> list[Card]:
-    g, steps = facts.geometry, facts.sampler.steps
+    steps = facts.sampler.steps
     merged = sum(s.function == "merged" for s in steps)
-    latents = f"{g.latent_channels}×{g.latent_frames}×{g.latent_height}×{g.latent_width}"
-    return [
-        Card("Latents", latents, "channels, frames, height, width"),
-        Card("Calls of the denoiser", str(len(steps)), f"{merged} with merged tokens; {_leap(facts)}"),
-    ]
+    return [Card("Calls of the denoiser", str(len(steps)), f"{merged} with merged tokens; {_leap(facts)}")]
 
 
 def _leap(facts: Facts) -> str:
