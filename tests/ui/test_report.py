@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import json
 import math
@@ -48,6 +49,12 @@ def page(shown: Any, facts: Facts, played: Timeline) -> str:
 def parsed(page: str) -> Any:
     """The page's tree; what the HTML standard calls a parse error is one here."""
     return html5lib.HTMLParser(strict=True).parse(page)
+
+
+def embedded(page: str) -> str:
+    """The video as it stands in the page: H.264 does not promise the same bytes for the same frames."""
+    found = re.search('data:video/mp4;base64,[^"]+', page)
+    return found[0] if found else pytest.fail("no video")
 
 
 def texts(tree: Any) -> list[str]:
@@ -262,7 +269,9 @@ def test_the_video_is_h264_of_the_bundles_frames(page: str, shown: Any) -> None:
 
 
 def test_the_same_bundle_gives_the_same_page(shown: Any, facts: Facts, played: Timeline, page: str) -> None:
-    assert render(facts, [played], golden_clip(shown.bundle)) == page
+    clip = golden_clip(shown.bundle)
+    assert clip is not None
+    assert render(facts, [played], dataclasses.replace(clip, uri="")) == page.replace(embedded(page), "")
 
 
 def test_a_golden_that_is_no_video_is_refused(edited: Callable[..., Bundle]) -> None:
