@@ -108,6 +108,7 @@ def plan(
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
     print_after: PrintOption = None,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Also write it as a page.")] = None,
 ) -> None:
     """Show what would be built: blocks, parameters, bytes, order. Lowers nothing."""
     from toolchain.ui.console import Console
@@ -116,11 +117,19 @@ def plan(
         import toolchain
         from toolchain.formats.recipe_file import find_recipe
 
+        if html is not None:
+            from toolchain.ui.report.write import check_places
+
+            check_places({"--html": html})
         with console.progress(print_after) as listener:
             path = find_recipe(recipe)
             loaded = toolchain.load_recipe(path, overrides)
             listener.check_print_after(loaded)
             planned = toolchain.plan(loaded, base=path.parent, listener=listener)
+        if html is not None:
+            from toolchain.ui.report.write import write_plan_report
+
+            write_plan_report(planned, html)
         from toolchain.ui.tables import plan_json, plan_table
 
         console.answer(plan_json(planned), plan_table(planned))
@@ -248,6 +257,32 @@ def diff(
 
         found = compare_bundles(a, b)
         console.answer(comparison_json(found), comparison_table(found))
+
+
+@app.command()
+def report(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="HTML", help="The page; BUNDLE.html if not given.")
+    ] = None,
+    trace: Annotated[
+        Path | None, typer.Option("--trace", metavar="FILE", help="Show the timeline that play --trace recorded.")
+    ] = None,
+    png: Annotated[Path | None, typer.Option("--png", metavar="PNG", help="Also draw the timeline alone.")] = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Write one self-contained page about a bundle, after checking its files."""
+    from toolchain.ui.console import Console
+
+    with Console(as_json, verbose) as console:
+        import toolchain
+        from toolchain.ui.report.write import write_bundle_report
+
+        loaded = toolchain.load_bundle(bundle)
+        page = output or bundle.absolute().with_name(f"{bundle.absolute().name}.html")
+        write_bundle_report(loaded, page, trace=trace, png=png)
+        console.answer({"page": str(page)} | ({"png": str(png)} if png else {}), str(page))
 
 
 @app.command()

@@ -28,6 +28,7 @@ from toolchain.models.open_sora_v1_2.vae import OpenSoraVAE
 from toolchain.player import Player
 from toolchain.player.trace import Trace
 from toolchain.player.video import to_bytes
+from toolchain.ui.report.timeline import played_timeline
 
 pytestmark = pytest.mark.slow
 
@@ -324,6 +325,7 @@ def test_command_writes_a_trace(played: tuple[Path, Any], bundle: Bundle) -> Non
     names = {e["tid"]: e["args"]["name"] for e in trace["traceEvents"] if e["ph"] == "M"}
     assert sorted(names.values()) == sorted(bundle.manifest.components)
     assert all(e["name"] == "thread_name" for e in trace["traceEvents"] if e["ph"] == "M")
+    assert trace["otherData"] == {"bundle": "small", "recipe_sha256": bundle.manifest.recipe.sha256}
     spans = [e for e in trace["traceEvents"] if e["ph"] != "M"]
     for e in spans:
         assert e.keys() == {"name", "cat", "ph", "ts", "dur", "pid", "tid"}
@@ -336,6 +338,15 @@ def test_command_writes_a_trace(played: tuple[Path, Any], bundle: Bundle) -> Non
     blocks = {(n, b.name) for n, c in bundle.manifest.components.items() for b in c.blocks}
     for category in ("load", "run"):
         assert {(names[e["tid"]], e["name"].partition(".")[0]) for e in spans if e["cat"] == category} == blocks
+
+
+def test_a_report_takes_the_trace(played: tuple[Path, Any], bundle: Bundle) -> None:
+    timeline = played_timeline(played[0] / "trace.json", bundle)
+    components = bundle.manifest.components
+    assert {i.component for i in timeline.lanes["compute"]} == set(components)
+    # without a budget everything of a component stays loaded, and nothing of the one before it
+    sizes = [sum(sum(b.weight_bytes.values()) for b in c.blocks) for c in components.values()]
+    assert (timeline.peak_bytes, timeline.memory[-1][1]) == (max(sizes), 0)
 
 
 def test_command_as_json(bundle: Bundle, run_cli: Any, tmp_path: Path) -> None:

@@ -191,5 +191,7 @@ def play(
     if folder is not None:
         write_frames(pictures, folder)
     if record is not None:
-        player.trace.write(record)
+        # the pinned recipe decides all that a bundle is
+        played = {"bundle": player.manifest.name, "recipe_sha256": player.manifest.recipe.sha256}
+        player.trace.write(record, played)
     return out

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 
@@ -33,10 +33,11 @@ class Trace:
         """Total time of a category's spans."""
         return sum(float(str(e["dur"])) for e in self._events if e["cat"] == category) / 1e6
 
-    def write(self, path: Path) -> None:
-        """Write the trace as JSON."""
+    def write(self, path: Path, about: Mapping[str, str] | None = None) -> None:
+        """Write the trace as JSON; ``about`` says what was played."""
         names = [
             {"name": "thread_name", "ph": "M", "pid": 1, "tid": tid, "args": {"name": component}}
             for component, tid in self._threads.items()
         ]
-        path.write_text(json.dumps({"traceEvents": [*names, *self._events], "displayTimeUnit": "ms"}), encoding="utf-8")
+        data = {"traceEvents": [*names, *self._events], "displayTimeUnit": "ms", "otherData": dict(about or {})}
+        path.write_text(json.dumps(data), encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -39,24 +40,29 @@ def check_outputs(video: Path, frames: Path | None, trace: Path | None) -> None:
 
 def write_video(frames: torch.Tensor, fps: int, path: Path) -> None:
     """Write uint8 frames ``[F, H, W, 3]`` as H.264."""
-    import av
-
-    height, width = frames.shape[1] // 2 * 2, frames.shape[2] // 2 * 2  # 4:2:0 wants even sizes
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}.mp4")
     try:
-        with av.open(str(partial), "w") as container:
-            # several threads write other bytes on every run
-            stream = container.add_stream("libx264", rate=fps, options={"crf": "16", "threads": "1"})
-            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-            for frame in frames[:, :height, :width].numpy():
-                picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
-                for packet in stream.encode(picture):
-                    container.mux(packet)
-            for packet in stream.encode():
-                container.mux(packet)
+        encode_video(frames, fps, str(partial))
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def encode_video(frames: torch.Tensor, fps: int, place: str | BinaryIO, crf: int = 16) -> None:
+    """Write uint8 frames ``[F, H, W, 3]`` as H.264 in mp4; the higher ``crf``, the fewer bytes and the coarser."""
+    import av
+
+    height, width = frames.shape[1] // 2 * 2, frames.shape[2] // 2 * 2  # 4:2:0 wants even sizes
+    with av.open(place, "w", format="mp4") as container:
+        # several threads write other bytes on every run
+        stream = container.add_stream("libx264", rate=fps, options={"crf": str(crf), "threads": "1"})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for frame in frames[:, :height, :width].numpy():
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            for packet in stream.encode(picture):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
 
 
 def write_frames(frames: torch.Tensor, folder: Path) -> None:

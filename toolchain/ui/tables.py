@@ -93,7 +93,7 @@ def plan_table(planned: Plan) -> RenderableType:
         groups.append(
             Text(
                 f"{component['parameters']:,} parameters, {readable_size(component['weight_bytes'])} "
-                f"({_by_storage(component['bytes_by_storage'])}) in {len(component['blocks'])} blocks "
+                f"({by_storage(component['bytes_by_storage'])}) in {len(component['blocks'])} blocks "
                 f"of {component['distinct_structures']} structures"
             )
         )
@@ -158,7 +158,7 @@ def bundle_table(bundle: Bundle) -> RenderableType:
             table.add_column(column, justify="right" if column in ("parameters", "bytes") else "left")
         for b in component.blocks:
             sources = dict.fromkeys(i.source.split(".")[0] for i in b.inputs)
-            figures = (f"{b.parameters:,}", readable_size(sum(f.bytes for f in b.files)), _by_storage(b.weight_bytes))
+            figures = (f"{b.parameters:,}", readable_size(sum(f.bytes for f in b.files)), by_storage(b.weight_bytes))
             table.add_row(b.name, runs(b.rate), ", ".join(b.functions), *figures, _errors(b), ", ".join(sources))
         groups.append(table)
     g, s = m.geometry, m.sampler
@@ -197,7 +197,7 @@ def _errors(block: BlockEntry) -> str:
     return f"{errors}; of quantization {', '.join(f'{a.relative_error:.2g}' for a in block.quantization.values())}"
 
 
-def _by_storage(bytes_: Mapping[str, int]) -> str:
+def by_storage(bytes_: Mapping[str, int]) -> str:
     """How bytes are stored, most first: what is alone without its size."""
     if len(bytes_) < 2:
         return "".join(bytes_)

@@ -1,0 +1,96 @@
+"""What tests of reports share: a bundle whose every text is hostile, with a golden video, and a trace of playing it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from toolchain.formats.bundle import Bundle, describe_file, load_bundle
+from toolchain.player.opening import target_of
+from toolchain.player.runner import ComponentRunner
+from toolchain.player.trace import Trace
+
+HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror=window.hacked=2>\"'{{7*7}}&amp;<!--"
+FRAMES, SIZE = 12, 32
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A bundle to report on, and the trace of a run of it."""
+
+    bundle: Bundle
+    trace: Path
+
+
+@pytest.fixture(scope="session")
+def edited(executorch_bundle: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Bundle]:
+    """A copy of the built bundle, its manifest edited as plain data; checked as any manifest is."""
+
+    def make(edit: Callable[[dict[str, Any], Path], None]) -> Bundle:
+        folder = tmp_path_factory.mktemp("edited") / "bundle"
+        shutil.copytree(executorch_bundle.path, folder)
+        path = folder / "manifest.json"
+        data = json.loads(path.read_text())
+        edit(data, folder)
+        path.write_text(json.dumps(data))
+        return load_bundle(folder)
+
+    return make
+
+
+def renamed(value: Any, old: str, new: str) -> Any:
+    """Plain data in which a block has another name, wherever it is named; its files keep theirs."""
+    if isinstance(value, dict):
+        return {k: renamed(v, old, new) for k, v in value.items()}
+    if isinstance(value, list):
+        return [renamed(v, old, new) for v in value]
+    return new + value.removeprefix(old) if value == old or str(value).startswith(f"{old}.") else value
+
+
+def moving_square() -> torch.Tensor:
+    """Frames ``[F, H, W, 3]``."""
+    pixels = torch.full((FRAMES, SIZE, SIZE, 3), 40, dtype=torch.uint8)
+    for n in range(FRAMES):
+        pixels[n, 8:24, 2 * n : 2 * n + 8, 0] = 250
+    return pixels
+
+
+def make_hostile(data: dict[str, Any], folder: Path) -> None:
+    """Texts that would run as scripts if they were not escaped; a golden video; a budget that one block exceeds."""
+    data["components"] = renamed(data["components"], "pair_0", f"{HOSTILE}pair")
+    data["name"] = data["model"] = HOSTILE
+    data["tools"][HOSTILE] = HOSTILE
+    component = data["components"]["transformer"]
+    component["resident"] = []
+    data["memory_budget_bytes"] = sum(sum(b["weight_bytes"].values()) for b in component["blocks"]) // 2
+    recipe = folder / data["recipe"]["path"]
+    recipe.write_text(recipe.read_text() + f"# {HOSTILE}\n")
+    data["recipe"] = describe_file(recipe, folder).model_dump(mode="json")
+    save_file({"pixels": moving_square()}, folder / "goldens/video.safetensors")
+    golden = describe_file(folder / "goldens/video.safetensors", folder).model_dump(mode="json")
+    data["golden"] = {"file": golden, "prompt": HOSTILE, "seed": 3, "psnr_db": 51.25, "limit_db": 40.0}
+
+
+@pytest.fixture(scope="session")
+def shown(edited: Callable[..., Bundle], tmp_path_factory: pytest.TempPathFactory) -> Shown:
+    """The hostile bundle, and the trace of two steps that were run; nothing stays loaded, so each run loads first."""
+    bundle = edited(make_hostile)
+    trace = Trace()
+    runner = ComponentRunner(bundle, "transformer", target_of(bundle.manifest, "transformer"), trace)
+    inputs = {i.feed.kind: i.shape for i in runner.entry.inputs}
+    given = {kind: torch.zeros(1, *inputs[kind][1:]) for kind in ("text_embedding", "token_mask", "latents")}
+    given["timestep"] = torch.tensor(500.0)
+    runner.run("prompt", given, "base")
+    for function in ("merged", "base"):
+        runner.run("step", given, function)
+    path = tmp_path_factory.mktemp("trace") / "trace.json"
+    trace.write(path, {"recipe_sha256": bundle.manifest.recipe.sha256})
+    return Shown(bundle, path)
