@@ -110,7 +110,10 @@ def make(player: toolchain.Player, scene: Scene, seed: int) -> Video:
 
 
 def figures(videos: list[Video], scenes: list[Scene], full: list[Video]) -> dict[str, float]:
-    """Means over the prompts; of the seconds the median, since other work on the machine disturbs some."""
+    """Means over the prompts; of the seconds the median, since other work on the machine disturbs some.
+
+    ``worst`` is the least PSNR of all.
+    """
     rows = []
     for video, scene, reference in zip(videos, scenes, full, strict=True):
         right = judge(video.frames.transpose(0, 1)).correct(scene)
@@ -129,7 +132,8 @@ def figures(videos: list[Video], scenes: list[Scene], full: list[Video]) -> dict
             }
         )
     means = {k: sum(r[k] for r in rows) / len(rows) for k in rows[0]}
-    return means | {"seconds": statistics.median(r["seconds"] for r in rows)}
+    worst = min(r["psnr"] for r in rows)
+    return means | {"seconds": statistics.median(r["seconds"] for r in rows), "worst": worst}
 
 
 def prompts(count: int) -> list[Scene]:
