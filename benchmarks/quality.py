@@ -94,8 +94,17 @@ def player(bundle: toolchain.Bundle, setting: Setting) -> toolchain.Player:
     return toolchain.Player(dataclasses.replace(bundle, manifest=with_setting(bundle, setting)))
 
 
-def make(player: toolchain.Player, scene: Scene, seed: int) -> Video:
-    """Play one prompt."""
+@dataclass
+class Denoised:
+    """What a setting made of a prompt before it is decoded."""
+
+    latents: torch.Tensor
+    calls: int
+    seconds: float
+
+
+def denoise(player: toolchain.Player, scene: Scene, seed: int) -> Denoised:
+    """A prompt's latents, and what they took."""
     y, mask = player.encode(scene.prompt())
     calls, began = -1, time.perf_counter()  # one more report comes when all calls are done
 
@@ -105,8 +114,17 @@ def make(player: toolchain.Player, scene: Scene, seed: int) -> Video:
 
     player.progress = count
     latents = player.denoise(y, mask, seed)
-    seconds = time.perf_counter() - began
-    return Video(player.decode(latents), calls, seconds)
+    return Denoised(latents, calls, time.perf_counter() - began)
+
+
+def decode(player: toolchain.Player, made: Denoised) -> Video:
+    """The video of some latents."""
+    return Video(player.decode(made.latents), made.calls, made.seconds)
+
+
+def make(player: toolchain.Player, scene: Scene, seed: int) -> Video:
+    """Play one prompt."""
+    return decode(player, denoise(player, scene, seed))
 
 
 def figures(videos: list[Video], scenes: list[Scene], full: list[Video]) -> dict[str, float]:
