@@ -1,16 +1,19 @@
 """What quantized weights cost in quality on the shipped miniature model, target by target.
 
-    python benchmarks/quantized_quality.py [--prompts 40] [--targets executorch,onnx,coreml] [--sheet FILE]
+    python benchmarks/quantized_quality.py [--prompts 40] [--targets executorch,onnx,coreml] [--decoded] [--sheet FILE]
 
 Compiles the shipped recipe once for every setting, which says how weights are kept, and plays the prompts and seeds of
 ``benchmarks/quality.py``, in full: 30 steps, unless a row says otherwise. What a video shows is read off its frames;
 PSNR and SSIM are against the video of ExecuTorch in float32, and ``worst`` is the least PSNR of all prompts.
-Nothing is gated, so settings are built that a gate would refuse.
+Nothing is gated, so settings are built that a gate would refuse. With ``--decoded``, the weights that a target stores
+are decoded into checkpoints, and ExecuTorch plays these in float32: it shows the weights alone, in a fraction of the
+time that Core ML's programs take on this machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -19,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -37,9 +41,14 @@ from benchmarks.quality import (
     prompts,
 )
 from benchmarks.sheet import contact_sheet
+from toolchain.formats.recipe_file import find_recipe
 from toolchain.formats.schedule import StaticLeap
+from toolchain.ir.stored import decoding_reader
 from toolchain.planning.candidates import with_rules
+from toolchain.planning.plan import plan_resolved
+from toolchain.planning.resolve import resolve
 from toolchain.player.video import to_bytes
+from toolchain.weights.block_weights import reader
 
 REFERENCE = "float32"
 """Of ExecuTorch: what all videos are held against."""
@@ -111,17 +120,34 @@ def recipe(target: str, kept: Kept) -> toolchain.Recipe:
     return with_rules(toolchain.load_recipe("tiny", [f"target={target}", *UNGATED]), dict(rules))
 
 
+def decoded(target: str, kept: Kept, folder: Path) -> toolchain.Recipe:
+    """A recipe in float32, with checkpoints in ``folder`` that hold what a target's stored weights stand for."""
+    shipped = find_recipe("tiny").parent
+    planned = plan_resolved(resolve(recipe(target, kept), shipped, checkpoints=True))
+    for name in kept.rules:
+        part = planned.components[name]
+        stored = {f"{pair.name}.{n}": w for pair in part.pairs for n, w in pair.lowered.weights.items()}
+        read = decoding_reader(stored, reader(part.resolved.checkpoint, part.definition.aliases))
+        shutil.copytree(shipped / "tiny" / name, folder / name)
+        tensors = {n: read(n).float().contiguous().clone() for n in part.definition.expected}
+        save_file(tensors, folder / name / "model.safetensors")
+    own = [f"{name}.checkpoint={folder / name}" for name in kept.rules]
+    return toolchain.load_recipe("tiny", ["target=executorch", *UNGATED, *own])
+
+
 class Maker:
     """Plays the first prompts under a setting. Settings that differ in the VAE alone share their latents."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, decoded: bool) -> None:
         self.scenes = prompts(count)
+        self._decoded = decoded
         self._latents: dict[str, list[Denoised]] = {}
 
     def videos(self, target: str, kept: Kept) -> list[Video]:
         """The setting's videos, prompt by prompt."""
         with tempfile.TemporaryDirectory() as tmp:
-            one = player(toolchain.compile_recipe(recipe(target, kept), Path(tmp) / "bundle"), kept.schedule)
+            built = decoded(target, kept, Path(tmp)) if self._decoded else recipe(target, kept)
+            one = player(toolchain.compile_recipe(built, Path(tmp) / "bundle"), kept.schedule)
             before = {name: rule for name, rule in kept.rules.items() if name != "vae"}
             key = f"{target} {before} {kept.schedule}"
             if key not in self._latents:
@@ -138,11 +164,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=40)
     parser.add_argument("--targets", default=",".join(TARGETS), help="targets, parted by commas")
+    parser.add_argument("--decoded", action="store_true", help="play the decoded weights in float32 on ExecuTorch")
     parser.add_argument("--sheet", type=Path, help="write the contact sheet here")
     args = parser.parse_args()
     if args.sheet and args.prompts <= SHEET_PROMPT:
         parser.error(f"--sheet shows prompt {SHEET_PROMPT + 1}; ask for as many --prompts")
-    maker = Maker(args.prompts)
+    maker = Maker(args.prompts, args.decoded)
     columns = SHOWN | {k: v for k, v in COLUMNS.items() if k not in SHOWN}
     reference = maker.videos("executorch", TARGETS["executorch"][REFERENCE])
     pictures: dict[str, torch.Tensor] = {}
