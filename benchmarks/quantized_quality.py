@@ -94,6 +94,8 @@ TARGETS: dict[str, dict[str, Kept]] = {
         "int8": both(INT8),
         "int4": both(INT4),
         "int4, asymmetric, clipped": both(CLIPPED),
+        "int8, leap after 15": both(INT8, LEAP),
+        "int4, leap after 15": both(INT4, LEAP),
         **VAE,
     },
     "coreml": {
