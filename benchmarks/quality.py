@@ -96,8 +96,17 @@ def player(bundle: toolchain.Bundle, setting: Setting) -> toolchain.Player:
     return toolchain.Player(dataclasses.replace(bundle, manifest=with_setting(bundle, setting)))
 
 
-def make(player: toolchain.Player, scene: Scene, seed: int) -> Video:
-    """Play one prompt."""
+@dataclass
+class Denoised:
+    """What a setting made of a prompt before it is decoded."""
+
+    latents: torch.Tensor
+    calls: int
+    seconds: float
+
+
+def denoise(player: toolchain.Player, scene: Scene, seed: int) -> Denoised:
+    """A prompt's latents, and what they took."""
     y, mask = player.encode(scene.prompt())
     calls, began = -1, time.perf_counter()  # one more report comes when all calls are done
 
@@ -107,12 +116,24 @@ def make(player: toolchain.Player, scene: Scene, seed: int) -> Video:
 
     player.progress = count
     latents = player.denoise(y, mask, seed)
-    seconds = time.perf_counter() - began
-    return Video(player.decode(latents), calls, seconds)
+    return Denoised(latents, calls, time.perf_counter() - began)
+
+
+def decode(player: toolchain.Player, made: Denoised) -> Video:
+    """The video of some latents."""
+    return Video(player.decode(made.latents), made.calls, made.seconds)
+
+
+def make(player: toolchain.Player, scene: Scene, seed: int) -> Video:
+    """Play one prompt."""
+    return decode(player, denoise(player, scene, seed))
 
 
 def figures(videos: list[Video], scenes: list[Scene], full: list[Video]) -> dict[str, float]:
-    """Means over the prompts; of the seconds the median, since other work on the machine disturbs some."""
+    """Means over the prompts; of the seconds the median, since other work on the machine disturbs some.
+
+    ``worst`` is the least PSNR of all.
+    """
     rows = []
     for video, scene, reference in zip(videos, scenes, full, strict=True):
         right = judge(video.frames.transpose(0, 1)).correct(scene)
@@ -131,7 +152,8 @@ def figures(videos: list[Video], scenes: list[Scene], full: list[Video]) -> dict
             }
         )
     means = {k: sum(r[k] for r in rows) / len(rows) for k in rows[0]}
-    return means | {"seconds": statistics.median(r["seconds"] for r in rows)}
+    worst = min(r["psnr"] for r in rows)
+    return means | {"seconds": statistics.median(r["seconds"] for r in rows), "worst": worst}
 
 
 def prompts(count: int) -> list[Scene]:

@@ -33,6 +33,7 @@ SHIPPED = [
     "open-sora-v1.2-iphone-15-pro-int4",
     "open-sora-v1.2-iphone-15-pro-int8",
     "tiny",
+    "tiny-int8",
 ]
 
 

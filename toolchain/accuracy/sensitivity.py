@@ -6,6 +6,9 @@ all of them: ``E (v·J d)² = |J d|²``, and ``g = Jᵀv`` is what one backward 
 (Hutchinson, 1990). So the passes are few, whatever the number of weights and of ways to keep them; and since gradients
 go backward block by block, on what the blocks before gave, a block and its activations are all that is in memory.
 
+Every direction is one of an input of its own: what a weight costs differs as much from input to input as from
+direction to direction, and a backward pass takes as long either way.
+
 The errors of a weight's rows (output channels) are taken for independent, as roundings are: their squares are added,
 ``sum_i (g_i·d_i)²``. That makes many samples of few directions.
 """
@@ -22,26 +25,24 @@ from toolchain.ir.blocks import Block
 APART = 1 << 31
 """Added to seeds: what a denoiser gives resembles the noise that it was given, and directions must resemble neither.
 (Of a seed, torch's generator heeds 32 bits.)"""
-Cotangents = list[dict[str, torch.Tensor]]
-"""Gradients by port, for each direction."""
+LEAST_RUNS = 8
+"""Of all functions of a graph together, each of a direction of its own."""
 
 
-def directions(results: Values, number: int, seed: int) -> Cotangents:
-    """Random directions in a graph's results, by name: for an error ``d``, ``E (v·d)²`` is ``|d|² / |result|²``.
+def inputs_each(functions: int, asked: int) -> int:
+    """How many inputs each of a graph's functions is run on: those that the gate asks for, or more for enough runs."""
+    return max(asked, -(-LEAST_RUNS // functions))
 
-    Args:
-        results: of one run.
-    """
+
+def random_direction(results: Values, seed: int) -> Values:
+    """A random direction in a run's results, by name: for an error ``d``, ``E (v·d)²`` is ``|d|² / |result|²``."""
     generator = torch.Generator().manual_seed(APART + seed)
-    found: Cotangents = []
-    for _ in range(number):
-        noise = {name: torch.randn(r.shape, generator=generator) for name, r in results.items()}
-        found.append({n: v / results[n].norm().clamp(min=torch.finfo(torch.float32).tiny) for n, v in noise.items()})
-    return found
+    noise = {name: torch.randn(r.shape, generator=generator) for name, r in results.items()}
+    return {n: v / results[n].norm().clamp(min=torch.finfo(torch.float32).tiny) for n, v in noise.items()}
 
 
 class Backward:
-    """One run of a block's function, from which gradients are taken for several directions.
+    """One run of a block's function, from which gradients are taken once.
 
     Args:
         weights: of the block; gradients by those in ``wanted`` are given.
@@ -79,7 +80,6 @@ class Backward:
             [self._results[n] for n in outputs],
             list(by.values()),
             [cotangents[n] for n in outputs],
-            retain_graph=True,
             allow_unused=True,
         )
         return {n: g for n, g in zip(by, given, strict=True) if g is not None}
@@ -88,10 +88,10 @@ class Backward:
 def squared_errors(
     gradients: Sequence[torch.Tensor], exact: torch.Tensor, stored: Sequence[Callable[[], torch.Tensor] | None]
 ) -> list[float | None]:
-    """What each way to keep a weight costs: the mean over runs and directions of the squared error of the output.
+    """What each way to keep a weight costs: the mean over runs of the squared error of the output.
 
     Args:
-        gradients: by the weight ``[N, …]``, one for each run and direction.
+        gradients: by the weight ``[N, …]``, one for each run.
         exact: the weight.
         stored: gives the weight as each way decodes it; None for what is not to be measured.
     """

@@ -341,16 +341,18 @@ class _Search:
             return again or not over
         if over:  # other weights, other bounds
             self._met, self._missed = 0.0, math.inf
-        elif missed:
-            self._missed = min(self._missed, self._bound)
+        elif missed:  # as would every bound down to what was expected of this choice
+            self._missed = min(self._missed, allocation.cost)
         else:
             self._met = max(self._met, self._bound)
         near = self._target * 10 ** (-NEAR_DB / 10) <= error <= self._target
         if self._met > 0 and self._missed < math.inf:
             self._bound = math.sqrt(self._met * self._missed)
+        elif missed:
+            self._bound = min(self._bound, allocation.cost) * self._target / error * 0.98
         elif error > 0:
-            self._bound *= self._target / error * (0.98 if missed else 1.0)
-        return again or ((near or error == 0) and not over)
+            self._bound *= self._target / error
+        return (again and not self.best.missed) or ((near or error == 0) and not over)
 
     def _weigh(self, over: Mapping[tuple[str, str], float], planned: Plan) -> None:
         """Have the errors of blocks that are over the gate's limit count for more."""

@@ -10,6 +10,7 @@ import torch
 
 from toolchain.accuracy.metrics import compare, decibels
 from toolchain.accuracy.references import Case, References, Weights, sample_inputs, stored_case
+from toolchain.accuracy.sensitivity import inputs_each
 from toolchain.build.artifacts import Builder, code_modules
 from toolchain.build.tables import component_tables, tables_origin
 from toolchain.ir.blocks import Block
@@ -27,8 +28,9 @@ KIND = "sweeps"
 class Measured:
     """``error`` is the squared error of the component's output as a share of the output's square.
 
-    It is the mean over the runs of every function; of several graphs, and of several results, the sum. ``prices`` are
-    the gate's: by block, the relative error of the block alone on exact inputs, the worst of its runs.
+    It is the mean over the runs of every function, on the inputs that sensitivities are taken on; of several graphs,
+    and of several results, the sum. ``prices`` are the gate's: by block, the relative error of the block alone on
+    exact inputs, the worst of the gate's runs.
     """
 
     error: float
@@ -54,7 +56,7 @@ def measure_choice(builder: Builder, planned: Plan) -> Measured:
                 for p in plan.pairs
             ],
             "tables": tables_origin(planned, plan, builder.digests),
-            "runs": [gate.inputs, gate.seed],
+            "runs": [[inputs_each(len(g.functions), gate.inputs) for g in plan.graphs], gate.inputs, gate.seed],
             "tools": package_versions("torch"),
             "code": code_digest("toolchain.build.measured", *code_modules(plan.resolved)),
         }
@@ -92,16 +94,18 @@ def _measure(
 
     blocks = [p.plain for p in pairs]
     functions = tuple(graph.functions)
-    exact = References(blocks, functions, inputs, gate.inputs, tables, builder.weights)
-    chosen = References(blocks, functions, inputs, gate.inputs, tables, stored)
+    number = inputs_each(len(functions), gate.inputs)
+    exact = References(blocks, functions, inputs, number, tables, builder.weights)
+    chosen = References(blocks, functions, inputs, number, tables, stored)
     error, prices = 0.0, {}
     for block in blocks:
         truth, off = exact.cases(block.name), chosen.cases(block.name)
         error += sum(_squared(t, o, block) for t, o in zip(truth, off, strict=True)) / len(truth)
         if lowered[block.name].quantized:
-            alone = [stored_case(block, case, stored(block)) for case in truth]
+            gated = [case for i, case in enumerate(truth) if i % number < gate.inputs]
+            alone = [stored_case(block, case, stored(block)) for case in gated]
             prices[block.name] = max(
-                compare(a.outputs, t.outputs, 0.0).relative_error for a, t in zip(alone, truth, strict=True)
+                compare(a.outputs, t.outputs, 0.0).relative_error for a, t in zip(alone, gated, strict=True)
             )
         release()
     return error, prices

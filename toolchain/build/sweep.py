@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from toolchain.accuracy.references import References, Values, sample_inputs
-from toolchain.accuracy.sensitivity import Backward, Cotangents, directions, squared_errors
+from toolchain.accuracy.sensitivity import Backward, inputs_each, random_direction, squared_errors
 from toolchain.build.artifacts import Builder, code_modules
 from toolchain.build.calibration import ComponentCalibration, calibrate
 from toolchain.build.tables import component_tables, table_digests
@@ -34,8 +34,6 @@ from toolchain.weights.block_weights import reader
 
 KIND = "sweeps"
 FILE = "values.safetensors"
-SAMPLES = 8
-"""Random directions of the output, over all runs, at least."""
 
 Errors = dict[int, list[float | None]]
 """Item of a graph → by candidate, the squared error of the graph's results as a share of their square."""
@@ -129,12 +127,12 @@ class Chain:
         self._by_name = {b.name: b for b in self._blocks}
         self._item_of = {item.source: i for i, item in enumerate(choice.items)}
         gate = planned.recipe.gate
-        self._runs = [(f, k) for f in graph.functions for k in range(gate.inputs)]
+        functions = tuple(graph.functions)
+        inputs = inputs_each(len(functions), gate.inputs)
+        self._runs = [(f, k) for f in functions for k in range(inputs)]
         self._inputs = sample_inputs(graph, planned.resolved.family, gate.seed)
         self._seed = gate.seed
-        self._directions = -(-SAMPLES // len(self._runs))
-        functions = tuple(graph.functions)
-        self._references = References(self._blocks, functions, self._inputs, gate.inputs, tables, builder.weights)
+        self._references = References(self._blocks, functions, self._inputs, inputs, tables, builder.weights)
         self._done: set[str] = set()
         self._key_parts = {
             "blocks": [[b.name, b.structure(), builder.weights_digest(b)] for b in self._blocks],
@@ -184,8 +182,8 @@ class Chain:
         return NewEntry()
 
     def _backward(self, block: Block) -> Entry:
-        """Gradients by the block's inputs, for every run and direction."""
-        key = self._key("backward", block, directions=self._directions)
+        """Gradients by the block's inputs, for every run."""
+        key = self._key("backward", block)
         return self.builder.store.get_or_make(KIND, key, functools.partial(self._run_backward, block))
 
     def _run_backward(self, block: Block, folder: Path) -> NewEntry:
@@ -194,9 +192,7 @@ class Chain:
         for (function, _), inputs, cotangents in zip(
             self._runs, self._block_inputs(block), self._cotangents(block), strict=True
         ):
-            run = Backward(block, function, weights, inputs, ())
-            given += [run.inputs(direction) for direction in cotangents]
-            del run
+            given.append(Backward(block, function, weights, inputs, ()).inputs(cotangents))
         _save(folder, given)
         release()
         return NewEntry()
@@ -209,7 +205,7 @@ class Chain:
         ]
         sizes = [self.choice.items[i].sizes for i in sorted(set(self._own_items(block).values()))]
         asked = None if self._calibration.asked is None else self._calibration.asked.model_dump()
-        return self._key("errors", block, directions=self._directions, stored=stored, sizes=sizes, calibration=asked)
+        return self._key("errors", block, stored=stored, sizes=sizes, calibration=asked)
 
     def _tensors(self, block: Block) -> set[tuple[str, ...]]:
         return {w.source.tensors for w in block.weights.values()}
@@ -235,12 +231,9 @@ class Chain:
         for (function, _), inputs, cotangents in zip(
             self._runs, self._block_inputs(block), self._cotangents(block), strict=True
         ):
-            run = Backward(block, function, weights, inputs, own)
-            for direction in cotangents:
-                found = run.parameters(direction)
-                for name in own:
-                    gradients[name].append(found.get(name, torch.zeros(())).expand(block.weights[name].shape))
-            del run
+            found = Backward(block, function, weights, inputs, own).parameters(cotangents)
+            for name in own:
+                gradients[name].append(found.get(name, torch.zeros(())).expand(block.weights[name].shape))
         totals: Errors = {}
         for name, item in own.items():
             _add(totals, item, squared_errors(gradients.pop(name), weights[name], self._decoded(block, name, item)))
@@ -274,23 +267,21 @@ class Chain:
             values |= {f"{name}.{port}": v for name, runs in loaded.items() for port, v in runs[run].items()}
             yield {port: values[source] for port, source in block.sources.items()}
 
-    def _cotangents(self, block: Block) -> Iterator[Cotangents]:
+    def _cotangents(self, block: Block) -> Iterator[Values]:
         """Gradients by a block's outputs, for every run: of the results that it gives, and through the blocks after."""
         after = [b for b in self._blocks if any(s.split(".")[0] == block.name for s in b.sources.values())]
         loaded = [(b, _load(self._backward(b))) for b in after]
         results = _load(self._forward(block)) if block.results else None
         for run in range(len(self._runs)):
-            found: Cotangents = [{} for _ in range(self._directions)]
+            found: Values = {}
             if results is not None:
-                own = {p: results[run][p] for p in block.results}
-                found = directions(own, self._directions, self._seed * 1000 + run)
+                found = random_direction({p: results[run][p] for p in block.results}, self._seed * 1000 + run)
             for consumer, gradients in loaded:
-                for direction in range(self._directions):
-                    for port, gradient in gradients[run * self._directions + direction].items():
-                        producer, _, output = consumer.sources[port].partition(".")
-                        if producer == block.name:
-                            before = found[direction].get(output)
-                            found[direction][output] = gradient if before is None else before + gradient
+                for port, gradient in gradients[run].items():
+                    producer, _, output = consumer.sources[port].partition(".")
+                    if producer == block.name:
+                        before = found.get(output)
+                        found[output] = gradient if before is None else before + gradient
             yield found
 
 
