@@ -150,7 +150,7 @@ def test_without_activations_nothing_but_storage_changes(graph: Graph) -> None:
 
 def test_the_kit_for_passes(graph: Graph) -> None:
     report = check_pass(quantize(groups=2), [graph], refuses=[Partition()(graph)])
-    assert not report.skipped
+    assert set(report.skipped) == {"base computes the same"}  # it rounds
 
 
 def test_text_of_a_leaf(graph: Graph) -> None:
