@@ -51,30 +51,33 @@ def round_compensated(grid: Grid, matrix: torch.Tensor, moments: torch.Tensor) -
     import torch
 
     damped = moments.double()
-    diagonal = damped.diagonal()
-    mean = float(diagonal.mean())
-    damped = damped + (DAMPING * mean if mean > 0 else 1.0) * torch.eye(len(damped), dtype=torch.float64)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    factor = torch.linalg.cholesky(inverse, upper=True)
-    del inverse
+    mean = float(damped.diagonal().mean())
+    damping = DAMPING * mean if mean > 0 else 1.0
+    damped.diagonal().add_(damping)
+    # each of these is [K, K]: none is held longer than it is needed
+    factor = torch.linalg.cholesky(damped)
+    del damped
+    factor = torch.cholesky_inverse(factor)
+    factor = torch.linalg.cholesky(factor, upper=True)
     count = max(1, PIECE // matrix.shape[1])
-    found = [_rows(grid, piece, damped, factor) for piece in torch.split(matrix, count)]
+    found = [_rows(grid, piece, moments, damping, factor) for piece in torch.split(matrix, count)]
     values, scale, zero = (torch.cat(parts) for parts in zip(*found, strict=True))
     return values, scale, zero
 
 
-def _rows(grid: Grid, matrix: torch.Tensor, damped: torch.Tensor, factor: torch.Tensor) -> Rounded:
+def _rows(grid: Grid, matrix: torch.Tensor, moments: torch.Tensor, damping: float, factor: torch.Tensor) -> Rounded:
     """Some rows, of which none depends on another, both ways; of each row the better."""
     import torch
 
-    exact, importance = matrix.double(), damped.diagonal().float()
+    exact, importance = matrix.double(), moments.diagonal().float() + damping
     ways = [_rounded(grid, exact.clone(), importance, f) for f in (factor, None)]
     errors = []
     for values, scale, zero in ways:
         blocks = values.reshape(*scale.shape, -1)
         decoded = ((blocks - zero[..., None]) * scale.double()[..., None]).reshape(exact.shape)
         off = decoded - exact
-        errors.append((off @ damped * off).sum(1))
+        products = torch.cat([off @ part.double().T for part in torch.split(moments, PANEL)], 1)  # it is symmetric
+        errors.append((products * off).sum(1) + damping * off.square().sum(1))
     better = (errors[0] < errors[1])[:, None]
     values, scale, zero = (torch.where(better, a, b) for a, b in zip(*ways, strict=True))
     return values.to(torch.int8), scale, zero
