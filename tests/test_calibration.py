@@ -279,7 +279,7 @@ def test_what_decides_the_bytes_is_in_the_key(project: Path, tmp_path: Path) -> 
         (
             "{quantize: {scheme: int4, calibration: {inputs: 8}}}",
             "transformer.passes.0.quantize: calibration: nothing goes by it; remove it, or choose one of clip: output, "
-            "weighted: true, compensate: true",
+            "weighted: true, compensate: true, activations",
         ),
         (
             "{quantize: {scheme: int4, clip: output, calibration: {input: 8}}}",

@@ -72,7 +72,8 @@ def _fused(step: Step, by_output: Mapping[str, Step], constants: Mapping[str, Co
         return None
     if data.dtype.name != "int8" or scale.shape != (data.shape[0], 1) or x_scale.shape != ():
         return None
-    arguments = {"x": x.arguments["input"], "x_scale": x_scale, "weight": data, "weight_scale": scale}
+    arguments = {"x": x.arguments["input"], "x_scale": x.arguments["scale"]}
+    arguments |= {"weight": weight.arguments["data"], "weight_scale": weight.arguments["scale"]}
     arguments |= {"bias": step.arguments["bias"]} if "bias" in step.arguments else {}
     return dataclasses.replace(step, operator=INTEGER_LINEAR, arguments=arguments)
 

@@ -36,7 +36,7 @@ from toolchain.ir.weights import Weight, quantized
 PASS_NAME = "keep_quantized"
 OWN_PASS = f"{NAMESPACE}::{PASS_NAME}"
 SUFFIX = "_quantized"
-QUANTIZE, DEQUANTIZE = "quantize", "dequantize"
+QUANTIZE, DEQUANTIZE, INPUT_SCALE = "quantize", "dequantize", "input_scale"
 HEAD = 16
 """Numbers by which a constant is told from others before all are looked at."""
 
@@ -185,12 +185,16 @@ def _add_product(block: Any, op: Any, parts: Mapping[str, torch.Tensor], where: 
 def _round_inputs(block: Any, op: Any, scale: torch.Tensor, where: str) -> None:
     """Round what comes into every linear layer that takes the constant ``op`` to eight bits, in steps of ``scale``.
 
+    The scale is named after the constant, which tells whose step of the block the rounding is part of.
+
     Raises:
         LoweringError: another operator takes the constant; starts with ``where``.
     """
-    for user in _linear_users(op, where):
+    users = _linear_users(op, where)
+    number = scale.numpy().astype(op.val.val.dtype)
+    step = Builder.const(val=number, name=f"{op.name}_{INPUT_SCALE}", before_op=op)
+    for user in users:
         name, result = user.outputs[0].name, user.outputs[0]
-        step = scale.numpy().astype(types.nptype_from_builtin(user.x.dtype))
         whole = Builder.quantize(
             input=user.x, scale=step, output_dtype="int8", name=f"{name}_{QUANTIZE}", before_op=user
         )

@@ -36,6 +36,7 @@ from toolchain.ir.pipeline_text import parse_pipeline
 from toolchain.ir.storage import FLOAT16
 from toolchain.ir.target import distinct_functions, unique_weights
 from toolchain.models.open_sora_v1_2.stdit3 import LoweredSTDiT3, STDiT3, STDiT3Config
+from toolchain.testing.passes import check_pass
 
 SIZES: dict[str, int] = {"batch": 2, "frames": 3, "height": 4, "width": 6, "height_px": 32, "width_px": 48}
 
@@ -145,6 +146,11 @@ def test_rules_except_layers(graph: Graph) -> None:
 def test_without_activations_nothing_but_storage_changes(graph: Graph) -> None:
     result = quantize(groups=None)(graph)
     assert result.functions is graph.functions
+
+
+def test_the_kit_for_passes(graph: Graph) -> None:
+    report = check_pass(quantize(groups=2), [graph], refuses=[Partition()(graph)])
+    assert set(report.skipped) == {"base computes the same"}  # it rounds
 
 
 def test_text_of_a_leaf(graph: Graph) -> None:

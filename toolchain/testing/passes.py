@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from toolchain.errors import LoweringError
+from toolchain.ir.activations import without_scales
 from toolchain.ir.blocks import extract_blocks, materialise, table_nodes
 from toolchain.ir.graph import Graph, compute_nodes, copy_module, output_values, propagate_shapes
 from toolchain.ir.graph_text import definition_text, value_text
@@ -144,7 +145,7 @@ def _check_weights(graph: Graph, result: Graph) -> None:
             have = result.weights[name].shape
             require(have == shape, f"weight '{name}' is {list(have)} and the module's parameter {list(shape)}")
             require(value.is_meta, f"weight '{name}' holds numbers; graphs have parameters on the meta device only")
-    for name, weight in result.weights.items():
+    for name, weight in without_scales(result.weights).items():  # these come from a calibration
         for tensor in weight.source.tensors:
             require(tensor in known, f"weight '{name}' comes from '{tensor}', which no weight came from before")
 
