@@ -107,7 +107,9 @@ class CoreMLEngine:
         given = {values[t.name].untyped_storage().data_ptr() for t in linked.inputs}
         ports = sum(values[t.name].numel() * t.dtype.bits // 8 for t in linked.inputs)
         shapes = {t.name: t for step in linked.steps for t in step.operation.outputs}
-        ports += sum(math.prod(map(int, shapes[o].shape)) * shapes[o].dtype.bits // 8 for o in linked.outputs)
+        ports += sum(
+            math.prod(int(s or 0) for s in shapes[o].shape) * shapes[o].dtype.bits // 8 for o in linked.outputs
+        )
         for step in self._steps(function, values):
             own: dict[int, int] = {}
             for name, value in values.items():

@@ -40,7 +40,7 @@ def effect(operator: Operator, block: Block, size: Callable[[Value], int]) -> Ef
 def _expanded(operator: Operator, block: Block) -> int:
     if operator.name == "embedding":
         return 0
-    weights = [block.weights[v.weight] for v in operator.reads if v.weight in block.weights]
+    weights = [block.weights[v.weight] for v in operator.reads if v.weight is not None and v.weight in block.weights]
     found = 0
     for weight in weights:
         storage = weight.storage.main if isinstance(weight.storage, LowRank) else weight.storage

@@ -96,13 +96,15 @@ class _Places:
                 self.inner[place] = value
                 self.made[i].append(place)
                 last[place] = i
-            last |= {p: i for p in reads if p in self.inner}
+            last |= {p: i for p in reads if p is not None and p in self.inner}
         for _, value in graph.outputs:
-            place = self.find(value)
-            if place in self.inner and self.inner[place].elements == value.elements:
-                del self.inner[place]  # made where the output lies
-            elif place in self.inner:
-                last[place] = len(effects) - 1  # the output is copied out of it
+            found = self.find(value)
+            if found is None or found not in self.inner:
+                continue
+            if self.inner[found].elements == value.elements:
+                del self.inner[found]  # made where the output lies
+            else:
+                last[found] = len(effects) - 1  # the output is copied out of it
         for i, made in enumerate(self.made):
             self.made[i] = [p for p in made if p in self.inner]
         for place in self.inner:

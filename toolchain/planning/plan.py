@@ -167,9 +167,10 @@ def lower_graph(
     listener = listener or Listener()
     legal = _kept(legalise(graph, target.forms), target)
     listener.graph(graph.component, "legalise", legal)
-    cut = passes.partition(legal)
+    partition = passes.partition.chosen_for(legal, target)
+    cut = partition(legal)
     listener.graph(graph.component, str(passes.partition), cut)
-    return cut, passes.partition(graph)
+    return cut, partition(graph)
 
 
 def _kept(graph: Graph, target: Target) -> Graph:

@@ -1,8 +1,8 @@
 """Which blocks stay in memory: Concurrent Inference with Dynamic Loading's residency (On-device Sora).
 
 Blocks run one after the other, so one block's weights and the next one's, loaded meanwhile, are needed at
-any time, and the activations of the one that runs; what the budget leaves is given to the leading blocks of the denoising step, which then are not
-read again at every step.
+any time, and the activations of the one that runs; what the budget leaves is given to the leading blocks of the
+denoising step, which then are not read again at every step.
 """
 
 from __future__ import annotations
