@@ -13,9 +13,9 @@ from itertools import groupby, islice
 from pydantic import Field, model_validator
 from torch import fx
 
-from toolchain.ir.memory_cut import Unit, by_memory, names_of, stem_of
 from toolchain.errors import LoweringError
 from toolchain.ir.graph import Graph, compute_nodes
+from toolchain.ir.memory_cut import Unit, by_memory, names_of, stem_of
 from toolchain.ir.passes import Pass, PassConfig
 from toolchain.ir.target import Target
 from toolchain.validation import Bytes

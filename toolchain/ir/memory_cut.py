@@ -10,7 +10,6 @@ from toolchain.ir.blocks import Block, extract_blocks
 from toolchain.ir.cutting import Cost, Needs, cut
 from toolchain.ir.graph import Graph, compute_nodes
 from toolchain.ir.target import Target
-from toolchain.system.disk import readable_size
 
 Unit = tuple[str, ...]
 
@@ -61,9 +60,9 @@ def _hold_alone(units: Sequence[Unit], needs: Needs, most: int, functions: Seque
         function = max(functions, key=lambda f: needs.of(f, i, i + 1))
         weights = sum(needs.weights[i].values())
         raise LoweringError(
-            f"max_memory: '{'.'.join(units[i])}' alone needs {readable_size(least)} in function '{function}' "
-            f"({readable_size(weights)} of weights, {readable_size(least - weights)} of activations), more than "
-            f"{readable_size(most)}; the least value that works is {least}"
+            f"max_memory: '{'.'.join(units[i])}' alone needs {least / 1e6:.1f} MB in function '{function}' "
+            f"({weights / 1e6:.1f} MB of weights, {(least - weights) / 1e6:.1f} MB of activations), more than "
+            f"{most / 1e6:.1f} MB; the least value that works is {least}"
         )
 
 
