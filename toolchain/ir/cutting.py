@@ -45,8 +45,9 @@ class Needs:
     """What blocks of several units need, reckoned from the units alone, each looked at once.
 
     While a unit runs, its block holds all weights and ports of the block, the values between its units that are
-    needed then, and what the unit itself makes. That is what liveness over the whole block gives; a target that
-    plans otherwise may need more or less, so a cut is to be held against :meth:`Target.peak`.
+    needed then, and what the unit itself makes. Liveness over the whole block gives no more, and less where a value
+    between units ends within one: so a block may be cut that would just have fitted. A target that plans otherwise
+    may need more, so a cut is to be held against :meth:`Target.peak`.
 
     Args:
         units: every unit as a block of its own, in order.
