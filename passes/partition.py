@@ -7,6 +7,7 @@ block of its own.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import groupby, islice
 
 from pydantic import Field, model_validator
@@ -14,22 +15,25 @@ from torch import fx
 
 from toolchain.errors import LoweringError
 from toolchain.ir.graph import Graph, compute_nodes
+from toolchain.ir.memory_cut import Unit, by_memory, names_of, stem_of
 from toolchain.ir.passes import Pass, PassConfig
+from toolchain.ir.target import Target
 from toolchain.validation import Bytes
-
-Unit = tuple[str, ...]
 
 
 class PartitionConfig(PassConfig):
-    """One of the three; without any, one layer (for STDiT3: one spatial + temporal pair) is a block."""
+    """One of the four; without any, one layer (for STDiT3: one spatial + temporal pair) is a block."""
 
     layers_per_block: int | None = Field(default=None, ge=1, description="Layers (pairs) in a block.")
     blocks: int | None = Field(default=None, ge=1, description="Number of blocks that the layers are divided into.")
     max_bytes: Bytes | None = Field(default=None, description="Most bytes of weights in a block, as '200MB'.")
+    max_memory: Bytes | None = Field(
+        default=None, description="Most bytes of weights and activations that a block needs while it runs, as '600MB'."
+    )
 
     @model_validator(mode="after")
     def _one_rule(self) -> PartitionConfig:
-        given = [n for n in ("layers_per_block", "blocks", "max_bytes") if getattr(self, n) is not None]
+        given = [n for n in ("layers_per_block", "blocks", "max_bytes", "max_memory") if getattr(self, n) is not None]
         if len(given) > 1:
             raise ValueError(f"give one of {', '.join(given)}, not {len(given)}")
         return self
@@ -43,6 +47,15 @@ class Partition(Pass):
     Config = PartitionConfig
     config: PartitionConfig
 
+    _chosen: Mapping[Unit, str] | None = None
+
+    def chosen_for(self, graph: Graph, target: Target) -> Pass:
+        if self.config.max_memory is None:
+            return self
+        chosen = Partition(self.config)
+        chosen._chosen = by_memory(graph, target, self.config.max_memory)
+        return chosen
+
     def requires(self, graph: Graph) -> None:
         if graph.blocks():
             raise LoweringError("the graph is partitioned already; list the pass once")
@@ -51,9 +64,11 @@ class Partition(Pass):
         graph = graph.copy()
         base = graph.functions["base"]
         units = list(dict.fromkeys(n.meta["unit"] for n in compute_nodes(base) if n.meta["rate"] != "build"))
+        names: dict[Unit, str] = dict(self._chosen or {})
+        if self.config.max_memory is not None and self._chosen is None:
+            raise LoweringError("max_memory: what blocks need depends on the target; choose the cuts for one first")
         bytes_of = _weight_bytes(graph, base)
-        names: dict[Unit, str] = {}
-        for stem, run in groupby(units, key=_stem):
+        for stem, run in groupby([u for u in units if u not in names], key=stem_of):
             if stem is None:
                 names |= {u: ".".join(u) for u in run}
             else:
@@ -87,7 +102,7 @@ class Partition(Pass):
                 counts = [least + 1] * more + [least] * (self.config.blocks - more)
             rest = iter(layers)
             bins = [[u for parts in islice(rest, n) for u in parts] for n in counts]
-        return _names(stem, layers, bins)
+        return names_of(stem, layers, bins)
 
 
 def _by_bytes(layers: list[list[Unit]], most: int, bytes_of: dict[Unit, int]) -> list[list[Unit]]:
@@ -116,31 +131,6 @@ def _by_bytes(layers: list[list[Unit]], most: int, bytes_of: dict[Unit, int]) ->
             put([part], bytes_of[part])
         room = 0
     return bins
-
-
-def _names(stem: str, layers: list[list[Unit]], bins: list[list[Unit]]) -> dict[Unit, str]:
-    """``pair_03``, ``pair_03_05`` for a run of layers, ``pair_03_spatial`` for parts of a layer.
-
-    Layers are numbered in the order in which they run.
-    """
-    number = {u: i for i, parts in enumerate(layers) for u in parts}
-    width = len(str(len(layers) - 1))
-    names: dict[Unit, str] = {}
-    for packed in bins:
-        first, last = number[packed[0]], number[packed[-1]]
-        name = f"{stem}_{first:0{width}d}"
-        if last > first:
-            name = f"{name}_{last:0{width}d}"
-        elif len(packed) < len(layers[first]):
-            name = "_".join((name, *(".".join(u[1:]) for u in packed)))
-        names |= dict.fromkeys(packed, name)
-    return names
-
-
-def _stem(unit: Unit) -> str | None:
-    """What a layer is one of: ``pair`` for ``pair.3``; None for a unit that stands alone."""
-    stem, dot, _ = unit[0].partition(".")
-    return stem if dot else None
 
 
 def _weight_bytes(graph: Graph, gm: fx.GraphModule) -> dict[Unit, int]:

@@ -6,11 +6,12 @@ import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import torch
 
-from targets.forms.gelu import GELU_FORMULA
+from targets.forms.gelu import GELU_FORMULA, gelu_formula
 from targets.forms.patch_embedding import PATCHES_BY_LINEAR
 from targets.forms.residual_stream import SMALL_RESIDUAL_STREAM
 from targets.streams import quiet
@@ -44,6 +45,7 @@ class CoreMLTarget(Target):
     name = "coreml"
     suffix = ".mlpackage"
     Config = CoreMLConfig
+    whole = MappingProxyType({gelu_formula: "gelu"})
 
     @property
     def forms(self) -> tuple[LegalForm, ...]:

@@ -6,6 +6,7 @@ reproduce Apple's kernels, which fuse, reorder and accumulate as they like; see 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -90,6 +91,36 @@ class CoreMLEngine:
         for step in self._steps(function, values):
             for output in step.operation.outputs:
                 yield OpValue(output.name, step.operation.type, output.dtype.name, values[output.name], step.reads)
+
+    def held(self, function: str, inputs: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, int]]:
+        """Run a function and yield, for every operation, its name and the bytes of all values that are held with it.
+
+        Types are counted as the program declares them, and what views share is counted once. Inputs and outputs are
+        held all along. Weights are not counted while they are stored, but what they are decompressed to is.
+
+        Raises:
+            LoweringError: as a call.
+        """
+        values = self._enter(function, inputs)
+        linked = self._functions[function]
+        declared = {t.name: t.dtype for t in linked.inputs}
+        declared |= {t.name: t.dtype for step in linked.steps for t in step.operation.outputs}
+        given = {values[t.name].untyped_storage().data_ptr() for t in linked.inputs}
+        ports = sum(values[t.name].numel() * t.dtype.bits // 8 for t in linked.inputs)
+        shapes = {t.name: t for step in linked.steps for t in step.operation.outputs}
+        ports += sum(
+            math.prod(int(s or 0) for s in shapes[o].shape) * shapes[o].dtype.bits // 8 for o in linked.outputs
+        )
+        for step in self._steps(function, values):
+            own: dict[int, int] = {}
+            for name, value in values.items():
+                storage = value.untyped_storage()
+                if name not in linked.outputs and storage.data_ptr() not in given:
+                    own[storage.data_ptr()] = storage.nbytes() // value.itemsize * declared[name].bits // 8
+            for name in linked.outputs:
+                if name in values:
+                    own.pop(values[name].untyped_storage().data_ptr(), None)
+            yield step.operation.name, ports + sum(own.values())
 
     def _enter(self, function: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {port.name: self._hold(given, port, True) for port, given in self._package.admit(function, inputs)}

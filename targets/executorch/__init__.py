@@ -16,6 +16,8 @@ from targets.streams import quiet
 from toolchain.ir.blocks import Block, Port
 from toolchain.ir.dtypes import INT8_ACTIVATIONS
 from toolchain.ir.leaves import LegalForm
+from toolchain.ir.memory import Peak
+from toolchain.ir.operators import operator_graph
 from toolchain.ir.storage import Storage
 from toolchain.ir.target import Artifact, Engine, Target, TargetConfig, Template, package_versions
 from toolchain.ir.uses import Use
@@ -46,6 +48,11 @@ class ExecuTorchTarget(Target):
     def arithmetic(self, block: Block) -> str:
         """Linear layers over quantized weights round what comes in to eight bits."""
         return INT8_ACTIVATIONS if block.quantized else self.precision
+
+    def peak(self, block: Block, function: str) -> Peak:
+        from targets.executorch.memory import program_peak
+
+        return program_peak(operator_graph(block, function), self.value_bytes)
 
     def lower(self, block: Block, weights: Mapping[str, torch.Tensor], out: Path) -> Artifact:
         with quiet():

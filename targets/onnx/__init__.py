@@ -10,6 +10,8 @@ import torch
 
 from targets.streams import quiet
 from toolchain.ir.blocks import Block, Port
+from toolchain.ir.memory import Peak, peak
+from toolchain.ir.operators import operator_graph
 from toolchain.ir.storage import Storage
 from toolchain.ir.target import Artifact, Engine, Target, TargetConfig, Template, package_versions
 from toolchain.ir.uses import Use
@@ -28,6 +30,12 @@ class OnnxTarget(Target):
         from targets.onnx.storages import keep
 
         return keep(asked, use)
+
+    def peak(self, block: Block, function: str) -> Peak:
+        from targets.onnx.memory import FREED_LATE, effect
+
+        graph = operator_graph(block, function)
+        return peak(graph, self.value_bytes, lambda o: effect(o, block, self.value_bytes), late=FREED_LATE)
 
     def lower(self, block: Block, weights: Mapping[str, torch.Tensor], out: Path) -> Artifact:
         with quiet():

@@ -74,6 +74,7 @@ class OnnxEngine:
         options.use_deterministic_compute = True
         options.intra_op_num_threads = torch.get_num_threads()
         options.inter_op_num_threads = 1
+        options.enable_mem_reuse = False  # or dead buffers wait for the next value of their shape, half of the peak
         options.enable_cpu_mem_arena = False  # or every function would keep the most that it ever needed
         # read weights where they lie in the mapped file: blocks are called once or twice before they are freed
         options.add_session_config_entry("session.disable_prepacking", "1")

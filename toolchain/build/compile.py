@@ -170,7 +170,9 @@ def _component(
         goldens = place_goldens(passed, folder / GOLDENS / name / f"{block.name}.safetensors", folder)
         listener.finished(name, block.name, None if passed is None else passed.accuracy)
         functions = tuple(artifact.meta["functions"])
-        described.append(entries.block(block, files, functions, passed, goldens, plan.target, name))
+        described.append(
+            entries.block(block, files, functions, passed, goldens, plan.target, name, plan.memory[block.name])
+        )
     return entries.component(plan, described, tables_file, tables)
 
 

@@ -20,6 +20,7 @@ from toolchain.ir.feeds import Given
 from toolchain.ir.graph import Input
 from toolchain.ir.target import Target
 from toolchain.models.family import ModelFamily
+from toolchain.planning.memory import BlockMemory
 from toolchain.planning.plan import ComponentPlan, Plan
 from toolchain.planning.resolve import ResolvedBuild
 from toolchain.version import VERSION
@@ -44,6 +45,7 @@ def block(
     goldens: m.File | None,
     target: Target,
     folder: str,
+    memory: BlockMemory,
 ) -> m.BlockEntry:
     """A block and its artifact, whose files lie in ``folder`` of the bundle."""
     base = {p.name: p.shape for p in (*block.inputs, *block.outputs)}
@@ -67,9 +69,22 @@ def block(
         structure=block.structure(),
         accuracy=None if passed is None else passed.accuracy,
         quantization=None if passed is None else passed.quantization,
+        memory=_memory(memory, functions),
         activations=None if passed is None else passed.activations,
         goldens=goldens,
     )
+
+
+def _memory(memory: BlockMemory, functions: Sequence[str]) -> dict[str, m.Memory]:
+    return {
+        f: m.Memory(
+            weights=memory.weights,
+            activations=memory.peaks[f].bytes,
+            ports=memory.peaks[f].ports,
+            waiting=memory.waiting,
+        )
+        for f in functions
+    }
 
 
 def bytes_by_storage(blocks: Iterable[Block]) -> dict[str, int]:

@@ -102,6 +102,19 @@ class Activations(Entry):
     step: str
 
 
+class Memory(Entry):
+    """What a function is predicted to need at most: ``weights`` bytes, and beside them ``activations``.
+
+    ``ports``, what it takes and gives, is part of the activations; ``waiting`` is not: values of other blocks that
+    stay meanwhile, because they are needed later.
+    """
+
+    weights: int = Field(ge=0)
+    activations: int = Field(ge=0)
+    ports: int = Field(ge=0)
+    waiting: int = Field(ge=0)
+
+
 class BlockEntry(Entry):
     """One block. ``artifact`` is what an engine opens: a file, or a folder whose files are ``files``."""
 
@@ -131,6 +144,9 @@ class BlockEntry(Entry):
     quantization: dict[str, Accuracy] | None = Field(
         description="What storing weights so costs: eager float32 on the stored weights against eager float32 on the "
         "checkpoint's, by function; null where accuracy is, or nothing is quantized."
+    )
+    memory: dict[str, Memory] | None = Field(
+        default=None, description="Bytes it is predicted to need, by function; null in bundles of before it was known."
     )
     activations: dict[str, Activations] | None = Field(description="By function; null where accuracy is.")
     goldens: File | None = Field(description="Inputs and outputs to run the artifact on; null where accuracy is.")

@@ -16,6 +16,7 @@ from toolchain.ir.graph import Graph, compute_nodes
 from toolchain.ir.graph_text import definition_text
 from toolchain.ir.pass_config import PassConfig
 from toolchain.ir.pipeline_text import pipeline_text
+from toolchain.ir.target import Target
 from toolchain.validation import explain
 
 __all__ = ["Pass", "PassConfig", "Phase", "Pipeline", "find_pass", "passes_providing"]
@@ -75,6 +76,10 @@ class Pass(abc.ABC):
         except LoweringError as e:
             raise LoweringError(f"pass '{self.name}' on {graph.component}: {e}") from e
         return result
+
+    def chosen_for(self, graph: Graph, target: Target) -> Pass:
+        """The pass as it is for ``graph`` in the legal forms of ``target``: one that cuts may ask what blocks need."""
+        return self
 
     def requires(self, graph: Graph) -> None:
         """Raise if ``graph`` lacks what the pass needs."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -16,8 +18,11 @@ from toolchain.errors import LoweringError, ResourceError
 from toolchain.ir.blocks import Block, Port
 from toolchain.ir.dtypes import DTYPES, DType
 from toolchain.ir.leaves import LegalForm
+from toolchain.ir.memory import Effect, Peak, peak
+from toolchain.ir.operators import Operator, Value, operator_graph
 from toolchain.ir.storage import PLAIN, Storage
 from toolchain.ir.uses import Use
+from toolchain.ir.weights import quantized
 
 STEP = "__"
 """Between the name of a step of a block's graph and an operator's, in the names of an artifact's values."""
@@ -154,6 +159,35 @@ class Target(abc.ABC):
     def port_dtype(self, port: HasDtype) -> DType:
         """What an artifact takes or gives for a port; see :func:`port_dtype`."""
         return port_dtype(port, self.precision)
+
+    whole: ClassVar[Mapping[Callable[..., Any], str]] = MappingProxyType({})
+    """Functions of legal forms for which the target has one operator, and how that is called."""
+
+    def peak(self, block: Block, function: str) -> Peak:
+        """The most bytes that a function of ``block`` holds while it runs, without the stored weights.
+
+        As what :meth:`effect` says of each of its operators; a runtime that plans otherwise says so here.
+        """
+        graph = operator_graph(block, function, self.whole)
+        return peak(graph, self.value_bytes, lambda operator: self.effect(operator, block))
+
+    def effect(self, operator: Operator, block: Block) -> Effect:
+        """What an operator does to memory: views are torch's, and a weight that is no plain numbers is expanded.
+
+        The expanded weight, in the precision, is held while the operator runs. A fused attention keeps no scores.
+        """
+        return Effect(view=operator.is_view, scratch=self.expanded_bytes(operator, block))
+
+    def expanded_bytes(self, operator: Operator, block: Block) -> int:
+        """Bytes of the weights that ``operator`` reads and that are stored as no plain numbers, in the precision."""
+        read = {v.weight for v in operator.reads if v.weight is not None} if not operator.is_view else set()
+        kept = quantized({name: block.weights[name] for name in read if name in block.weights})
+        return sum(w.parameters for w in kept.values()) * DTYPES[self.precision].bytes
+
+    def value_bytes(self, value: Value | Port) -> int:
+        """Bytes of a port as the artifact has it, or of a value in between: in the precision, truths in a byte."""
+        one = 1 if value.dtype == torch.bool else self.port_dtype(value).bytes
+        return math.prod(value.shape) * one
 
     @property
     def forms(self) -> tuple[LegalForm, ...]:

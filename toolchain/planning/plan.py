@@ -23,6 +23,7 @@ from toolchain.ir.uses import Use, weight_uses
 from toolchain.ir.weights import Weight
 from toolchain.listener import Listener
 from toolchain.models.family import Definition, Forms
+from toolchain.planning.memory import BlockMemory, block_memory
 from toolchain.planning.residency import resident_blocks
 from toolchain.planning.resolve import ResolvedBuild, ResolvedComponent, resolve
 
@@ -40,6 +41,8 @@ class ComponentPlan:
     pairs: tuple[BlockPair, ...]
     resident: tuple[str, ...]
     """Blocks that the device keeps loaded."""
+    memory: Mapping[str, BlockMemory]
+    """What each block needs, by name."""
 
     @property
     def name(self) -> str:
@@ -144,8 +147,10 @@ def _component(
         legal, plain = lower_graph(graph, part.passes, part.target, listener)
         graphs.append(legal)
         pairs += map(BlockPair, extract_blocks(legal), extract_blocks(plain))
-    resident = resident_blocks([p.lowered for p in pairs], budget, definition.name)
-    return ComponentPlan(part, definition, tuple(graphs), tuple(pairs), tuple(resident))
+    blocks = [p.lowered for p in pairs]
+    memory = block_memory(blocks, part.target)
+    resident = resident_blocks(blocks, memory, budget, definition.name)
+    return ComponentPlan(part, definition, tuple(graphs), tuple(pairs), tuple(resident), memory)
 
 
 def capture_forms(forms: Forms) -> Graph:
@@ -195,9 +200,10 @@ def lower_graph(
         )
     legal = _kept(legalise(graph, target.forms), target)
     listener.graph(graph.component, "legalise", legal)
-    cut = passes.partition(legal)
+    partition = passes.partition.chosen_for(legal, target)
+    cut = partition(legal)
     listener.graph(graph.component, str(passes.partition), cut)
-    return cut, passes.partition(graph)
+    return cut, partition(graph)
 
 
 def _kept(graph: Graph, target: Target) -> Graph:

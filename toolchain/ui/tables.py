@@ -64,6 +64,16 @@ def _component_json(plan: ComponentPlan) -> dict[str, Any]:
                 "parameters": b.parameters,
                 "weight_bytes": b.weight_bytes,
                 "bytes_by_storage": bytes_by_storage([b]),
+                "memory": {
+                    f: {
+                        "weights": plan.memory[b.name].weights,
+                        "activations": p.bytes,
+                        "ports": p.ports,
+                        "waiting": plan.memory[b.name].waiting,
+                        "operator": p.operator,
+                    }
+                    for f, p in plan.memory[b.name].peaks.items()
+                },
                 "structure": b.structure(),
                 "inputs": {p.name: {"shape": list(p.shape), "source": b.sources[p.name]} for p in b.inputs},
                 "outputs": {p.name: {"shape": list(p.shape)} for p in b.outputs},
@@ -79,12 +89,13 @@ def plan_table(planned: Plan) -> RenderableType:
     groups: list[RenderableType] = []
     for name, component in data["components"].items():
         table = Table(title=f"{name}, in the order in which it runs", title_justify="left")
-        for column in ("block", "runs", "functions", "parameters", "bytes", "structure", "in memory"):
-            table.add_column(column, justify="right" if column in ("parameters", "bytes") else "left")
+        for column in ("block", "runs", "functions", "parameters", "bytes", "activations", "structure", "in memory"):
+            table.add_column(column, justify="right" if column in ("parameters", "bytes", "activations") else "left")
         for b in component["blocks"]:
             each = (
                 f"{b['parameters']:,}",
                 readable_size(b["weight_bytes"]),
+                readable_size(max(f["activations"] for f in b["memory"].values())),
                 b["structure"][:8],
                 "kept" if b["resident"] else "loaded each time",
             )
@@ -94,7 +105,8 @@ def plan_table(planned: Plan) -> RenderableType:
             Text(
                 f"{component['parameters']:,} parameters, {readable_size(component['weight_bytes'])} "
                 f"({by_storage(component['bytes_by_storage'])}) in {len(component['blocks'])} blocks "
-                f"of {component['distinct_structures']} structures"
+                f"of {component['distinct_structures']} structures\n"
+                f"{_most(planned.components[name])}"
             )
         )
     video, dims = planned.recipe.video, data["components"]["transformer"]["dims"]
@@ -107,6 +119,15 @@ def plan_table(planned: Plan) -> RenderableType:
         )
     )
     return Group(*groups)
+
+
+def _most(plan: ComponentPlan) -> str:
+    """The block that needs most memory while it runs, in a line."""
+    name, most = max(plan.memory.items(), key=lambda kv: kv[1].total)
+    return (
+        f"at most {readable_size(most.total)} at once in '{name}', function '{most.function}': weights "
+        f"{readable_size(most.weights)}, activations {readable_size(most.total - most.weights)}; kept blocks are beside"
+    )
 
 
 def bundle_json(bundle: Bundle) -> dict[str, Any]:
@@ -151,14 +172,17 @@ def bundle_table(bundle: Bundle) -> RenderableType:
             "functions",
             "parameters",
             "bytes",
+            "activations",
             "stored as",
             "relative error",
             "inputs from",
         ):
-            table.add_column(column, justify="right" if column in ("parameters", "bytes") else "left")
+            table.add_column(column, justify="right" if column in ("parameters", "bytes", "activations") else "left")
         for b in component.blocks:
             sources = dict.fromkeys(i.source.split(".")[0] for i in b.inputs)
-            figures = (f"{b.parameters:,}", readable_size(sum(f.bytes for f in b.files)), by_storage(b.weight_bytes))
+            peak = readable_size(max(m.activations for m in b.memory.values())) if b.memory else ""
+            size = readable_size(sum(f.bytes for f in b.files))
+            figures = (f"{b.parameters:,}", size, peak, by_storage(b.weight_bytes))
             table.add_row(b.name, runs(b.rate), ", ".join(b.functions), *figures, _errors(b), ", ".join(sources))
         groups.append(table)
     g, s = m.geometry, m.sampler
