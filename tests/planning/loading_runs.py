@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, pairwise
 
 from hypothesis import strategies as st
 
@@ -52,7 +52,7 @@ def check(run: Run, plan: LoadingPlan, timeline: Timeline) -> None:
     assert [(s.block, s.function) for s in timeline.runs] == [(c.block, c.function) for c in calls]
     for spans in (timeline.loads, timeline.runs):
         assert all(s.start_s <= s.end_s for s in spans)
-        assert all(a.end_s <= b.start_s for a, b in zip(spans, spans[1:], strict=False)), "one at a time, in order"
+        assert all(a.end_s <= b.start_s for a, b in pairwise(spans)), "one at a time, in order"
     # when each load's bytes are taken and given back, and that it is used in between
     load = run_ = -1
     taken: dict[str, float] = {}
@@ -78,7 +78,7 @@ def check(run: Run, plan: LoadingPlan, timeline: Timeline) -> None:
     assert not taken, "what is loaded is freed in the end"
     # memory at every moment at which something begins, and in the middle between any two
     moments = sorted({s.start_s for s in (*timeline.loads, *timeline.runs)} | {s.end_s for s in timeline.runs})
-    moments += [(a + b) / 2 for a, b in zip(moments, moments[1:], strict=False)]
+    moments += [(a + b) / 2 for a, b in pairwise(moments)]
     for t in moments:
         total = sum(size for start, end, size in weights if start <= t < end)
         for i, span in enumerate(timeline.runs):
@@ -90,25 +90,31 @@ def check(run: Run, plan: LoadingPlan, timeline: Timeline) -> None:
         assert total == next((held for since, held in reversed(timeline.memory) if since <= t), 0)
 
 
-def brute_force(run: Run, budget: int, overlap_loss: float) -> float | None:
-    """The least time of any plan: every order of loads, every choice of what to free after a call; None if none fits."""
+def faster_plan_s(run: Run, budget: int, overlap_loss: float, than_s: float) -> float | None:
+    """Time of a plan that takes less than ``than_s``, found by trying everything; None if there is none.
+
+    That is every order of loads, and any choice of what to free after a call. What cannot end in time is left out, by
+    what is yet to compute and to load at least.
+    """
     calls = list(run.calls())
     live = [0, *(c.live_bytes for c in calls)]
     room = [max(live[i], c.live_bytes + c.activation_bytes) for i, c in enumerate(calls)]
     later = [{c.block for c in calls[i:]} for i in range(len(calls) + 1)]
-    compute = sum(c.compute_s for c in calls)
-    best: float | None = None
+    compute = [sum(c.compute_s for c in calls[i:]) for i in range(len(calls) + 1)]
 
-    def go(i: int, ready: dict[str, float], unused: frozenset[str], loader: float, computer: float, work: float) -> None:
-        nonlocal best
-        if best is not None and (1 - overlap_loss) * computer + overlap_loss * (compute + work) >= best:
-            return
+    def go(
+        i: int, ready: dict[str, float], unused: set[str], loader: float, computer: float, work: float
+    ) -> float | None:
+        missing = sum(run.by_name[b].load_s for b in later[i] - ready.keys())
+        least = max(computer + compute[i], loader + missing)
+        total = (1 - overlap_loss) * least + overlap_loss * (compute[0] + work + missing)
+        if total >= than_s:
+            return None
         if i == len(calls):
-            best = (1 - overlap_loss) * computer + overlap_loss * (compute + work)
-            return
+            return total
         used = room[i] + sum(run.by_name[b].weight_bytes for b in ready)
         if used > budget:
-            return
+            return None
         call = calls[i]
         if call.block in ready:
             end = max(computer, ready[call.block]) + call.compute_s
@@ -116,12 +122,17 @@ def brute_force(run: Run, budget: int, overlap_loss: float) -> float | None:
             free = [b for b in ready if b not in still]
             for n in range(len(free) + 1):
                 for freed in combinations(free, n):
-                    go(i + 1, {b: t for b, t in ready.items() if b not in freed}, still, loader, end, work)
+                    left = {b: t for b, t in ready.items() if b not in freed}
+                    found = go(i + 1, left, still, loader, end, work)
+                    if found is not None:
+                        return found
         for name in sorted(later[i] - ready.keys()):
             block = run.by_name[name]
             if used + block.weight_bytes <= budget:
                 done = max(loader, computer) + block.load_s
-                go(i, ready | {name: done}, unused | {name}, done, computer, work + block.load_s)
+                found = go(i, ready | {name: done}, unused | {name}, done, computer, work + block.load_s)
+                if found is not None:
+                    return found
+        return None
 
-    go(0, {}, frozenset(), 0.0, 0.0, 0.0)
-    return best
+    return go(0, {}, set(), 0.0, 0.0, 0.0)

@@ -104,7 +104,8 @@ class _Search:
     def _run(self, states: States, stage: int) -> States:
         """What running the stage's call leads to, its block kept or freed."""
         u, block = self.u, self.u.block[stage]
-        after = u.following[stage]
+        again = u.following[stage] < len(u.block)
+        at_once = again and u.following[stage] == stage + 1
         found: States = {}
         for held, labels in states.items():
             if not held >> block & 1:
@@ -115,7 +116,7 @@ class _Search:
                 for stays in (True, False):
                     left = held if stays else held & ~(1 << block)
                     fits = stage + 1 == len(u.block) or self._bytes(left) <= self.space[stage + 1]
-                    sensible = after < len(u.block) if stays else after != stage + 1
+                    sensible = again if stays else not at_once
                     if fits and sensible:
                         kept = ready if stays else (*ready[:block], computer, *ready[block + 1 :])
                         loader = max(label.loader, computer)

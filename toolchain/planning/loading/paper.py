@@ -1,8 +1,8 @@
 """The published rule, Concurrent Inference with Dynamic Loading (On-device Sora, arXiv 2502.04363), as the baseline.
 
 A component's blocks run in a loop; d leading ones stay in memory, as many as the budget holds beside the block that
-runs and the next one; while a block runs, the next one is loaded unless it is there. To make the baseline as good as the
-rule allows, the next one here is loaded across components, too, and where two blocks do not fit, one is loaded alone.
+runs and the next one; while a block runs, the next one is loaded unless it is there. To make the baseline as good as
+the rule allows, the next one is loaded across components, too, and where two blocks do not fit, one is loaded alone.
 """
 
 from __future__ import annotations
