@@ -30,7 +30,7 @@ def some_budget(data: st.DataObject, run: Run) -> int:
 
 
 @given(data=st.data(), run=runs(), loss=LOSSES)
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_small_runs_are_planned_as_well_as_can_be(data: st.DataObject, run: Run, loss: float) -> None:
     budget = some_budget(data, run)
     planned = plan_loading(run, budget, loss)
@@ -39,20 +39,20 @@ def test_small_runs_are_planned_as_well_as_can_be(data: st.DataObject, run: Run,
 
 
 @given(data=st.data())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_eight_blocks_are_planned_as_well_as_can_be(data: st.DataObject) -> None:
     seconds = st.integers(1, 12).map(float)
     blocks = tuple(Block(f"b{i}", data.draw(st.integers(2, 9)), data.draw(seconds)) for i in range(8))
     step = [Call(b.name, "base", data.draw(seconds)) for b in blocks]
     again = data.draw(st.integers(0, 3))
     run = Run(blocks, (Phase("step", tuple(step)), Phase("again", (*step[:again], step[0]))))
-    budget = unroll(run).least_budget + data.draw(st.integers(0, 12))  # more, and trying everything takes too long
+    budget = unroll(run).least_budget + data.draw(st.integers(0, 5))  # more, and trying everything takes too long
     planned = plan_loading(run, budget)
     assert faster_plan_s(run, budget, 0.0, planned.total_s * (1 - ROUNDING)) is None
 
 
 @given(data=st.data(), run=st.one_of(runs(), LARGER), loss=LOSSES)
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_a_plan_holds_when_it_is_followed(data: st.DataObject, run: Run, loss: float) -> None:
     planned = plan_loading(run, some_budget(data, run), loss)
     timeline = simulate(run, planned.plan, loss)
@@ -62,7 +62,7 @@ def test_a_plan_holds_when_it_is_followed(data: st.DataObject, run: Run, loss: f
 
 
 @given(data=st.data(), run=LARGER)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_memory_does_not_depend_on_how_long_things_really_take(data: st.DataObject, run: Run) -> None:
     plan = plan_loading(run, some_budget(data, run)).plan
     real = st.floats(0, 20)
@@ -76,7 +76,7 @@ def test_memory_does_not_depend_on_how_long_things_really_take(data: st.DataObje
 
 
 @given(data=st.data(), run=st.one_of(runs(), LARGER), loss=LOSSES)
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_more_memory_is_never_slower(data: st.DataObject, run: Run, loss: float) -> None:
     less, more = sorted((some_budget(data, run), some_budget(data, run)))
     assert plan_loading(run, more, loss).total_s <= plan_loading(run, less, loss).total_s * (1 + ROUNDING)
@@ -90,8 +90,8 @@ def test_nothing_beats_the_bound_of_runs_too_large_to_solve(data: st.DataObject,
     assert faster_plan_s(run, budget, loss, bound * (1 - ROUNDING)) is None
 
 
-@given(run=runs())
-@settings(max_examples=60, deadline=None)
+@given(run=runs(most_blocks=3, most_calls=6))
+@settings(max_examples=40, deadline=None)
 def test_one_byte_less_than_the_least_budget_is_refused_by_name(run: Run) -> None:
     u = unroll(run)
     plan_loading(run, u.least_budget)
