@@ -102,9 +102,17 @@ def faster_plan_s(run: Run, budget: int, overlap_loss: float, than_s: float) -> 
     later = [{c.block for c in calls[i:]} for i in range(len(calls) + 1)]
     compute = [sum(c.compute_s for c in calls[i:]) for i in range(len(calls) + 1)]
 
+    tried: set[object] = set()
+
     def go(
         i: int, ready: dict[str, float], unused: set[str], loader: float, computer: float, work: float
     ) -> float | None:
+        # what was ready before the computer is as good as ready now; the same state need not be tried twice
+        ready, loader = {b: max(t, computer) for b, t in ready.items()}, max(loader, computer)
+        state = (i, frozenset(ready.items()), frozenset(unused), loader, computer, work)
+        if state in tried:
+            return None
+        tried.add(state)
         missing = sum(run.by_name[b].load_s for b in later[i] - ready.keys())
         least = max(computer + compute[i], loader + missing)
         total = (1 - overlap_loss) * least + overlap_loss * (compute[0] + work + missing)
