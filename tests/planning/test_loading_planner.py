@@ -39,7 +39,7 @@ def test_small_runs_are_planned_as_well_as_can_be(data: st.DataObject, run: Run,
 
 
 @given(data=st.data())
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_eight_blocks_are_planned_as_well_as_can_be(data: st.DataObject) -> None:
     seconds = st.integers(1, 12).map(float)
     blocks = tuple(Block(f"b{i}", data.draw(st.integers(2, 9)), data.draw(seconds)) for i in range(8))
@@ -62,7 +62,7 @@ def test_a_plan_holds_when_it_is_followed(data: st.DataObject, run: Run, loss: f
 
 
 @given(data=st.data(), run=LARGER)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_memory_does_not_depend_on_how_long_things_really_take(data: st.DataObject, run: Run) -> None:
     plan = plan_loading(run, some_budget(data, run)).plan
     real = st.floats(0, 20)
