@@ -12,8 +12,8 @@ between calls is the largest output of the component and its tables. Loads take 
 from __future__ import annotations
 
 import argparse
-import resource
 import time
+import tracemalloc
 from math import prod
 from pathlib import Path
 
@@ -94,7 +94,6 @@ def main() -> None:
     print(f"{len(u.block)} calls of {len(u.size)} blocks, {run.compute_s:.1f} s of computing, {args.bandwidth:g} B/s")
     print("| budget, MB | ours, s | published rule, s | bound, s | gap | loads, GB | events | planning, s |")
     print("|---|---|---|---|---|---|---|---|")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for budget in sorted(set(whole)):
         began = time.process_time()
         planned = plan_loading(run, budget, args.loss)
@@ -108,8 +107,9 @@ def main() -> None:
             f"| {planned.gap:.1%} | {loaded / 1e9:.1f} | {events} | {took:.2f} |",
             flush=True,
         )
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(f"memory added by planning: {(after - before) / 1e3:.1f} MB")
+    tracemalloc.start()  # not the process's peak, which preparing the recipe may have set before
+    plan_loading(run, everything, args.loss)
+    print(f"memory that planning takes at its peak: {tracemalloc.get_traced_memory()[1] / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":
