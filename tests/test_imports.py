@@ -37,6 +37,7 @@ def loaded_after(code: str, cwd: Path, modules: tuple[str, ...] = HEAVY) -> str:
         "import toolchain.player, toolchain.player.prompt, toolchain.player.tokenizer, toolchain.player.leap",
         TIMESTEPS,
         "import toolchain.ui.console, toolchain.listener, toolchain.validation",
+        "import toolchain.planning.loading.planner, toolchain.planning.loading.simulate, toolchain.planning.cost",
     ],
 )
 def test_nothing_heavy_is_imported(code: str, tmp_path: Path) -> None:

@@ -1,0 +1,106 @@
+"""Device profiles: how much memory an app gets, how fast blocks load and compute. Data, each number with its source.
+
+A number is ``{value: …, source: …}`` where something published or measured says it, or ``{value: …, estimate: true,
+source: …}`` where it was estimated; ``source`` then says how.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from toolchain.errors import RecipeError
+from toolchain.formats.yaml_text import UniqueKeyLoader
+from toolchain.validation import explain
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Figure(_Entry):
+    """A number and where it is from."""
+
+    value: float = Field(ge=0)
+    source: str = Field(min_length=1, description="Who says so; of an estimate, how it was made.")
+    estimate: bool = False
+
+
+class Throughput(_Entry):
+    """What one engine of a device computes in one precision."""
+
+    engine: str = Field(description="Such as gpu, neural-engine or cpu.")
+    precision: str = Field(description="Such as float32, float16 or int8.")
+    flops_per_s: Figure
+
+
+class Device(_Entry):
+    """A profile. Bytes and seconds; a gigabyte is 1e9 bytes."""
+
+    version: Literal[1] = 1
+    name: str
+    memory_bytes: Figure = Field(description="What an app may use of memory, for weights and activations together.")
+    load_bytes_per_s: Figure = Field(description="From storage until a block can run.")
+    load_overhead_s: Figure = Field(description="Of every load, however small.")
+    memory_bytes_per_s: Figure = Field(description="What computing reads from and writes to memory.")
+    call_overhead_s: Figure = Field(description="Of every call, however small.")
+    overlap_loss: Figure = Field(description="Share of hidden load time that is lost because both are slower, 0 … 1.")
+    throughput: list[Throughput] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _possible(self) -> Device:
+        rates = {"load_bytes_per_s": self.load_bytes_per_s, "memory_bytes_per_s": self.memory_bytes_per_s}
+        rates |= {f"throughput.{i}.flops_per_s": t.flops_per_s for i, t in enumerate(self.throughput)}
+        if zero := next((name for name, figure in rates.items() if figure.value == 0), None):
+            raise ValueError(f"{zero}: a rate of 0 would take forever")
+        if self.overlap_loss.value > 1:
+            raise ValueError(f"overlap_loss: {self.overlap_loss.value} is not within 0 … 1")
+        return self
+
+    def flops_per_s(self, precision: str, engine: str | None = None) -> float:
+        """What computes fastest in a precision, or one engine's.
+
+        Raises:
+            RecipeError: the profile has none; names what it has.
+        """
+        own = [t for t in self.throughput if t.precision == precision and engine in (None, t.engine)]
+        if not own:
+            asked = f"{precision} on {engine}" if engine else precision
+            known = ", ".join(f"{t.precision} on {t.engine}" for t in self.throughput)
+            raise RecipeError(f"device '{self.name}' has no throughput for {asked}; it has {known}")
+        return max(t.flops_per_s.value for t in own)
+
+
+def shipped_devices() -> dict[str, Path]:
+    """The profiles that come with this package, by name."""
+    import recipes
+
+    folder = Path(next(iter(recipes.__path__))) / "devices"
+    return {p.stem: p for p in sorted(folder.glob("*.yaml"))}
+
+
+def load_device(name: str | Path) -> Device:
+    """A profile by shipped name, or by the path of a file.
+
+    Raises:
+        RecipeError: there is none of that name, with those that are near; or the file is wrong, with the key.
+    """
+    path, known = Path(name), shipped_devices()
+    if not path.is_file():
+        if str(name) not in known:
+            near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4)
+            hint = f"near ones are {', '.join(near)}" if near else f"known ones are {', '.join(known)}"
+            raise RecipeError(f"unknown device '{name}'; {hint}")
+        path = known[str(name)]
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeyLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise RecipeError(f"{path}: cannot be read: {' '.join(str(e).split())}") from e
+    try:
+        return Device.model_validate(data)
+    except ValidationError as e:
+        raise RecipeError(f"{path}: {explain(e, Device)}") from e
