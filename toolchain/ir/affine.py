@@ -94,7 +94,7 @@ class Affine(Storage):
         values = torch.empty(rows.shape, dtype=DTYPES["int8"].torch)
         scale, zero = torch.empty(len(rows), 1, dtype=self.scale.torch), torch.empty(len(rows), 1, dtype=values.dtype)
         count = max(1, PIECE // rows.shape[1])
-        for given, *taken in zip(*(t.split(count) for t in (rows, values, scale, zero)), strict=True):
+        for given, *taken in zip(*(torch.split(t, count) for t in (rows, values, scale, zero)), strict=True):
             for out, found in zip(taken, self._encode_rows(given.float()), strict=True):
                 out.copy_(found)
         encoded = {VALUES: values.reshape(weight.shape), SCALE: scale.reshape(shape)}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 
-from toolchain.errors import RecipeError, ResourceError
+from toolchain.errors import RecipeError
+from toolchain.system.files import check_file, check_folder, whole_file
 
 
 def to_bytes(pixels: torch.Tensor) -> torch.Tensor:
@@ -25,16 +25,13 @@ def check_outputs(video: Path, frames: Path | None, trace: Path | None) -> None:
     """
     if video.suffix != ".mp4" or video.is_dir():
         raise RecipeError(f"-o {video}: expected the name of an .mp4 file")
-    if trace is not None and trace.is_dir():
-        raise RecipeError(f"--trace {trace}: expected the name of a file")
+    if trace is not None:
+        check_file("--trace", trace)
     if frames is not None and frames.exists() and not frames.is_dir():
         raise RecipeError(f"--frames {frames}: expected the name of a folder")
-    for option, path in (("-o", video), ("--trace", trace), ("--frames", frames)):
-        if path is None:
-            continue
-        folder = path.absolute().parent
-        if not folder.is_dir() or not os.access(folder, os.W_OK):
-            raise ResourceError(f"{option} {path}: its folder does not exist or cannot be written")
+    check_folder("-o", video)
+    if frames is not None:
+        check_folder("--frames", frames)
 
 
 def write_video(frames: torch.Tensor, fps: int, path: Path) -> None:
@@ -42,21 +39,16 @@ def write_video(frames: torch.Tensor, fps: int, path: Path) -> None:
     import av
 
     height, width = frames.shape[1] // 2 * 2, frames.shape[2] // 2 * 2  # 4:2:0 wants even sizes
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}.mp4")
-    try:
-        with av.open(str(partial), "w") as container:
-            # several threads write other bytes on every run
-            stream = container.add_stream("libx264", rate=fps, options={"crf": "16", "threads": "1"})
-            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-            for frame in frames[:, :height, :width].numpy():
-                picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
-                for packet in stream.encode(picture):
-                    container.mux(packet)
-            for packet in stream.encode():
+    with whole_file(path) as partial, av.open(str(partial), "w") as container:
+        # several threads write other bytes on every run
+        stream = container.add_stream("libx264", rate=fps, options={"crf": "16", "threads": "1"})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for frame in frames[:, :height, :width].numpy():
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            for packet in stream.encode(picture):
                 container.mux(packet)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        for packet in stream.encode():
+            container.mux(packet)
 
 
 def write_frames(frames: torch.Tensor, folder: Path) -> None:
