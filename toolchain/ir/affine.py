@@ -19,9 +19,9 @@ more; or by half-quadratic optimisation (Badri and Shaji, 2023), which lets few 
 VALUES, SCALE, ZERO = "values", "scale", "zero"
 SHRUNK = tuple(1.0 - 0.025 * i for i in range(24))
 """Ranges that ``error`` tries, as shares of the largest number."""
-PIECE = 1 << 15
+PIECE = (1 << 15) - 1
 """Numbers that are encoded in one go: what is computed of them stays in the processor's cache, is not so large that the
-system hands out new memory for it each time, and torch leaves it to one thread."""
+system hands out new memory for it each time, and torch does it in one thread: of more, a second one waits by spinning."""
 HALF_QUADRATIC_STEPS, HALF_QUADRATIC_NORM, HALF_QUADRATIC_BETA, HALF_QUADRATIC_GROWTH = 20, 0.7, 10.0, 1.01
 
 
@@ -139,9 +139,12 @@ class Affine(Storage):
         self, rows: torch.Tensor, step: torch.Tensor, zero: torch.Tensor, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Values, as float32 and in ``out`` if given; ``step`` is the scale in float32."""
+        import numpy as np
         import torch
 
-        values = torch.div(rows, step, out=out).round_()
+        values = torch.div(rows, step, out=out)
+        # to even, as torch does, but in this thread: torch wakes others even for few numbers, which wait by spinning
+        np.rint(values.numpy(), out=values.numpy())
         return (values if self.symmetric else values.add_(zero)).clamp_(self.lowest, self.highest)
 
     def _by_least_error(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
