@@ -50,6 +50,20 @@ def test_the_command(project: Path, tmp_path: Path, run_cli: Any) -> None:
         assert drawn.format == "PNG"
 
 
+@pytest.mark.parametrize("option", ["-o", "--plot"])
+def test_what_cannot_be_written_is_refused_first(option: str, project: Path, tmp_path: Path, run_cli: Any) -> None:
+    """Before any work is done: nothing is said of a budget of one byte, which cannot be met."""
+    places = {"-o": tmp_path / "chosen.yaml", "--plot": tmp_path / "curve.png"}
+    for place, code, said in (
+        (tmp_path / "missing" / "file", 6, "its folder does not exist or cannot be written"),
+        (tmp_path, 2, "expected the name of a file"),
+    ):
+        given = [str(x) for pair in (places | {option: place}).items() for x in pair]
+        ran = run_cli("quantize", "recipe.yaml", "--bytes", "1", "--set", "target=onnx", *given, cwd=project)
+        assert (ran.code, ran.err.strip().splitlines()[-1]) == (code, f"sora-compile: {option} {place}: {said}")
+        assert not any(place.is_file() for place in places.values())
+
+
 def test_decibels_are_held_as_measured(project: Path) -> None:
     found = quantized(project, budget={"sqnr_db": 30.0})
     (settled,) = found.settled

@@ -15,6 +15,7 @@ from toolchain.accuracy.verify import verify
 from toolchain.errors import AccuracyError, SoraCompileError
 from toolchain.formats.recipe_file import load_recipe
 from toolchain.planning.plan import plan
+from toolchain.system.disk import readable_size
 
 INT8 = "transformer.passes=[token-merge, {quantize: {scheme: int8}}, partition]"
 MIXED = """transformer.passes=[token-merge, {quantize: {scheme: int4, rules: [
@@ -27,7 +28,7 @@ def compiled(project: Path, out: Path, *overrides: str, **options: Any) -> toolc
 
 
 @pytest.mark.slow
-def test_the_two_errors(project: Path, tmp_path: Path) -> None:
+def test_the_two_errors(project: Path, tmp_path: Path, run_cli: Any) -> None:
     bundle = compiled(project, tmp_path / "int8", "target=onnx", INT8)
     blocks = {b.name: b for b in bundle.manifest.components["transformer"].blocks}
     pair = blocks["pair_0"]
@@ -41,6 +42,13 @@ def test_the_two_errors(project: Path, tmp_path: Path) -> None:
     assert pair.weight_bytes["int8-f32"] > pair.weight_bytes["float32"]
     assert blocks["final"].quantized == {}  # delicate
     assert blocks["final"].quantization is None
+    # what is shown adds up: by block and, for the component, by scheme
+    shown = json.loads(run_cli("inspect", bundle.path, "--json").out)["components"]["transformer"]
+    each = {kind: sum(b.weight_bytes.get(kind, 0) for b in blocks.values()) for kind in ("float32", "int8-f32")}
+    assert shown["bytes_by_storage"] == each
+    assert sum(each.values()) < shown["artifact_bytes"] == sum(f.bytes for b in blocks.values() for f in b.files)
+    sizes = ", ".join(f"{kind} {readable_size(size)}" for kind, size in sorted(each.items(), key=lambda kv: -kv[1]))
+    assert f"({sizes}) in artifacts of" in " ".join(run_cli("inspect", bundle.path).out.split())
     # whoever looks at the bundle later sees both
     found = verify(bundle)
     assert not found.failed

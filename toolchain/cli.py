@@ -168,9 +168,13 @@ def quantize(
     with Console(as_json, verbose) as console:
         import toolchain
         from toolchain.formats.recipe_file import find_recipe
+        from toolchain.system.files import check_file, whole_file
         from toolchain.ui.curve import draw
         from toolchain.ui.quantization import rules_file, settled_json, settled_table
 
+        check_file("-o", output)
+        if plot is not None:
+            check_file("--plot", plot)
         with console.progress(None) as listener:
             path = find_recipe(recipe)
             loaded = toolchain.load_recipe(path, overrides)
@@ -184,9 +188,11 @@ def quantize(
                 listener=listener,
                 jobs=jobs,
             )
-        output.write_text(rules_file(found, path.parent, output), encoding="utf-8")
+        with whole_file(output) as partial:
+            partial.write_text(rules_file(found, path.parent, output), encoding="utf-8")
         if plot is not None:
-            draw(found.settled, plot)
+            with whole_file(plot, "--plot") as partial:
+                draw(found.settled, partial)
         console.answer(settled_json(found), settled_table(found, verbose))
 
 

@@ -21,13 +21,11 @@ more, of the weight or, as far as a calibration tells, of what its layer gives; 
 and Shaji, 2023), which lets few large errors be for many small ones."""
 
 SCALE, ZERO = "scale", "zero"
-PIECE = 1 << 18
-"""Numbers that are encoded at a time."""
 SHRUNK = tuple(1.0 - 0.025 * i for i in range(24))
 """Ranges that ``error`` and ``output`` try, as shares of the largest number."""
-PIECE = 1 << 15
+PIECE = (1 << 15) - 1
 """Numbers that are encoded in one go: what is computed of them stays in the processor's cache, is not so large that the
-system hands out new memory for it each time, and torch leaves it to one thread."""
+system hands out new memory for it each time, and torch does it in one thread: of more, another waits by spinning."""
 HALF_QUADRATIC_STEPS, HALF_QUADRATIC_NORM, HALF_QUADRATIC_BETA, HALF_QUADRATIC_GROWTH = 20, 0.7, 10.0, 1.01
 
 
@@ -180,9 +178,12 @@ class Affine(Storage):
         self, rows: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         """The whole numbers nearest to rows ``[R, n]``, as floats, and in ``out`` if given."""
+        import numpy as np
         import torch
 
-        values = torch.div(rows, scale.to(rows.dtype), out=out).round_()
+        values = torch.div(rows, scale.to(rows.dtype), out=out)
+        # to even, as torch does, but in this thread: torch wakes others even for few numbers, which wait by spinning
+        np.rint(values.numpy(), out=values.numpy())
         return (values if self.symmetric else values.add_(zero)).clamp_(self.lowest, self.highest)
 
     def _by_least_error(self, rows: torch.Tensor, importance: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -103,7 +103,8 @@ def _means(row: torch.Tensor, count: int, importance: torch.Tensor | None) -> to
     import torch
 
     if importance is None:
-        ordered, masses = row.sort().values, None
+        ordered, masses = row + 0.0, None  # of two zeros, which one comes first would depend on the machine
+        ordered.numpy().sort()  # in place, and twenty times as fast as torch
     else:
         ordered, order = row.sort(stable=True)
         masses = importance[order]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 
-from toolchain.errors import RecipeError, ResourceError
+from toolchain.errors import RecipeError
+from toolchain.system.files import check_file, check_folder, whole_file
 
 
 def to_bytes(pixels: torch.Tensor) -> torch.Tensor:
@@ -26,26 +26,19 @@ def check_outputs(video: Path, frames: Path | None, trace: Path | None) -> None:
     """
     if video.suffix != ".mp4" or video.is_dir():
         raise RecipeError(f"-o {video}: expected the name of an .mp4 file")
-    if trace is not None and trace.is_dir():
-        raise RecipeError(f"--trace {trace}: expected the name of a file")
+    if trace is not None:
+        check_file("--trace", trace)
     if frames is not None and frames.exists() and not frames.is_dir():
         raise RecipeError(f"--frames {frames}: expected the name of a folder")
-    for option, path in (("-o", video), ("--trace", trace), ("--frames", frames)):
-        if path is None:
-            continue
-        folder = path.absolute().parent
-        if not folder.is_dir() or not os.access(folder, os.W_OK):
-            raise ResourceError(f"{option} {path}: its folder does not exist or cannot be written")
+    check_folder("-o", video)
+    if frames is not None:
+        check_folder("--frames", frames)
 
 
 def write_video(frames: torch.Tensor, fps: int, path: Path) -> None:
     """Write uint8 frames ``[F, H, W, 3]`` as H.264."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}.mp4")
-    try:
+    with whole_file(path) as partial:
         encode_video(frames, fps, str(partial))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def encode_video(frames: torch.Tensor, fps: int, place: str | BinaryIO, crf: int = 16) -> None:

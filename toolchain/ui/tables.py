@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
@@ -14,7 +15,7 @@ from rich.text import Text
 
 from toolchain.build.entries import bytes_by_storage, sampler
 from toolchain.formats.bundle import Bundle
-from toolchain.formats.manifest import BlockEntry, Manifest
+from toolchain.formats.manifest import BlockEntry, Component, Manifest
 from toolchain.formats.schedule import MERGED
 from toolchain.ir.functions import ungrouped
 from toolchain.ir.target import distinct_functions
@@ -135,7 +136,20 @@ def bundle_json(bundle: Bundle) -> dict[str, Any]:
     return {
         "bundle": str(bundle.path),
         "bytes": sum(f.bytes for f in bundle.files()),
+        "components": {name: _sizes(c) for name, c in bundle.manifest.components.items()},
         "manifest": bundle.manifest.model_dump(mode="json"),
+    }
+
+
+def _sizes(component: Component) -> dict[str, Any]:
+    """Bytes of a component: of its weights by how they are stored, and of the artifacts that hold them."""
+    stored: Counter[str] = Counter()
+    for block in component.blocks:
+        stored.update(block.weight_bytes)
+    return {
+        "parameters": sum(b.parameters for b in component.blocks),
+        "bytes_by_storage": dict(sorted(stored.items())),
+        "artifact_bytes": sum(f.bytes for b in component.blocks for f in b.files),
     }
 
 
@@ -185,6 +199,14 @@ def bundle_table(bundle: Bundle) -> RenderableType:
             figures = (f"{b.parameters:,}", size, peak, by_storage(b.weight_bytes))
             table.add_row(b.name, runs(b.rate), ", ".join(b.functions), *figures, _errors(b), ", ".join(sources))
         groups.append(table)
+        sizes = _sizes(component)
+        stored = sizes["bytes_by_storage"]
+        groups.append(
+            Text(
+                f"{sizes['parameters']:,} parameters, {readable_size(sum(stored.values()))} ({by_storage(stored)}) "
+                f"in artifacts of {readable_size(sizes['artifact_bytes'])}"
+            )
+        )
     g, s = m.geometry, m.sampler
     leap = f", leap: {s.leap.kind}" if s.leap is not None else ""
     merged = sum(ungrouped(step.function) == MERGED for step in s.steps)
