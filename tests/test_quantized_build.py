@@ -43,12 +43,12 @@ def test_the_two_errors(project: Path, tmp_path: Path, run_cli: Any) -> None:
     assert blocks["final"].quantized == {}  # delicate
     assert blocks["final"].quantization is None
     # what is shown adds up: by block and, for the component, by scheme
-    shown = json.loads(run_cli("inspect", bundle.path, "--json").out)["components"]["transformer"]
+    shown = json.loads(run_cli("inspect", bundle.path, "--json", cwd=project).out)["components"]["transformer"]
     each = {kind: sum(b.weight_bytes.get(kind, 0) for b in blocks.values()) for kind in ("float32", "int8-f32")}
     assert shown["bytes_by_storage"] == each
     assert sum(each.values()) < shown["artifact_bytes"] == sum(f.bytes for b in blocks.values() for f in b.files)
     sizes = ", ".join(f"{kind} {readable_size(size)}" for kind, size in sorted(each.items(), key=lambda kv: -kv[1]))
-    assert f"({sizes}) in artifacts of" in " ".join(run_cli("inspect", bundle.path).out.split())
+    assert f"({sizes}) in artifacts of" in " ".join(run_cli("inspect", bundle.path, cwd=project).out.split())
     # whoever looks at the bundle later sees both
     found = verify(bundle)
     assert not found.failed

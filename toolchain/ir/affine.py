@@ -24,8 +24,8 @@ SCALE, ZERO = "scale", "zero"
 SHRUNK = tuple(1.0 - 0.025 * i for i in range(24))
 """Ranges that ``error`` and ``output`` try, as shares of the largest number."""
 PIECE = (1 << 15) - 1
-"""Numbers that are encoded in one go: what is computed of them stays in the processor's cache, is not so large that the
-system hands out new memory for it each time, and torch does it in one thread: of more, another waits by spinning."""
+"""Numbers that are encoded in one go: what is computed of them stays in the cache, is not so large that the system
+hands out new memory for it each time, and torch does it in one thread: of more, a second one waits by spinning."""
 HALF_QUADRATIC_STEPS, HALF_QUADRATIC_NORM, HALF_QUADRATIC_BETA, HALF_QUADRATIC_GROWTH = 20, 0.7, 10.0, 1.01
 
 
