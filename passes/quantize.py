@@ -239,8 +239,6 @@ class Quantize(Pass):
                     f"rules[{number}]: later rules decide about all that '{rule.match}' matches; the last rule that "
                     "matches wins, so put it after them or remove it"
                 )
-        if self.config.calibration is not None and all(self._scheme(n).calibrated is None for n in chosen.values()):
-            found["calibration"] = "calibration: no weight is kept by an option that goes by it; remove it"
         asked = {self.config.scheme, *(rule.scheme for rule in self.config.rules)} - {"float"}
         if asked and all(self._scheme(number).scheme == "float" for number in chosen.values()):
             found["scheme"] = "no weight is quantized: all are delicate or small; name some by rules"
@@ -250,6 +248,8 @@ class Quantize(Pass):
                 found["activations"] = "activations: there is no linear layer among what they are for"
             elif self.groups > 1 and "step" not in rates:
                 found["activations"] = "activations.groups: nothing here changes from step to step; leave 'groups' out"
+        if self.config.calibration is not None and all(self._scheme(n).calibrated is None for n in chosen.values()):
+            found["calibration"] = "calibration: no weight is kept by an option that goes by it; remove it"
         return found
 
     def call(self, graph: Graph) -> Graph:

@@ -158,7 +158,7 @@ def test_what_is_else_in_it_stays(manifest: Manifest) -> None:
         for key in ("precision", "dims", "config", "tables_file", "tables", "load_order", "resident"):
             assert component[key] == before[key]
         assert component["default_function"] == "base"
-        new = {"weight_bytes", "quantized", "quantization", "int8_inputs"}
+        new = {"weight_bytes", "quantized", "quantization", "int8_inputs", "memory"}
         assert [{k: v for k, v in b.items() if k not in new} for b in component["blocks"]] == before["blocks"]
         assert all(b["quantized"] == {} and b["quantization"] is None for b in component["blocks"])
 

@@ -191,7 +191,7 @@ def test_a_target_that_can_express_it_plans_by_its_bytes() -> None:
     assert part.weight_bytes == sum(b.weight_bytes for b in part.blocks) < without.weight_bytes
     assert block.parameters == plain.parameters
     assert block.structure() != plain.structure()
-    entry = entries.block(block, [], ("base",), None, None, part.target, "transformer")
+    entry = entries.block(block, [], ("base",), None, None, part.target, "transformer", part.memory["pair_0"])
     assert entry.weight_bytes == {"float32": block.weight_bytes - numbers - 4 * rows, "int8-rows": numbers + 4 * rows}
 
 

@@ -41,7 +41,7 @@ SAMPLERS: dict[str, dict[str, Any]] = {
     "plain": {},
     "leap": {"leap": 2},
     "dynamic-leap": {"steps": 20, "leap": "paper"},
-    "dynamic-leap-code": {"steps": 20, "leap": "code"},
+    "dynamic-leap-code": {"steps": 30, "leap": "code"},
     "merged": {"merged_steps": 2},
     "merged-leap": {"leap": 2, "merged_steps": 2},
     "merged-dynamic-leap": {"steps": 20, "leap": "paper", "merged_steps": 9},

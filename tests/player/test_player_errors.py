@@ -42,7 +42,8 @@ def hollow_bundle(data: dict[str, Any], source: Path, folder: Path) -> Path:
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(f"not a program, but {block.name}".encode())
             files = [describe_file(path, folder)]
-            entries.append(describe.block(block, files, tuple(block.functions), None, None, part.target, name))
+            memory = part.memory[block.name]
+            entries.append(describe.block(block, files, tuple(block.functions), None, None, part.target, name, memory))
         tables = component_tables(part)
         file = write_tables(tables, folder / name / "tables.safetensors", folder)
         components[name] = describe.component(part, entries, file, tables)
