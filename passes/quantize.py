@@ -91,7 +91,6 @@ class SchemeConfig(PassConfig):
     )
     bits: int | None = Field(default=None, description="Of a palette: 1, 2, 3, 4, 6 or 8; 4 if absent.")
     group: int | None = Field(default=None, ge=1, description="Channels that share a palette; all if absent.")
-
     weighted: bool | None = Field(
         default=None, description="Find palettes, or a rank's matrices, by what comes into a layer (calibrated)."
     )

@@ -56,7 +56,7 @@ def test_what_cannot_be_written_is_refused_first(option: str, project: Path, tmp
     places = {"-o": tmp_path / "chosen.yaml", "--plot": tmp_path / "curve.png"}
     for place, code, said in (
         (tmp_path / "missing" / "file", 6, "its folder does not exist or cannot be written"),
-        (tmp_path, 2, "expected the name of a file"),
+        (tmp_path, 2, "is a folder; expected the name of a file"),
     ):
         given = [str(x) for pair in (places | {option: place}).items() for x in pair]
         ran = run_cli("quantize", "recipe.yaml", "--bytes", "1", "--set", "target=onnx", *given, cwd=project)

@@ -29,7 +29,7 @@ def check_file(option: str, path: Path) -> None:
         ResourceError: as :func:`check_folder`.
     """
     if path.is_dir():
-        raise RecipeError(f"{option} {path}: expected the name of a file")
+        raise RecipeError(f"{option} {path}: is a folder; expected the name of a file")
     check_folder(option, path)
 
 

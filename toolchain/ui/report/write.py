@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from toolchain.errors import RecipeError, ResourceError
+from toolchain.errors import RecipeError
 from toolchain.formats.bundle import Bundle
 from toolchain.planning.plan import Plan
+from toolchain.system.files import check_file, whole_file
 from toolchain.ui.report.facts import bundle_facts, plan_facts
 from toolchain.ui.report.page import picture, render, require
 from toolchain.ui.report.timeline import played_timeline
@@ -33,10 +34,10 @@ def write_bundle_report(bundle: Bundle, out: Path, *, trace: Path | None = None,
     check_places({"-o": out} | ({"--png": png} if png is not None else {}))
     facts = bundle_facts(bundle)
     timelines = [] if trace is None else [played_timeline(trace, bundle)]
-    files = {out: render(facts, timelines, golden_clip(bundle)).encode()}
+    files = [("-o", out, render(facts, timelines, golden_clip(bundle)).encode())]
     if png is not None:
-        files[png] = picture(facts, timelines)
-    _write(files)
+        files.append(("--png", png, picture(facts, timelines)))
+    _write(*files)
 
 
 def write_plan_report(planned: Plan, out: Path) -> None:
@@ -45,7 +46,7 @@ def write_plan_report(planned: Plan, out: Path) -> None:
     Raises:
         SoraCompileError: the file cannot be written.
     """
-    _write({out: render(plan_facts(planned)).encode()})
+    _write(("--html", out, render(plan_facts(planned)).encode()))
 
 
 def check_places(places: Mapping[str, Path]) -> None:
@@ -56,27 +57,15 @@ def check_places(places: Mapping[str, Path]) -> None:
         ResourceError: a folder does not exist or cannot be written, or the extra ``report`` is not installed.
     """
     for option, path in places.items():
-        if path.is_dir():
-            raise RecipeError(f"{option} {path}: is a folder; expected the name of a file")
-        folder = path.absolute().parent
-        if not folder.is_dir() or not os.access(folder, os.W_OK):
-            raise ResourceError(f"{option} {path}: its folder does not exist or cannot be written")
+        check_file(option, path)
     if len({p.absolute() for p in places.values()}) < len(places):
         raise RecipeError(f"{' and '.join(places)}: name the same file")
     for package in PACKAGES:
         require(package)
 
 
-def _write(files: Mapping[Path, bytes]) -> None:
-    """Write each file aside, then move all to their places."""
-    partial = {path: path.with_name(f".{path.name}.partial-{os.getpid()}") for path in files}
-    try:
-        for path, data in files.items():
-            partial[path].write_bytes(data)
-        for path in files:
-            partial[path].replace(path)
-    except OSError as e:
-        raise ResourceError(f"'{e.filename}' cannot be written: {e.strerror or e}") from e
-    finally:
-        for path in partial.values():
-            path.unlink(missing_ok=True)
+def _write(*files: tuple[str, Path, bytes]) -> None:
+    """Write files, each by the option that names it, aside first; all are moved to their places when all are whole."""
+    with contextlib.ExitStack() as stack:
+        for option, path, data in files:
+            stack.enter_context(whole_file(path, option)).write_bytes(data)
