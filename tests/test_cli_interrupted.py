@@ -30,7 +30,7 @@ def partial(project: Path) -> list[Path]:
     return list(project.glob(".bundle.partial-*"))
 
 
-MOMENTS = {"before lowering": "tables.safetensors", "lowering": "caption.pte"}
+MOMENTS = {"before lowering": "tables.safetensors", "lowering": "caption*"}
 """What the build has written by then: of the second moment, the first of its blocks."""
 
 
@@ -41,12 +41,17 @@ def underway(project: Path, moment: str) -> bool:
 @slow
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize(
-    ("number", "code", "says"),
-    [(signal.SIGINT, 130, "sora-compile: interrupted; nothing was written\n"), (signal.SIGTERM, 143, "")],
+    ("target", "number", "code", "says"),
+    [
+        ("executorch", signal.SIGINT, 130, "sora-compile: interrupted; nothing was written\n"),
+        ("onnx", signal.SIGTERM, 143, ""),
+    ],
 )
-def test_interrupted(start_cli: Any, project: Path, moment: str, number: int, code: int, says: str) -> None:
+def test_interrupted(
+    start_cli: Any, project: Path, moment: str, target: str, number: int, code: int, says: str
+) -> None:
     before = contents(project)
-    process = start_cli("recipe.yaml", "-o", "bundle", cwd=project)
+    process = start_cli("recipe.yaml", "-o", "bundle", "--set", f"target={target}", cwd=project)
     wait_for(process, lambda: underway(project, moment))
     process.send_signal(number)
     out, err = process.communicate(timeout=120)

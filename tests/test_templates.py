@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def case(request: pytest.FixtureRequest, cut_small: Any) -> tuple[Target, Any]:
 
 
 @pytest.fixture(scope="module")
-def lowered(case: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Target, Artifact, dict[str, torch.Tensor]]:
+def lowered(case: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Target, Artifact, Mapping[str, torch.Tensor]]:
     """A target, a block lowered with unique weights, not bound, and these."""
     target, cut = case
     block = cut.block("caption")
@@ -78,7 +79,7 @@ def test_ambiguous_weights_are_refused(lowered: Any) -> None:
         "onnx": f"^weight '{SECOND}' is not where 'weights.bin' should have it$",  # by its name, it has one place
         "coreml": r"^the blob at byte \d+ is found in 2 weights$",
     }
-    refuse(lowered, lowered[2] | {SECOND: lowered[2][FIRST]}, reasons)
+    refuse(lowered, {**lowered[2], SECOND: lowered[2][FIRST]}, reasons)
 
 
 def test_other_weights_are_not_bound(lowered: Any) -> None:
@@ -87,13 +88,13 @@ def test_other_weights_are_not_bound(lowered: Any) -> None:
         "onnx": f"^weight '{FIRST}' is not where 'weights.bin' should have it$",
         "coreml": f"^weight '{FIRST}': 0 of 64 elements are in the package$",
     }
-    refuse(lowered, lowered[2] | {FIRST: lowered[2][FIRST] + 1}, reasons)
+    refuse(lowered, {**lowered[2], FIRST: lowered[2][FIRST] + 1}, reasons)
 
 
 def test_another_checkpoint_lowers_nothing(case: Any, tmp_path: Path) -> None:
     """The first block makes the template; it, another block and another checkpoint's are stamped from it."""
     target, cut = case
-    block: Block = cut.block("pair_0")
+    block: Block = cut.block("caption")  # of more than one weight, and what lowers in the least time
     lowered: list[str] = []
 
     class Counting(type(target)):  # type: ignore[misc]

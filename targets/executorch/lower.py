@@ -54,6 +54,7 @@ def lower(block: Block, weights: Mapping[str, torch.Tensor], out: Path) -> Artif
 def _lower(block: Block, weights: Mapping[str, torch.Tensor], parts: Mapping[str, torch.Tensor], out: Path) -> None:
     """Write a block's program; quantized weights have ``parts``."""
     functions = distinct_functions(block)
+    weights = dict(weights)  # made once: functions share them
     with quiet():
         programs = {f: _exported(block, f, weights, parts) for f in functions}
         try:

@@ -113,9 +113,11 @@ def structures(recipe: Recipe, component: str) -> Iterator[tuple[Any, Block, Blo
             yield lowering, block, eager
 
 
-@pytest.mark.parametrize("precision", ["float32", "float16"])
-@pytest.mark.parametrize("component", ["text_encoder", "vae"])
+@pytest.mark.parametrize(
+    ("component", "precision"), [("text_encoder", "float32"), ("text_encoder", "float16"), ("vae", "float32")]
+)
 def test_blocks_of_every_structure(component: str, precision: Any, tmp_path: Path) -> None:
+    """The stricter limit is for the autoencoder; its kinds of layers are run in float16 in test_stamping.py."""
     recipe = recipe_of(precision)
     functions = set()
     for lowering, block, eager in structures(recipe, component):

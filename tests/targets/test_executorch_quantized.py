@@ -39,6 +39,7 @@ LIMIT = 1e-5
 ROUNDING = 2e-2
 """Between a program and eager float32 on the weights that it stores, which does not round activations."""
 BF16 = DTYPES["bfloat16"]
+HALF = "pair_0_temporal"
 STORAGES = {
     "int8": Affine(8),
     "int4": Affine(4, 32),
@@ -308,7 +309,7 @@ def test_a_layer_that_xnnpack_leaves_is_refused(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.slow
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     block = made("plain-2d", "int8")
-    weights = unique_weights(block)
+    weights = dict(unique_weights(block))
     weights["leaf.linear.weight"][3, 4] = math.nan
     with pytest.raises(LoweringError, match=r"weight 'leaf\.linear\.weight' has numbers that are NaN or infinite"):
         TARGET.lower(block, weights, tmp_path / "toy.pte")
@@ -320,9 +321,9 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_pair_of_the_transformer(cut_small: Any, tmp_path: Path) -> None:
-    """Matrices in int8 and int4, in both functions, which read the same parts."""
-    cut = cut_small(TARGET.forms)
-    block = cut.block("pair_0")
+    """Matrices in int8 and int4, in both functions, which read the same parts; half a pair has each kind of them."""
+    cut = cut_small(TARGET.forms, max_bytes="300kB")
+    block = cut.block(HALF)
     weights = {
         n: dataclasses.replace(w, storage=TARGET.keep(STORAGES["int4" if "mlp" in n else "int8"], "linear"))
         if len(w.shape) == 2 and n.endswith("weight")
@@ -333,11 +334,11 @@ def test_a_pair_of_the_transformer(cut_small: Any, tmp_path: Path) -> None:
     values, unique = cut.weights(block), unique_weights(block)
     lowered = TARGET.lower(block, unique, tmp_path / "unique.pte")
     template = TARGET.bind(lowered, StoredParts(block.weights, unique))
-    artifact = TARGET.stamp(template, StoredParts(block.weights, values), tmp_path / "pair_0.pte")
-    assert artifact == Artifact(tmp_path / "pair_0.pte", ("base", "merged"))
+    artifact = TARGET.stamp(template, StoredParts(block.weights, values), tmp_path / "half.pte")
+    assert artifact == Artifact(tmp_path / "half.pte", ("base", "merged"))
     TARGET.check(artifact.path, block)
     engine = TARGET.engine(artifact.path, block.inputs, block.outputs)
-    inputs = cut.inputs("pair_0")
+    inputs = cut.inputs(HALF)
     for function in artifact.functions:
         (same,), (exact,) = (f(block, values, function, inputs) for f in (rounded, decoded))
         (found,) = engine(function, inputs).values()

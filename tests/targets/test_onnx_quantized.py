@@ -342,7 +342,7 @@ def test_check_finds_another_storage(cases: Callable[[str, str], Case]) -> None:
 
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     block = made("linear-2d", "int8")
-    weights = unique_weights(block)
+    weights = dict(unique_weights(block))
     weights["leaf.linear.weight"][3, 4] = math.nan
     with pytest.raises(LoweringError, match=r"weight 'leaf\.linear\.weight' has numbers that are NaN or infinite"):
         TARGET.lower(block, weights, tmp_path / "toy")

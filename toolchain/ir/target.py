@@ -22,7 +22,7 @@ from toolchain.ir.memory import Effect, Peak, peak
 from toolchain.ir.operators import Operator, Value, operator_graph
 from toolchain.ir.storage import PLAIN, Storage
 from toolchain.ir.uses import Use
-from toolchain.ir.weights import quantized
+from toolchain.ir.weights import Weight, quantized
 
 STEP = "__"
 """Between the name of a step of a block's graph and an operator's, in the names of an artifact's values."""
@@ -276,15 +276,41 @@ def port_dtype(port: HasDtype, precision: str) -> DType:
     return DTYPES["float32" if port.exact else precision]
 
 
-def unique_weights(block: Block, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random weights in which every tensor differs from every other, to build a template with."""
-    generator = torch.Generator().manual_seed(seed)
-    found = {name: torch.randn(weight.shape, generator=generator) for name, weight in block.weights.items()}
-    # there are so few float16 numbers that of many drawn ones two would be equal; these are in a row, from 1 on
-    alone = [name for name, weight in block.weights.items() if not weight.shape]
-    bits = [0x3C01 + (997 * seed + i) % 0x3F00 for i in range(len(alone))]
-    numbers = torch.tensor(bits, dtype=torch.int16).view(torch.float16).float()
-    return found | dict(zip(alone, numbers, strict=True))
+class UniqueWeights(Mapping[str, torch.Tensor]):
+    """Random weights in which every tensor differs from every other, to build a template with.
+
+    They are made anew whenever they are asked for, always the same, so that whoever needs one at a time holds one:
+    those of a layer of T5-XXL take 772 MB.
+
+    Args:
+        weights: by name; what matters is their shapes.
+        seed: another one gives other numbers.
+    """
+
+    def __init__(self, weights: Mapping[str, Weight], seed: int) -> None:
+        self._seed, self._shapes = seed, {name: weight.shape for name, weight in weights.items()}
+        self._place = {name: place for place, name in enumerate(self._shapes)}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        place = self._place[name]
+        if self._shapes[name]:
+            # torch's generator takes 32 bits of a seed
+            generator = torch.Generator().manual_seed((self._seed << 16) + place)
+            return torch.randn(self._shapes[name], generator=generator)
+        # there are so few float16 numbers that of many drawn ones two would be equal; these are in a row, from 1 on
+        bits = torch.tensor(0x3C01 + (997 * self._seed + place) % 0x3F00, dtype=torch.int16)
+        return bits.view(torch.float16).float()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+
+def unique_weights(block: Block, seed: int = 0) -> UniqueWeights:
+    """Random weights of a block, of which no two are equal."""
+    return UniqueWeights(block.weights, seed)
 
 
 def package_versions(*names: str) -> dict[str, str]:
