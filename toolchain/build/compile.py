@@ -23,8 +23,9 @@ from toolchain.errors import RecipeError, ResourceError, SoraCompileError
 from toolchain.formats import manifest as m
 from toolchain.formats.bundle import RECIPE_FILE, Bundle, describe_file, load_bundle, prepare, staging
 from toolchain.formats.recipe import Recipe
+from toolchain.formats.times import load_times
 from toolchain.listener import Listener
-from toolchain.planning.plan import Plan, plan_resolved, read_calibration
+from toolchain.planning.plan import Plan, plan_resolved
 from toolchain.planning.resolve import resolve
 from toolchain.system.disk import FULL_ERRORS, readable_size
 from toolchain.system.memory import return_large_allocations
@@ -76,7 +77,7 @@ def compile_recipe(
     if tasks_at_once is not None and tasks_at_once < 1:
         raise RecipeError(f"tasks_at_once {tasks_at_once}: must be at least 1")
     prepare(out)
-    measured = read_calibration(calibration)
+    measured = None if calibration is None else load_times(Path(calibration))
     recipe = settle_budgets(recipe, Path(base or "."), store, listener, jobs=jobs, executor=executor)
     build = resolve(recipe, Path(base or "."), checkpoints=True)
     key = build_key(build, store, direct, measured)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from toolchain.build.artifacts import code_modules
+from toolchain.formats.times import TimesFile
 from toolchain.planning.resolve import ResolvedBuild, ResolvedComponent, find_tokenizer
-from toolchain.planning.video import Calibrated
 from toolchain.system.code import code_digest
 from toolchain.system.store import Store, digest, key_of
 from toolchain.weights.digests import checkpoint_digest, tensor_digests
 
 
-def build_key(build: ResolvedBuild, store: Store, direct: bool, measured: Calibrated | None = None) -> str:
+def build_key(build: ResolvedBuild, store: Store, direct: bool, measured: TimesFile | None = None) -> str:
     """Key of a whole bundle: the recipe, its checkpoints' content, the tools and the code that build it, and the
     device's profile or what was measured on it.
 

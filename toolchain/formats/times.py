@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from toolchain.errors import RecipeError
-from toolchain.formats.loading import Seconds
+from toolchain.formats.loading import Seconds, Times
 from toolchain.formats.yaml_text import UniqueKeyLoader
 from toolchain.validation import explain
 
@@ -47,13 +48,31 @@ class MeasuredTimes(_Entry):
         """Of what it says, however it is written."""
         return content_sha256(self)
 
+    def to_yaml(self) -> str:
+        """As a file."""
+        text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+        return text
+
 
 def content_sha256(model: BaseModel) -> str:
     """sha256, in hex, of what a model says: of its JSON with sorted keys."""
     return hashlib.sha256(json.dumps(model.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
 
-def load_times(path: Path) -> MeasuredTimes:
+@dataclass(frozen=True)
+class TimesFile:
+    """A calibration, and the file that it is from."""
+
+    times: MeasuredTimes
+    path: str
+
+    @property
+    def source(self) -> Times:
+        """What a manifest says of it."""
+        return Times(kind="calibration", name=self.times.machine, sha256=self.times.sha256)
+
+
+def load_times(path: Path) -> TimesFile:
     """Read a calibration, JSON or YAML.
 
     Raises:
@@ -66,6 +85,6 @@ def load_times(path: Path) -> MeasuredTimes:
     except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as e:
         raise RecipeError(f"--calibration {path}: cannot be read: {' '.join(str(e).split())}") from e
     try:
-        return MeasuredTimes.model_validate(data)
+        return TimesFile(MeasuredTimes.model_validate(data), str(path))
     except ValidationError as e:
         raise RecipeError(f"--calibration {path}: {explain(e, MeasuredTimes)}") from e

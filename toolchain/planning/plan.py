@@ -11,7 +11,7 @@ from pathlib import Path
 from toolchain.errors import RecipeError
 from toolchain.formats.recipe import Recipe
 from toolchain.formats.schedule import Step, groups_of, plan_steps
-from toolchain.formats.times import load_times
+from toolchain.formats.times import TimesFile, load_times
 from toolchain.ir.activations import scale_sources
 from toolchain.ir.blocks import Block, BlockPair, extract_blocks
 from toolchain.ir.functions import grouped, ungrouped
@@ -27,7 +27,7 @@ from toolchain.models.family import Definition, Forms
 from toolchain.planning.loading.predict import Predicted
 from toolchain.planning.memory import BlockMemory, block_memory
 from toolchain.planning.resolve import ResolvedBuild, ResolvedComponent, resolve
-from toolchain.planning.video import Calibrated, predict_video
+from toolchain.planning.video import predict_video
 
 PRINTED = ("capture", "legalise")
 """Points at which a graph can be printed besides after the recipe's own passes."""
@@ -77,7 +77,7 @@ class Plan:
 
     resolved: ResolvedBuild
     components: Mapping[str, ComponentPlan]
-    measured: Calibrated | None = None
+    measured: TimesFile | None = None
     """Times to predict with, instead of those of the device's profile."""
 
     @property
@@ -149,23 +149,14 @@ def plan(
     Raises:
         SoraCompileError: the recipe cannot be built; says why.
     """
-    measured = read_calibration(calibration)
+    measured = None if calibration is None else load_times(Path(calibration))
     build = resolve(recipe, Path(base or "."), checkpoints=False)
     found = plan_resolved(build, listener, measured)
     found.check_loading()
     return found
 
 
-def read_calibration(path: str | Path | None) -> Calibrated | None:
-    """A calibration and where it is from.
-
-    Raises:
-        RecipeError: the file cannot be read, or is none.
-    """
-    return None if path is None else Calibrated(load_times(Path(path)), str(path))
-
-
-def plan_resolved(build: ResolvedBuild, listener: Listener | None = None, measured: Calibrated | None = None) -> Plan:
+def plan_resolved(build: ResolvedBuild, listener: Listener | None = None, measured: TimesFile | None = None) -> Plan:
     """As :func:`plan`, for a build whose parts are found already; loading is planned when it is looked at."""
     listener = listener or Listener()
     definitions = build.family.define(build.recipe, build.configs)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from toolchain.formats.calls import rounds
 from toolchain.formats.device import Device
 from toolchain.formats.loading import Times
 from toolchain.formats.manifest import Stage
+from toolchain.formats.times import TimesFile
 from toolchain.ir.blocks import Block
 from toolchain.ir.dtypes import DTYPES
 from toolchain.ir.target import distinct_functions
@@ -19,7 +19,6 @@ from toolchain.planning.loading.run import Run
 from toolchain.planning.loading.whole import Function, Part, retimed, whole_run
 
 if TYPE_CHECKING:
-    from toolchain.formats.times import MeasuredTimes
     from toolchain.planning.plan import ComponentPlan, Plan
 
 DEFAULT = "base"
@@ -27,15 +26,7 @@ PIXEL_DTYPE = "float32"
 """Frames between the stages of decoding."""
 
 
-@dataclass(frozen=True)
-class Calibrated:
-    """Measured times, and the file that they are from."""
-
-    times: MeasuredTimes
-    path: str
-
-
-def predict_video(planned: Plan, device: Device, budget_bytes: int | None, measured: Calibrated | None) -> Predicted:
+def predict_video(planned: Plan, device: Device, budget_bytes: int | None, measured: TimesFile | None) -> Predicted:
     """Plan and predict the loading of a recipe's video.
 
     Args:
@@ -49,9 +40,8 @@ def predict_video(planned: Plan, device: Device, budget_bytes: int | None, measu
         times = Times(kind="device", name=device.name, sha256=device.sha256)
         return predict(video_run(planned, device), budget_bytes, device.overlap_loss.value, times)
     structures = {f"{c.name}/{b.name}": b.structure() for c in planned.components.values() for b in c.blocks}
-    run = retimed(video_run(planned, None), structures, measured.times, f"--calibration {measured.path}")
-    times = Times(kind="calibration", name=measured.times.machine, sha256=measured.times.sha256)
-    return predict(run, budget_bytes, measured.times.overlap_loss, times)
+    run = retimed(video_run(planned, None), structures, measured)
+    return predict(run, budget_bytes, measured.times.overlap_loss, measured.source)
 
 
 def video_run(planned: Plan, device: Device | None) -> Run:

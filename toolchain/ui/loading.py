@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from toolchain.formats.loading import Loading
+from toolchain.formats.times import MeasuredTimes
 from toolchain.system.disk import readable_size
 
 
@@ -42,6 +44,15 @@ def loading_text(loading: Loading, budget_bytes: int | None) -> str:
 def loads_text(loads: int) -> str:
     """How often a block is loaded for a video, for people."""
     return {0: "in no video", 1: "once"}.get(loads, f"{loads} times")
+
+
+def times_text(measured: MeasuredTimes, place: Path) -> str:
+    """What was measured, for people: the file on a line of its own, then a line for each structure."""
+    lines = [str(place)]
+    for digest, own in measured.structures.items():
+        runs = ", ".join(f"{f} {seconds(s)}" for f, s in own.run_s.items())
+        lines.append(f"  {digest[:8]}: load {seconds(own.load_s)}; {runs}")
+    return "\n".join([*lines, f"{measured.overlap_loss:.0%} of hidden load time is lost; on {measured.machine}"])
 
 
 def seconds(value: float) -> str:

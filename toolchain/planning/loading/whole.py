@@ -11,7 +11,7 @@ from itertools import groupby
 
 from toolchain.errors import BundleError
 from toolchain.formats.calls import Round
-from toolchain.formats.times import MeasuredTimes
+from toolchain.formats.times import TimesFile
 from toolchain.planning.loading.run import Block, Call, Phase, Run
 
 
@@ -63,24 +63,25 @@ def whole_run(
     return Run(blocks, tuple(phases))
 
 
-def retimed(run: Run, structures: Mapping[str, str], times: MeasuredTimes, where: str) -> Run:
+def retimed(run: Run, structures: Mapping[str, str], measured: TimesFile) -> Run:
     """The run with measured times; ``structures`` are by ``COMPONENT/BLOCK``.
 
     Raises:
-        BundleError: a block's structure or function was not measured; ``where`` says in which file it is missing.
+        BundleError: a block's structure or function was not measured; names the file, and the bundle that it is of.
     """
+    times = measured.times
 
     def missing(block: str, what: str) -> BundleError:
         return BundleError(
-            f"{where}: is a calibration of another bundle ('{times.bundle}'): it has no times of {what} of '{block}'; "
-            "calibrate this one"
+            f"--calibration {measured.path}: is a calibration of another bundle ('{times.bundle}'): it has no times of "
+            f"{what} of '{block}'; calibrate this one"
         )
 
     def load_s(block: str) -> float:
-        measured = times.structures.get(structures[block])
-        if measured is None:
+        found = times.structures.get(structures[block])
+        if found is None:
             raise missing(block, f"the structure {structures[block][:8]}")
-        return measured.load_s
+        return found.load_s
 
     def compute_s(call: Call) -> float:
         load_s(call.block)
