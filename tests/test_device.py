@@ -37,6 +37,14 @@ def test_a_misspelt_device_is_told_which_are_near() -> None:
         load_device("zzz")
 
 
+def test_a_profile_beside_the_recipe_is_found(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(
+        shipped_devices()["iphone-15-pro"].read_text().replace("iphone-15-pro", "mine", 1)
+    )
+    assert load_device("mine.yaml", tmp_path).name == "mine"
+    assert load_device("iphone-15-pro", tmp_path) == load_device("iphone-15-pro")
+
+
 @pytest.mark.parametrize(
     ("before", "after", "message"),
     [
