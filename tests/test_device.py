@@ -73,5 +73,5 @@ def test_the_slower_of_computing_and_moving_decides() -> None:
     assert compute_seconds(phone, 3 * peak, memory, "float32") == pytest.approx(3 + overhead)
     assert compute_seconds(phone, peak, 3 * memory, "float32", "gpu") == pytest.approx(3 + overhead)
     assert load_seconds(phone, int(2 * phone.load_bytes_per_s.value)) == pytest.approx(2 + phone.load_overhead_s.value)
-    with pytest.raises(RecipeError, match=r"has no throughput for int8 on gpu; it has float32 on gpu"):
-        compute_seconds(phone, 1, 1, "int8", "gpu")
+    with pytest.raises(RecipeError, match=r"has no throughput for bfloat16 on gpu; it has float32 on gpu"):
+        compute_seconds(phone, 1, 1, "bfloat16", "gpu")

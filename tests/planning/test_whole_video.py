@@ -75,22 +75,29 @@ def tiny() -> Plan:
 def test_a_whole_video_is_followed(leap: str) -> None:
     found = planned("tiny", f"sampler.leap={leap}", "sampler.merged_steps=10", "memory_budget=6MB")
     data = manifest_of(found)
-    assert follow(data) == found.loading.timeline.peak_bytes
+    most = follow(data)
+    assert found.loading.timeline.peak_bytes <= most <= 6_000_000
     calls = calls_of(data)
     steps = 16 if leap == "15" else 30  # a dynamic leap is planned for all steps
     assert [f for b, f in calls if b == "transformer/pair_0"] == ["merged"] * 10 + ["base"] * (steps - 10)
     assert {b.partition("/")[0] for b, _ in calls} == {"text_encoder", "transformer", "vae"}
-    assert calls.count(("vae/spatial_00_15", "base")) == 5
+    assert calls.count(("vae/spatial_00_15", "base")) == 17  # a frame a call
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["open-sora-v1.2-iphone-15-pro", "open-sora-v1.2-android-int8"])
 def test_shipped_recipes_obey_their_budgets(name: str) -> None:
     found = planned(name)
-    assert follow(manifest_of(found)) == found.loading.timeline.peak_bytes <= (found.recipe.memory_budget or 0)
+    most = follow(manifest_of(found))
+    assert found.loading.timeline.peak_bytes <= most <= (found.recipe.memory_budget or 0)
     assert found.loading.times.name == found.recipe.device
-    assert found.loading.planned.bound_s <= found.loading.timeline.total_s <= found.loading.planned.paper_s
-    assert found.loading.planned.gap < 0.01
+    bound_s, total_s, paper_s = (
+        found.loading.planned.bound_s,
+        found.loading.timeline.total_s,
+        found.loading.planned.paper_s,
+    )
+    assert bound_s <= total_s <= paper_s
+    assert 1 - bound_s / total_s < 0.01
 
 
 def test_without_a_budget_everything_stays(tiny: Plan) -> None:
