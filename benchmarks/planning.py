@@ -1,6 +1,6 @@
 """How long planning of loads takes, and how good plans are, for the whole Open-Sora 1.2 on a phone.
 
-    python benchmarks/planning.py [--recipe open-sora-v1.2-iphone-15-pro] [--bandwidth 0.54e9] [--faster 1]
+    python benchmarks/planning.py [--recipe open-sora-v1.2-iphone-15-pro] [--bandwidth 0.54e9] [--faster 1] [--shipped]
 
 Blocks, weights, geometry and steps are those of the recipe (without its leap, so 30 steps: the case in which loading
 costs most). What nobody has measured is assumed, and printed: times of calls are the published ones of a component
