@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
-from collections import Counter
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,7 +23,6 @@ from toolchain.formats.recipe_file import parse_recipe
 from toolchain.models.family import find_family
 from toolchain.models.open_sora_v1_2.vae import OpenSoraVAE
 from toolchain.player import Player
-from toolchain.player.trace import Trace
 from toolchain.player.video import to_bytes
 from toolchain.ui.report.timeline import played_timeline
 
@@ -170,73 +166,6 @@ def test_the_same_seed_gives_the_same_video(player: Players, psnr: Psnr) -> None
 
 
 # --- blocks come and go ------------------------------------------------------------------------------
-
-
-def blocks_of(events: list[dict[str, Any]], category: str) -> Counter[tuple[str, str]]:
-    """How often each block was loaded or run, by component and name."""
-    return Counter((e["component"], e["name"].partition(".")[0]) for e in events if e["cat"] == category)
-
-
-class Watch(Trace):
-    """A trace that also counts the engines alive whenever a block is about to be loaded."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive: list[int] = []
-
-    def span(self, name: str, category: str, component: str) -> AbstractContextManager[None]:
-        if category == "load":
-            self.alive.append(living_engines())
-        return super().span(name, category, component)
-
-
-def living_engines() -> int:
-    from targets.executorch.engine import ExecuTorchEngine
-
-    return sum(isinstance(o, ExecuTorchEngine) for o in gc.get_objects())
-
-
-def keeping(bundle: Bundle, edit: Callable[..., Bundle], blocks: Callable[[list[str]], list[str]]) -> Bundle:
-    """The bundle with other blocks to keep loaded."""
-    parts = bundle.manifest.components.items()
-    return edit(
-        bundle,
-        components={n: c.model_copy(update={"resident": blocks([b.name for b in c.blocks])}) for n, c in parts},
-    )
-
-
-def test_blocks_not_resident_are_freed_after_each_run(
-    bundle: Bundle, edit: Callable[..., Bundle], player: Players, events: Events
-) -> None:
-    playing = player(bundle=keeping(bundle, edit, lambda blocks: []))
-    playing.trace = watch = Watch()
-    video = playing.video(PROMPT, seed=1)
-    assert max(watch.alive) <= 1  # the block that ran last; a budget counts two
-    assert living_engines() == 0
-    assert blocks_of(events(playing), "load") == blocks_of(events(playing), "run")
-    assert torch.equal(video, player().video(PROMPT, seed=1))
-
-
-def test_resident_blocks_are_loaded_once_and_freed_at_the_end(
-    bundle: Bundle, edit: Callable[..., Bundle], player: Players, events: Events
-) -> None:
-    every = {(name, b.name): 1 for name, c in bundle.manifest.components.items() for b in c.blocks}
-    playing = player(bundle=keeping(bundle, edit, lambda blocks: blocks))
-    playing.trace = watch = Watch()
-    playing.video(PROMPT, seed=1)
-    assert blocks_of(events(playing), "load") == every
-    assert watch.alive == [n for c in bundle.manifest.components.values() for n in range(len(c.blocks))]
-    assert living_engines() == 0
-
-
-def test_some_blocks_resident(bundle: Bundle, edit: Callable[..., Bundle], player: Players, events: Events) -> None:
-    playing = player(bundle=keeping(bundle, edit, lambda blocks: blocks[1:3]))
-    assert torch.equal(playing.video(PROMPT, seed=1), player().video(PROMPT, seed=1))
-    loads, runs = (blocks_of(events(playing), c) for c in ("load", "run"))
-    for component, part in playing.manifest.components.items():
-        for block in part.blocks:
-            key = component, block.name
-            assert loads[key] == (1 if block.name in part.resident else runs[key])
 
 
 def test_progress_is_told_in_order(player: Players, variant: Variant) -> None:

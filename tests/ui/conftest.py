@@ -52,7 +52,26 @@ def renamed(value: Any, old: str, new: str) -> Any:
         return {k: renamed(v, old, new) for k, v in value.items()}
     if isinstance(value, list):
         return [renamed(v, old, new) for v in value]
+    if value == f"transformer/{old}":
+        return f"transformer/{new}"
     return new + value.removeprefix(old) if value == old or str(value).startswith(f"{old}.") else value
+
+
+def streamed(loading: dict[str, Any]) -> dict[str, Any]:
+    """The loading of a bundle in which nothing stays: each run loads first."""
+    sections = [
+        {
+            "times": section["times"],
+            "events": [
+                event
+                for run in section["events"]
+                if "run" in run
+                for event in ({"load": run["run"]}, run, {"free": run["run"]})
+            ],
+        }
+        for section in loading["plan"]["sections"]
+    ]
+    return loading | {"plan": loading["plan"] | {"sections": sections}}
 
 
 def moving_square() -> torch.Tensor:
@@ -69,7 +88,7 @@ def make_hostile(data: dict[str, Any], folder: Path) -> None:
     data["name"] = data["model"] = HOSTILE
     data["tools"][HOSTILE] = HOSTILE
     component = data["components"]["transformer"]
-    component["resident"] = []
+    data["loading"] = renamed(streamed(data["loading"]), "pair_0", f"{HOSTILE}pair")
     data["memory_budget_bytes"] = sum(sum(b["weight_bytes"].values()) for b in component["blocks"]) // 2
     recipe = folder / data["recipe"]["path"]
     recipe.write_text(recipe.read_text() + f"# {HOSTILE}\n")
