@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import toolchain
 from toolchain.errors import LoweringError, RecipeError
+from toolchain.formats.loading import loads_of
 from toolchain.ir.blocks import Port
 from toolchain.ir.cutting import Needs, cut
 from toolchain.ir.memory import Effect, Peak, peak
@@ -121,7 +122,7 @@ def test_a_block_of_several_units_is_reckoned_no_lower_than_liveness_finds_it() 
     block = next(b for b in toolchain.plan(whole).blocks if b.name.startswith("pair"))
     names = [b.name for b in parts.blocks]
     first = names.index("pair_0")
-    peak_bytes = max(parts.target.peak(block, f).bytes for f in block.functions)
+    peak_bytes = max(parts.target.peak(block, parts.target.operators(block, f)).bytes for f in block.functions)
     assert block.weight_bytes + peak_bytes <= needs(first, first + 4) <= block.weight_bytes + 1.25 * peak_bytes
 
 
@@ -152,12 +153,13 @@ def test_one_rule_alone() -> None:
 
 
 def test_a_budget_holds_activations_too() -> None:
-    planned = toolchain.plan(toolchain.load_recipe("tiny", TINY)).components["transformer"]
-    sizes = sorted((m.weights for m in planned.memory.values()), reverse=True)
-    least = sum(sizes[:2]) + max(m.activations for m in planned.memory.values())
-    fits = toolchain.plan(toolchain.load_recipe("tiny", [*TINY, f"memory_budget={least}"]))
-    assert len(fits.components["transformer"].resident) < len(planned.blocks)
-    with pytest.raises(RecipeError, match=r"memory_budget: transformer needs .* activations of '.*', function 'base'"):
+    memory = toolchain.plan(toolchain.load_recipe("tiny", TINY)).components["transformer"].memory
+    least = max(m.total for m in memory.values())
+    fits = toolchain.plan(toolchain.load_recipe("tiny", [*TINY, f"memory_budget={least}"])).loading
+    assert fits.timeline.peak_bytes == least
+    assert max(loads_of(fits.entry().plan).values()) > 1
+    said = rf"'transformer/pair_\d' \(base\) needs {least} bytes .*, which is the smallest budget that works"
+    with pytest.raises(RecipeError, match=said):
         toolchain.plan(toolchain.load_recipe("tiny", [*TINY, f"memory_budget={least - 1}"]))
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 
 from toolchain.errors import BundleError
 from toolchain.formats.bundle import load_bundle
+from toolchain.formats.loading import events_of, loads_of
 from toolchain.formats.manifest import FORMAT_VERSION, Manifest
 from toolchain.formats.migrations import migrated
 from toolchain.models.open_sora_v1_2.prompts import suffixes
@@ -45,7 +48,7 @@ def manifest(tmp_path: Path) -> Manifest:
 
 def test_it_is_of_todays_version(manifest: Manifest) -> None:
     assert OLD["format_version"] == 1
-    assert manifest.format_version == FORMAT_VERSION == 3
+    assert manifest.format_version == FORMAT_VERSION == 4
     assert Manifest.model_validate(manifest.model_dump(mode="json")) == manifest
 
 
@@ -155,7 +158,7 @@ def test_what_is_else_in_it_stays(manifest: Manifest) -> None:
         assert data[key] == OLD[key]
     for name, component in data["components"].items():
         before = OLD["components"][name]
-        for key in ("precision", "dims", "config", "tables_file", "tables", "load_order", "resident"):
+        for key in ("precision", "dims", "config", "tables_file", "tables", "load_order"):
             assert component[key] == before[key]
         assert component["default_function"] == "base"
         new = {"weight_bytes", "quantized", "quantization", "int8_inputs", "memory"}
@@ -201,6 +204,65 @@ def test_the_transformer_alone(tmp_path: Path) -> None:
 
     found = read(tmp_path, old(change))
     assert (list(found.components), found.text, found.decoding) == (["transformer"], None, None)
+
+
+# --- format 3 ----------------------------------------------------------------------------------------
+
+
+def followed(manifest: Manifest) -> list[tuple[str, str]]:
+    """The plan's events by kind and block; functions are left out."""
+    return [next(iter(e.items())) for e in events_of(manifest.loading.plan)]
+
+
+def test_it_loads_what_stayed_once_and_everything_else_when_it_runs(tmp_path: Path) -> None:
+    staying = OLD["components"]["transformer"]["blocks"][1]["name"]
+
+    def change(m: dict[str, Any]) -> None:
+        for name, component in m["components"].items():
+            component["resident"] = [staying] if name == "transformer" else []
+
+    manifest = read(tmp_path, old(change))
+    assert (manifest.loading.prediction, manifest.loading.made_from) == (None, None)
+    loads = loads_of(manifest.loading.plan)
+    runs = Counter(block for block, _ in manifest.calls())
+    assert loads == {block: 1 if block == f"transformer/{staying}" else n for block, n in runs.items()}
+    events = followed(manifest)
+    for place, (kind, block) in enumerate(events):
+        if kind == "load" and block != f"transformer/{staying}":
+            assert [k for k, b in events[place : place + 3] if b == block] == ["load", "run", "free"]
+    last = max(i for i, (_, block) in enumerate(events) if block.startswith("transformer/"))
+    assert events[last] == ("free", f"transformer/{staying}"), "what stays is freed with its component"
+
+
+def test_its_budget_stays_and_is_that_of_all_weights_without_one(tmp_path: Path, manifest: Manifest) -> None:
+    weights = sum(sum(b.weight_bytes.values()) for c in manifest.components.values() for b in c.blocks)
+    assert manifest.loading.plan["budget_bytes"] == weights
+    given = read(tmp_path, old(lambda m: m.update(memory_budget_bytes=5_000_000)))
+    assert given.loading.plan["budget_bytes"] == 5_000_000
+
+
+PLANS: dict[str, tuple[int, Callable[[list[Any]], object], str]] = {
+    "a call too few": (0, lambda e: e.pop(1), "event .* runs .*, but the next call is"),
+    "a load too few": (0, lambda e: e.pop(0), "event 0 runs .*, which is not loaded"),
+    "two loads": (0, lambda e: e.insert(0, e[0]), "event 1 loads .*, which is loaded already"),
+    "another function": (
+        0,
+        lambda e: e[1].update(function="merged"),
+        r"event 1 runs .* \(merged\), but the next call is",
+    ),
+    "a free too few": (-1, lambda e: e.pop(), "never frees"),
+    "a free too many": (-1, lambda e: e.append(e[-1]), "frees .*, which is not loaded"),
+    "nothing": (-1, lambda e: e.clear(), "ends before"),
+    "no event": (0, lambda e: e.insert(0, {"wait": "a"}), r"loading\.plan\.sections\.0\.events\.0"),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_plan_that_contradicts_the_manifest_is_refused(tmp_path: Path, manifest: Manifest, name: str) -> None:
+    section, change, said = PLANS[name]
+    data = manifest.model_dump(mode="json")
+    change(data["loading"]["plan"]["sections"][section]["events"])
+    assert re.search(said, refused(tmp_path, data))
 
 
 # --- what is refused ---------------------------------------------------------------------------------

@@ -53,6 +53,10 @@ GateOption = Annotated[
     str | None,
     typer.Option("--gate", metavar="MODE", help="every (default): execute each artifact; structure: one of each kind."),
 ]
+CalibrationOption = Annotated[
+    Path | None,
+    typer.Option("--calibration", metavar="FILE", help="Plan loading with these measured times; see calibrate."),
+]
 NoGateOption = Annotated[bool, typer.Option("--no-gate", help="Execute nothing; the manifest will say so.")]
 
 
@@ -77,6 +81,7 @@ def compile_(
     jobs: JobsOption = 1,
     gate: GateOption = None,
     no_gate: NoGateOption = False,
+    calibration: CalibrationOption = None,
 ) -> None:
     """Build a recipe into a bundle. (The default command.)"""
     from toolchain.ui.console import Console
@@ -94,7 +99,13 @@ def compile_(
             loaded = toolchain.load_recipe(path, [*overrides, *([f"gate.mode={mode}"] if mode is not None else [])])
             listener.check_print_after(loaded)
             bundle = toolchain.compile_recipe(
-                loaded, output, base=path.parent, listener=listener, direct=direct, jobs=jobs
+                loaded,
+                output,
+                base=path.parent,
+                listener=listener,
+                direct=direct,
+                jobs=jobs,
+                calibration=calibration,
             )
         from toolchain.ui.tables import bundle_json, bundle_summary
 
@@ -109,8 +120,9 @@ def plan(
     verbose: VerboseOption = False,
     print_after: PrintOption = None,
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Also write it as a page.")] = None,
+    calibration: CalibrationOption = None,
 ) -> None:
-    """Show what would be built: blocks, parameters, bytes, order. Lowers nothing."""
+    """Show what would be built, what is loaded when, and what a video is predicted to take. Lowers nothing."""
     from toolchain.ui.console import Console
 
     with Console(as_json, verbose) as console:
@@ -125,7 +137,7 @@ def plan(
             path = find_recipe(recipe)
             loaded = toolchain.load_recipe(path, overrides)
             listener.check_print_after(loaded)
-            planned = toolchain.plan(loaded, base=path.parent, listener=listener)
+            planned = toolchain.plan(loaded, base=path.parent, listener=listener, calibration=calibration)
         if html is not None:
             from toolchain.ui.report.write import write_plan_report
 
@@ -289,6 +301,55 @@ def report(
         page = output or bundle.absolute().with_name(f"{bundle.absolute().name}.html")
         write_bundle_report(loaded, page, trace=trace, png=png)
         console.answer({"page": str(page)} | ({"png": str(png)} if png else {}), str(page))
+
+
+@app.command()
+def calibrate(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The calibration to write, in YAML.")],
+    repeats: Annotated[int, typer.Option(min=1, help="How often each is measured; the median is taken.")] = 3,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Measure how long this machine takes to load and run what a bundle consists of."""
+    from toolchain.ui.console import Console
+
+    with Console(as_json, verbose) as console:
+        import toolchain
+        from toolchain.player.measuring import measure_times
+        from toolchain.system.files import check_file, whole_file
+        from toolchain.ui.loading import times_text
+
+        check_file("-o", output)
+        with console.stages() as progress:
+            measured = measure_times(toolchain.load_bundle(bundle), repeats=repeats, progress=progress)
+        with whole_file(output) as partial:
+            partial.write_text(measured.to_yaml(), encoding="utf-8")
+        console.answer(measured.model_dump(mode="json"), times_text(measured, output))
+
+
+@app.command()
+def replan(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")],
+    calibration: CalibrationOption = None,
+    memory_budget: Annotated[
+        str | None, typer.Option("--memory-budget", metavar="SIZE", help="For weights and activations, as 2.5GB.")
+    ] = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Plan anew what a bundle loads when, and write it into its manifest. Builds nothing."""
+    from toolchain.ui.console import Console
+
+    with Console(as_json, verbose) as console:
+        from toolchain.build.replan import replan_bundle
+        from toolchain.ui.loading import loading_json, loading_text
+        from toolchain.validation import read_bytes
+
+        budget = None if memory_budget is None else read_bytes(memory_budget, "--memory-budget")
+        found = replan_bundle(bundle, calibration=calibration, memory_budget=budget).manifest
+        said = found.loading, found.memory_budget_bytes
+        console.answer(loading_json(*said), loading_text(*said))
 
 
 @app.command()

@@ -16,6 +16,8 @@ from pydantic import (
     WithJsonSchema,
 )
 
+from toolchain.errors import RecipeError
+
 _UNITS = {
     f"{prefix}{unit}": base**i for base, unit in ((1000, "B"), (1024, "iB")) for i, prefix in enumerate("KMGTP", 1)
 }
@@ -43,6 +45,18 @@ Bytes = Annotated[
     WithJsonSchema({"type": ["string", "integer"]}),
 ]
 """A size: a number of bytes, or text such as ``200MB``. JSON has the shortest of the two."""
+
+
+def read_bytes(text: str, option: str) -> int:
+    """A size that a user gave to ``option``.
+
+    Raises:
+        RecipeError: it is none.
+    """
+    try:
+        return TypeAdapter(Bytes).validate_python(text)
+    except ValidationError as e:
+        raise RecipeError(f"{option} {text}: expected a size such as 2.5GB") from e
 
 
 def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:

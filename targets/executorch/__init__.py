@@ -17,7 +17,7 @@ from toolchain.ir.blocks import Block, Port
 from toolchain.ir.dtypes import INT8_ACTIVATIONS
 from toolchain.ir.leaves import LegalForm
 from toolchain.ir.memory import Peak
-from toolchain.ir.operators import operator_graph
+from toolchain.ir.operators import OperatorGraph
 from toolchain.ir.storage import Storage
 from toolchain.ir.target import Artifact, Engine, Target, TargetConfig, Template, package_versions
 from toolchain.ir.uses import Use
@@ -49,10 +49,10 @@ class ExecuTorchTarget(Target):
         """Linear layers over quantized weights round what comes in to eight bits."""
         return INT8_ACTIVATIONS if block.quantized else self.precision
 
-    def peak(self, block: Block, function: str) -> Peak:
+    def peak(self, block: Block, graph: OperatorGraph) -> Peak:
         from targets.executorch.memory import program_peak
 
-        return program_peak(operator_graph(block, function), self.value_bytes)
+        return program_peak(graph, self.value_bytes)
 
     def lower(self, block: Block, weights: Mapping[str, torch.Tensor], out: Path) -> Artifact:
         with quiet():

@@ -11,7 +11,7 @@ import torch
 from targets.streams import quiet
 from toolchain.ir.blocks import Block, Port
 from toolchain.ir.memory import Peak, peak
-from toolchain.ir.operators import operator_graph
+from toolchain.ir.operators import OperatorGraph
 from toolchain.ir.storage import Storage
 from toolchain.ir.target import Artifact, Engine, Target, TargetConfig, Template, package_versions
 from toolchain.ir.uses import Use
@@ -31,10 +31,9 @@ class OnnxTarget(Target):
 
         return keep(asked, use)
 
-    def peak(self, block: Block, function: str) -> Peak:
+    def peak(self, block: Block, graph: OperatorGraph) -> Peak:
         from targets.onnx.memory import FREED_LATE, effect
 
-        graph = operator_graph(block, function)
         return peak(graph, self.value_bytes, lambda o: effect(o, block, self.value_bytes), late=FREED_LATE)
 
     def lower(self, block: Block, weights: Mapping[str, torch.Tensor], out: Path) -> Artifact:

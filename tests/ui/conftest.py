@@ -52,7 +52,28 @@ def renamed(value: Any, old: str, new: str) -> Any:
         return {k: renamed(v, old, new) for k, v in value.items()}
     if isinstance(value, list):
         return [renamed(v, old, new) for v in value]
-    return new + value.removeprefix(old) if value == old or str(value).startswith(f"{old}.") else value
+    start, slash, name = value.rpartition("/") if isinstance(value, str) else ("", "", value)
+    named = name == old or str(value).startswith(f"{old}.")
+    if named and slash and start != "transformer":
+        return value  # a path
+    return start + slash + new + name.removeprefix(old) if named else value
+
+
+def streamed(loading: dict[str, Any]) -> dict[str, Any]:
+    """The loading of a bundle in which nothing stays: each run loads first."""
+    sections = [
+        {
+            "times": section["times"],
+            "events": [
+                event
+                for run in section["events"]
+                if "run" in run
+                for event in ({"load": run["run"]}, run, {"free": run["run"]})
+            ],
+        }
+        for section in loading["plan"]["sections"]
+    ]
+    return loading | {"plan": loading["plan"] | {"sections": sections}}
 
 
 def moving_square() -> torch.Tensor:
@@ -69,7 +90,7 @@ def make_hostile(data: dict[str, Any], folder: Path) -> None:
     data["name"] = data["model"] = HOSTILE
     data["tools"][HOSTILE] = HOSTILE
     component = data["components"]["transformer"]
-    component["resident"] = []
+    data["loading"] = streamed(data["loading"])
     data["memory_budget_bytes"] = sum(sum(b["weight_bytes"].values()) for b in component["blocks"]) // 2
     recipe = folder / data["recipe"]["path"]
     recipe.write_text(recipe.read_text() + f"# {HOSTILE}\n")

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,14 @@ import pytest
 
 from toolchain.errors import BundleError
 from toolchain.formats.bundle import Bundle, describe_file
+from toolchain.formats.loading import loads_of
 from toolchain.formats.recipe_file import load_recipe
 from toolchain.planning.plan import plan
 from toolchain.ui.report import words
 from toolchain.ui.report.charts import report_charts
 from toolchain.ui.report.facts import Facts, bundle_facts, plan_facts
 from toolchain.ui.report.page import picture, render
-from toolchain.ui.report.timeline import Interval, Timeline, played_timeline
+from toolchain.ui.report.timeline import Interval, Timeline, played_timeline, predicted_timeline
 from toolchain.ui.report.video import golden_clip
 
 pytestmark = pytest.mark.slow
@@ -76,7 +78,7 @@ def test_facts_are_those_of_the_manifest(shown: Any, facts: Facts) -> None:
         entry = entries[block.name]
         assert block.file_bytes == sum(f.bytes for f in entry.files)
         assert {e.function: e.accuracy for e in block.errors_of("lowering")} == entry.accuracy
-        assert not block.resident
+        assert block.loads == sum(name == f"transformer/{block.name}" for name, _ in m.calls())
     assert component.weight_bytes == {"float32": sum(sum(b.weight_bytes.values()) for b in entries.values())}
     assert facts.built is not None
     assert (
@@ -116,11 +118,12 @@ def test_a_plan_has_the_same_facts_as_its_bundle(executorch_bundle: Any, edited:
     for name in ("name", "model", "target", "target_options", "geometry", "sampler", "schemes", "weight_bytes"):
         assert getattr(planned, name) == getattr(built, name), name
     for a, b in zip(planned.blocks(), built.blocks(), strict=True):
-        assert (a.name, a.functions, a.weight_bytes, a.structure, a.resident) == (
-            b.name, b.functions, b.weight_bytes, b.structure, b.resident
+        assert (a.name, a.functions, a.weight_bytes, a.structure, a.loads) == (
+            b.name, b.functions, b.weight_bytes, b.structure, b.loads
         )  # fmt: skip
     page = render(planned)
     assert "Plan, not built" in page
+    assert planned.loading == built.loading
     assert not [id_ for id_ in report_charts(planned, []) if "error" in id_ or "timeline" in id_]
     parsed(page)
 
@@ -147,21 +150,43 @@ def test_what_was_played_is_drawn(shown: Any, played: Timeline) -> None:
     assert sum(r.share for r in rows.values()) <= 1
 
 
-def test_what_stays_loaded_counts_until_the_component_ends(edited: Callable[..., Bundle], tmp_path: Path) -> None:
+def test_what_stays_loaded_counts_until_its_last_run(edited: Callable[..., Bundle], tmp_path: Path) -> None:
     bundle = edited(lambda data, folder: None)
     names = [b.name for b in bundle.manifest.components["transformer"].blocks]
-    assert set(names) == set(bundle.manifest.components["transformer"].resident)
     events: list[dict[str, Any]] = [{"name": "thread_name", "ph": "M", "tid": 1, "args": {"name": "transformer"}}]
     for n, name in enumerate(names):
         events.append({"name": name, "cat": "load", "ph": "X", "tid": 1, "ts": n * 2e6, "dur": 1e6})
         events.append({"name": f"{name}.base", "cat": "run", "ph": "X", "tid": 1, "ts": n * 2e6 + 1e6, "dur": 1e6})
+    events.append({"name": f"{names[0]}.base", "cat": "run", "ph": "X", "tid": 1, "ts": len(names) * 2e6, "dur": 1e6})
     trace = tmp_path / "trace.json"
     trace.write_text(json.dumps({"traceEvents": events, "otherData": {"recipe_sha256": bundle.manifest.recipe.sha256}}))
     played = played_timeline(trace, bundle)
     sizes = [sum(b.weight_bytes.values()) for b in bundle.manifest.components["transformer"].blocks]
-    end = 2.0 * len(names)
-    assert played.memory == (*((2.0 * n, sum(sizes[: n + 1])) for n in range(len(names))), (end, 0))
+    end = 2.0 * len(names) + 1
+    during = [(2.0 * n, sizes[0] + (sizes[n] if n else 0)) for n in range(len(names))]
+    assert played.memory == (*during, (end - 1, sizes[0]), (end, 0))
     assert played.end_s == end
+
+
+def test_the_prediction_is_drawn_as_the_manifest_says(edited: Callable[..., Bundle]) -> None:
+    loading = edited(lambda data, folder: None).manifest.loading
+    found = predicted_timeline(loading, 7) or pytest.fail("nothing is predicted")
+    assert loading.prediction is not None
+    assert found.end_s == loading.prediction.total_s
+    assert found.peak_bytes == loading.prediction.peak_bytes
+    assert found.memory[-1][1] == 0
+    assert found.budget_bytes == 7
+    loads = Counter(f"{i.component}/{i.block}" for i in found.lanes["loader"])
+    assert loads == loads_of(loading.plan)
+    made = loading.made_from or pytest.fail("made from nothing")
+    calls = [(c["block"], c["function"]) for p in made.run["phases"] for _ in range(p["times"]) for c in p["calls"]]
+    assert [(f"{i.component}/{i.block}", i.function) for i in found.lanes["compute"]] == calls
+
+
+def test_a_bundle_of_before_there_was_a_prediction(edited: Callable[..., Bundle]) -> None:
+    found = bundle_facts(edited(lambda data, _: data["loading"].update(prediction=None, made_from=None)))
+    assert predicted_timeline(found.loading, None) is None
+    assert "says nothing of when its loads are predicted" in render(found)
 
 
 def predicted(played: Timeline) -> Timeline:

@@ -11,7 +11,9 @@ from toolchain.accuracy import goldens
 from toolchain.errors import BundleError, SoraCompileError
 from toolchain.formats import manifest as m
 from toolchain.formats.bundle import Bundle, load_bundle
+from toolchain.formats.loading import events_of
 from toolchain.player.opening import open_engine, signatures
+from toolchain.system.store import key_of
 
 LEFT_OUT = ("accuracy", "quantization", "activations", "goldens", "files", "sha256", "bytes", "structure")
 """Compared by themselves, or no difference of their own."""
@@ -83,6 +85,10 @@ def _plain(manifest: m.Manifest) -> dict[str, Any]:
         return value
 
     data: dict[str, Any] = clean(manifest.model_dump(mode="json"))
+    plan, made = manifest.loading.plan, manifest.loading.made_from
+    data["loading"]["plan"] = f"{sum(1 for _ in events_of(plan))} events, {key_of(dict(plan))[:8]}"
+    if made is not None:
+        data["loading"]["made_from"] |= {"run": key_of(dict(made.run))[:8]}
     return data
 
 

@@ -23,6 +23,7 @@ from toolchain.errors import RecipeError, ResourceError, SoraCompileError
 from toolchain.formats import manifest as m
 from toolchain.formats.bundle import RECIPE_FILE, Bundle, describe_file, load_bundle, prepare, staging
 from toolchain.formats.recipe import Recipe
+from toolchain.formats.times import load_times
 from toolchain.listener import Listener
 from toolchain.planning.plan import Plan, plan_resolved
 from toolchain.planning.resolve import resolve
@@ -45,6 +46,7 @@ def compile_recipe(
     executor: Executor | None = None,
     tasks_at_once: int | None = None,
     store: Store | None = None,
+    calibration: str | Path | None = None,
 ) -> Bundle:
     """Build ``recipe`` into the bundle ``out``.
 
@@ -63,6 +65,7 @@ def compile_recipe(
             not shut down.
         tasks_at_once: how many tasks are handed to ``executor`` before others are done; all that can be done if None.
         store: where templates, artifacts and gate results are kept; the user's cache folder if None.
+        calibration: a file of measured times to plan loading with, instead of those of the device's profile.
 
     Raises:
         SoraCompileError: says what, where and what to do; ``exit_code`` is the command's.
@@ -74,15 +77,17 @@ def compile_recipe(
     if tasks_at_once is not None and tasks_at_once < 1:
         raise RecipeError(f"tasks_at_once {tasks_at_once}: must be at least 1")
     prepare(out)
+    measured = None if calibration is None else load_times(Path(calibration))
     recipe = settle_budgets(recipe, Path(base or "."), store, listener, jobs=jobs, executor=executor)
     build = resolve(recipe, Path(base or "."), checkpoints=True)
-    key = build_key(build, store, direct)
+    key = build_key(build, store, direct, measured)
     done = up_to_date(out, key, store)
     if done is not None:
         listener.remark("nothing has changed since this bundle was built")
         return done
     with staging(out) as folder:
-        planned = plan_resolved(build, listener)
+        planned = plan_resolved(build, listener, measured)
+        planned.check_loading()
         for name, part in planned.components.items():
             match(part.resolved.checkpoint, part.definition.expected, name, part.definition.aliases)
         pins = {name: pin(part.checkpoint, part.recipe.sha256, store) for name, part in build.components.items()}

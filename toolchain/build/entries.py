@@ -103,7 +103,7 @@ def _tensor(port: Port | Input, target: Target) -> dict[str, Any]:
 def component(
     plan: ComponentPlan, entries: Sequence[m.BlockEntry], tables_file: m.File | None, tables: Mapping[str, torch.Tensor]
 ) -> m.Component:
-    """A component: its blocks, how they are wired, in which order they run and which stay in memory."""
+    """A component: its blocks, how they are wired, and in which order they run."""
     dims: dict[str, int] = {}
     gives: dict[str, Given] = {}
     for graph in plan.graphs:
@@ -132,7 +132,6 @@ def component(
         tables=[m.Table(name=k, shape=list(v.shape)) for k, v in sorted(tables.items())],
         blocks=list(entries),
         load_order=order,
-        resident=list(plan.resident),
     )
 
 
@@ -177,7 +176,7 @@ def manifest(
         model=recipe.model,
         target=m.TargetEntry(name=target.name, options=target.config.model_dump(mode="json")),
         geometry=build.family.geometry(recipe, build.configs),
-        memory_budget_bytes=recipe.memory_budget,
+        memory_budget_bytes=build.memory_budget,
         text=_text(build, tokenizer),
         sampler=sampler(recipe, build.family, planned.groups),
         decoding=_decoding(build),
@@ -192,5 +191,6 @@ def manifest(
         ),
         tools=dict(sorted({"sora-compile": VERSION, "python": platform.python_version(), **target.versions()}.items())),
         recipe=recipe_file,
+        loading=planned.loading.entry(),
         golden=None,
     )

@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from toolchain.errors import RecipeError
+from toolchain.formats.times import content_sha256
 from toolchain.formats.yaml_text import UniqueKeyLoader
 from toolchain.validation import explain
 
@@ -61,6 +62,11 @@ class Device(_Entry):
             raise ValueError(f"overlap_loss: {self.overlap_loss.value} is not within 0 … 1")
         return self
 
+    @property
+    def sha256(self) -> str:
+        """Of what it says, however it is written."""
+        return content_sha256(self)
+
     def flops_per_s(self, precision: str, engine: str | None = None) -> float:
         """What computes fastest in a precision, or one engine's.
 
@@ -83,13 +89,19 @@ def shipped_devices() -> dict[str, Path]:
     return {p.stem: p for p in sorted(folder.glob("*.yaml"))}
 
 
-def load_device(name: str | Path) -> Device:
-    """A profile by shipped name, or by the path of a file.
+UNSPECIFIED = "unspecified"
+"""The profile for recipes that name no device: all of it is estimated."""
+
+
+def load_device(name: str | Path, base: Path = Path()) -> Device:
+    """A profile by shipped name, or by the path of a file, looked for in ``base`` first.
 
     Raises:
         RecipeError: there is none of that name, with those that are near; or the file is wrong, with the key.
     """
-    path, known = Path(name), shipped_devices()
+    path, known = base / name, shipped_devices()
+    if not path.is_file():
+        path = Path(name)
     if not path.is_file():
         if str(name) not in known:
             near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4)

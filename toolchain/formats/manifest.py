@@ -7,21 +7,20 @@ The format's history and what readers may expect of it are in docs/manifest.md.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from toolchain.formats.calls import rounds
+from toolchain.formats.loading import Entry, Loading, check_plan
 from toolchain.formats.schedule import BASE, Leap, StaticLeap
 from toolchain.ir.dtypes import PortType
 from toolchain.ir.feeds import Feed, Given
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 FILE_NAME = "manifest.json"
-
-
-class Entry(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 def _inside(path: str) -> str:
@@ -183,7 +182,6 @@ class Component(Entry):
     tables: list[Table]
     blocks: list[BlockEntry]
     load_order: dict[Rate, list[str]] = Field(description="By rate, blocks in the order in which they run.")
-    resident: list[str] = Field(description="Blocks to keep loaded between runs; the others are freed after each.")
 
     def own_function(self, block: BlockEntry, function: str) -> str:
         """The function that ``block`` runs when ``function`` is asked for."""
@@ -212,7 +210,6 @@ class Component(Entry):
             if any(blocks[name].rate != rate for name in names):
                 raise ValueError(f"load_order.{rate} names a block of another rate")
         for what, names, among in (
-            ("resident", self.resident, blocks.keys()),
             ("outputs", [o.source for o in self.outputs], ports),
             ("inputs", [i.feed.unconditional for i in self.inputs if i.feed.kind == "text_embedding"], tables),
         ):
@@ -359,12 +356,14 @@ class TargetEntry(Entry):
 class Manifest(Entry):
     """The whole bundle."""
 
-    format_version: Literal[3] = 3
+    format_version: Literal[4] = 4
     name: str
     model: str
     target: TargetEntry
     geometry: Geometry
-    memory_budget_bytes: int | None = Field(description="What residency was planned for; null: keep everything.")
+    memory_budget_bytes: int | None = Field(
+        description="Memory for weights and activations that loading was planned for; null: everything is kept."
+    )
     text: TextEntry | None
     sampler: SamplerEntry
     decoding: DecodingEntry | None
@@ -373,6 +372,9 @@ class Manifest(Entry):
     golden: GoldenVideo | None = Field(description="Of the whole pipeline; null where none was made.")
     tools: dict[str, str]
     recipe: File
+    loading: Loading = Field(
+        description="What to load, run and free, in order, for a whole video; blocks are COMPONENT/BLOCK."
+    )
 
     @model_validator(mode="after")
     def _functions_exist(self) -> Manifest:
@@ -389,3 +391,20 @@ class Manifest(Entry):
             if missing:
                 raise ValueError(f"{name}: no block of rate '{rate}' has the function '{missing[0]}'")
         return self
+
+    @model_validator(mode="after")
+    def _loading_agrees(self) -> Manifest:
+        check_plan(self.loading.plan, self.calls())
+        return self
+
+    def calls(self) -> Iterator[tuple[str, str]]:
+        """``COMPONENT/BLOCK`` and function of every call of a whole video, in order."""
+        s = self.sampler
+        steps, stages = [step.function for step in s.steps], self.decoding.stages if self.decoding else []
+        text = self.text.rate if self.text else "prompt"
+        for round_ in rounds(self.components, steps, stages, text=text, once=s.once, each=s.each):
+            component = self.components[round_.component]
+            blocks = {b.name: b for b in component.blocks}
+            for name in component.load_order.get(cast(Rate, round_.rate), []):
+                asked = round_.function or component.default_function
+                yield f"{round_.component}/{name}", component.own_function(blocks[name], asked)

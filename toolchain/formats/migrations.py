@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import groupby
 from typing import Any
 
-from toolchain.formats.manifest import FORMAT_VERSION
+from toolchain.formats.calls import Round, rounds
+from toolchain.formats.manifest import FORMAT_VERSION, DecodingEntry
+from toolchain.formats.schedule import BASE
 
 Data = dict[str, Any]
 
@@ -71,6 +74,46 @@ def _from_2(data: Data) -> Data:
     return data | {"format_version": 3}
 
 
+def _from_3(data: Data) -> Data:
+    """Until format 3 a block was loaded when it was to run, and freed then or, if ``resident``, with its component."""
+    components, sampler = data["components"], data["sampler"]
+    for component in components.values():
+        component.setdefault("default_function", BASE)
+    text = data["text"].get("rate", "prompt") if data["text"] else "prompt"
+    steps = [s["function"] for s in sampler["steps"]]
+    stages = DecodingEntry.model_validate(data["decoding"]).stages if data["decoding"] else []
+    once, each = sampler.get("once", "prompt"), sampler.get("each", "step")
+    sections: list[Data] = []
+    weights = 0
+    for name, group in groupby(
+        rounds(components, steps, stages, text=text, once=once, each=each), lambda r: r.component
+    ):
+        events = list(_loaded_when_needed(name, components[name], group))
+        sections += [{"times": 1, "events": events}] if events else []
+    for component in components.values():
+        weights += sum(sum(b["weight_bytes"].values()) for b in component["blocks"])
+        del component["resident"]
+    budget = data["memory_budget_bytes"] or max(1, weights)
+    plan = {"version": 1, "budget_bytes": budget, "sections": sections}
+    return data | {"format_version": 4, "loading": {"plan": plan, "prediction": None, "made_from": None}}
+
+
+def _loaded_when_needed(name: str, component: Data, group: Iterable[Round]) -> Iterator[Data]:
+    blocks = {b["name"]: b for b in component["blocks"]}
+    held: list[str] = []
+    for round_ in group:
+        for own in component["load_order"].get(round_.rate, []):
+            function = round_.function if round_.function in blocks[own]["functions"] else component["default_function"]
+            if own not in held:
+                yield {"load": f"{name}/{own}"}
+                held.append(own)
+            yield {"run": f"{name}/{own}", "function": function}
+            if own not in component["resident"]:
+                held.remove(own)
+                yield {"free": f"{name}/{own}"}
+    yield from ({"free": f"{name}/{own}"} for own in held)
+
+
 def _stages(decoding: Data, frames: int) -> list[Data]:
     """Chunks of latents, then groups of frames."""
     together = int(decoding["frames_per_call"])
@@ -85,5 +128,5 @@ def _stages(decoding: Data, frames: int) -> list[Data]:
     ]
 
 
-_STEPS: Mapping[int, Callable[[Data], Data]] = {1: _from_1, 2: _from_2}
+_STEPS: Mapping[int, Callable[[Data], Data]] = {1: _from_1, 2: _from_2, 3: _from_3}
 """From each older version to the next."""

@@ -225,8 +225,15 @@ class Recipe(Strict):
     transformer: TransformerRecipe
     vae: VaeRecipe | None = None
     target: Target
+    device: str | None = Field(
+        default=None,
+        min_length=1,
+        description="The device, by the name of a shipped profile or the path of one: how fast it loads and computes.",
+    )
     memory_budget: Bytes | None = Field(
-        default=None, description="Memory for weights on the device, as '2.5GB'; decides which blocks stay loaded."
+        default=None,
+        description="Memory for weights and activations, as '2.5GB'; what the device gives an app if absent, and "
+        "without a device as much as keeps everything.",
     )
     gate: GateRecipe = GateRecipe()
 

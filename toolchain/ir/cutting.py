@@ -59,7 +59,7 @@ class Needs:
         self._inner: list[dict[str, int]] = []
         for unit in units:
             if (structure := unit.structure()) not in known:
-                peaks = {f: target.peak(unit, f) for f in unit.functions}
+                peaks = {f: target.peak(unit, target.operators(unit, f)) for f in unit.functions}
                 known[structure] = {f: p.bytes - p.ports for f, p in peaks.items()}
             self._inner.append(known[structure])
         place = {u.name: i for i, u in enumerate(units)}

@@ -48,7 +48,7 @@ def needed(block: Block, target: Target, known: dict[str, int]) -> int:
     """Bytes of weights and of the largest peak of activations; ``known`` are peaks by structure."""
     structure = block.structure()
     if structure not in known:
-        known[structure] = max(target.peak(block, f).bytes for f in block.functions)
+        known[structure] = max(target.peak(block, target.operators(block, f)).bytes for f in block.functions)
     return block.weight_bytes + known[structure]
 
 

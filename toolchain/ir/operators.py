@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils.flop_counter import FlopCounterMode
 
 from toolchain.ir.blocks import Block, Port
 
@@ -53,11 +54,16 @@ class Operator:
 
 @dataclass(frozen=True)
 class OperatorGraph:
-    """The operators of a function in order, with the values that are its ports."""
+    """The operators of a function in order, with the values that are its ports.
+
+    ``flops`` are those of its matrix products, convolutions and attention, as torch counts them: a multiplication and
+    an addition are two.
+    """
 
     operators: tuple[Operator, ...]
     inputs: tuple[tuple[Port, Value], ...]
     outputs: tuple[tuple[Port, Value], ...]
+    flops: int = 0
 
 
 def operator_graph(block: Block, function: str, whole: Mapping[Callable[..., Any], str] | None = None) -> OperatorGraph:
@@ -74,10 +80,11 @@ def operator_graph(block: Block, function: str, whole: Mapping[Callable[..., Any
     inputs = [torch.empty(p.shape, dtype=p.dtype, device="meta") for p in signature.inputs]
     ports = tuple((p, recorder.value(t)) for p, t in zip(signature.inputs, inputs, strict=True))
     _keep_whole(module, whole or {}, recorder)
-    with torch.no_grad(), torch.device("meta"), recorder:
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), torch.device("meta"), counter, recorder:
         results = module(*inputs)
     outputs = tuple((p, recorder.value(t)) for p, t in zip(signature.outputs, results, strict=True))
-    return OperatorGraph(tuple(recorder.operators), ports, outputs)
+    return OperatorGraph(tuple(recorder.operators), ports, outputs, counter.get_total_flops())
 
 
 class _Recorder(TorchFunctionMode):

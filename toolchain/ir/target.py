@@ -19,7 +19,7 @@ from toolchain.ir.blocks import Block, Port
 from toolchain.ir.dtypes import DTYPES, DType
 from toolchain.ir.leaves import LegalForm
 from toolchain.ir.memory import Effect, Peak, peak
-from toolchain.ir.operators import Operator, Value, operator_graph
+from toolchain.ir.operators import Operator, OperatorGraph, Value, operator_graph
 from toolchain.ir.storage import PLAIN, Storage
 from toolchain.ir.uses import Use
 from toolchain.ir.weights import quantized
@@ -170,13 +170,26 @@ class Target(abc.ABC):
     whole: ClassVar[Mapping[Callable[..., Any], str]] = MappingProxyType({})
     """Functions of legal forms for which the target has one operator, and how that is called."""
 
-    def peak(self, block: Block, function: str) -> Peak:
+    def operators(self, block: Block, function: str) -> OperatorGraph:
+        """The operators of a function of ``block``, as :meth:`peak` takes them."""
+        return operator_graph(block, function, self.whole)
+
+    def peak(self, block: Block, graph: OperatorGraph) -> Peak:
         """The most bytes that a function of ``block`` holds while it runs, without the stored weights.
 
         As what :meth:`effect` says of each of its operators; a runtime that plans otherwise says so here.
+
+        Args:
+            graph: the function's, as :meth:`operators` gives it.
         """
-        graph = operator_graph(block, function, self.whole)
         return peak(graph, self.value_bytes, lambda operator: self.effect(operator, block))
+
+    def moved_bytes(self, block: Block, graph: OperatorGraph) -> int:
+        """Bytes that a function of ``block`` reads from and writes to memory: its weights once, as they are stored,
+        and all that its operators read and give beside them, views left out."""
+        own = [o for o in graph.operators if not self.effect(o, block).view]
+        values = (v for o in own for v in (*(r for r in o.reads if r.weight is None), *o.gives))
+        return block.weight_bytes + sum(self.value_bytes(v) for v in values)
 
     def effect(self, operator: Operator, block: Block) -> Effect:
         """What an operator does to memory: views are torch's, and a weight that is no plain numbers is expanded.

@@ -1,4 +1,4 @@
-"""Recipe → blocks: capture, passes, legal forms, partition, residency. No weight is read."""
+"""Recipe → blocks: capture, passes, legal forms, partition; what is loaded when. No weight is read."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from toolchain.errors import RecipeError
 from toolchain.formats.recipe import Recipe
 from toolchain.formats.schedule import Step, groups_of, plan_steps
+from toolchain.formats.times import TimesFile, load_times
 from toolchain.ir.activations import scale_sources
 from toolchain.ir.blocks import Block, BlockPair, extract_blocks
 from toolchain.ir.functions import grouped, ungrouped
@@ -23,9 +24,10 @@ from toolchain.ir.uses import Use, weight_uses
 from toolchain.ir.weights import Weight
 from toolchain.listener import Listener
 from toolchain.models.family import Definition, Forms
+from toolchain.planning.loading.predict import Predicted
 from toolchain.planning.memory import BlockMemory, block_memory
-from toolchain.planning.residency import resident_blocks
 from toolchain.planning.resolve import ResolvedBuild, ResolvedComponent, resolve
+from toolchain.planning.video import predict_video
 
 PRINTED = ("capture", "legalise")
 """Points at which a graph can be printed besides after the recipe's own passes."""
@@ -39,8 +41,6 @@ class ComponentPlan:
     definition: Definition
     graphs: tuple[Graph, ...]
     pairs: tuple[BlockPair, ...]
-    resident: tuple[str, ...]
-    """Blocks that the device keeps loaded."""
     memory: Mapping[str, BlockMemory]
     """What each block needs, by name."""
 
@@ -77,6 +77,8 @@ class Plan:
 
     resolved: ResolvedBuild
     components: Mapping[str, ComponentPlan]
+    measured: TimesFile | None = None
+    """Times to predict with, instead of those of the device's profile."""
 
     @property
     def recipe(self) -> Recipe:
@@ -102,6 +104,21 @@ class Plan:
         own, times = self.recipe.sampler, self.resolved.family.timesteps(self.recipe)
         return plan_steps(times, own.leap, merged_steps=own.merged_steps, groups=self.groups)
 
+    @functools.cached_property
+    def loading(self) -> Predicted:
+        """What is loaded, run and freed for a whole video, and what that is predicted to cost.
+
+        Raises:
+            RecipeError: the budget is too small for a block: names it, its function and the least that works. Or the
+                device is unknown, or has no throughput for a precision.
+            BundleError: the calibration is of another bundle.
+        """
+        return predict_video(self, self.resolved.device, self.resolved.memory_budget, self.measured)
+
+    def check_loading(self) -> None:
+        """Plan loading now, so that what cannot be is refused before anything is built. Raises as :attr:`loading`."""
+        _ = self.loading
+
     def timesteps_of(self, function: str) -> list[float]:
         """Timesteps of the steps that call a function of the denoiser; where none does, of all steps of its group."""
         steps = self.steps
@@ -115,42 +132,48 @@ class Plan:
         return tuple(b for c in self.components.values() for b in c.blocks)
 
 
-def plan(recipe: Recipe, *, base: str | Path | None = None, listener: Listener | None = None) -> Plan:
+def plan(
+    recipe: Recipe,
+    *,
+    base: str | Path | None = None,
+    listener: Listener | None = None,
+    calibration: str | Path | None = None,
+) -> Plan:
     """Everything up to lowering.
 
     Args:
         base: folder that relative checkpoint paths are looked for in first.
         listener: is shown the graphs.
+        calibration: a file of measured times, to predict with.
 
     Raises:
         SoraCompileError: the recipe cannot be built; says why.
     """
-    return plan_resolved(resolve(recipe, Path(base or "."), checkpoints=False), listener)
+    measured = None if calibration is None else load_times(Path(calibration))
+    build = resolve(recipe, Path(base or "."), checkpoints=False)
+    found = plan_resolved(build, listener, measured)
+    found.check_loading()
+    return found
 
 
-def plan_resolved(build: ResolvedBuild, listener: Listener | None = None) -> Plan:
-    """As :func:`plan`, for a build whose parts are found already."""
+def plan_resolved(build: ResolvedBuild, listener: Listener | None = None, measured: TimesFile | None = None) -> Plan:
+    """As :func:`plan`, for a build whose parts are found already; loading is planned when it is looked at."""
     listener = listener or Listener()
     definitions = build.family.define(build.recipe, build.configs)
-    budget = build.recipe.memory_budget
-    found = Plan(build, {n: _component(build.components[n], d, listener, budget) for n, d in definitions.items()})
+    found = Plan(build, {n: _component(build.components[n], d, listener) for n, d in definitions.items()}, measured)
     groups_of(found.steps, found.groups)  # refused now, not when all is built
     return found
 
 
-def _component(
-    part: ResolvedComponent, definition: Definition, listener: Listener, budget: int | None
-) -> ComponentPlan:
+def _component(part: ResolvedComponent, definition: Definition, listener: Listener) -> ComponentPlan:
     graphs: list[Graph] = []
     pairs: list[BlockPair] = []
     for graph in rewritten_graphs(definition, part.passes, part.target, listener):
         legal, plain = lower_graph(graph, part.passes, part.target, listener)
         graphs.append(legal)
         pairs += map(BlockPair, extract_blocks(legal), extract_blocks(plain))
-    blocks = [p.lowered for p in pairs]
-    memory = block_memory(blocks, part.target)
-    resident = resident_blocks(blocks, memory, budget, definition.name)
-    return ComponentPlan(part, definition, tuple(graphs), tuple(pairs), tuple(resident), memory)
+    memory = block_memory([p.lowered for p in pairs], part.target)
+    return ComponentPlan(part, definition, tuple(graphs), tuple(pairs), memory)
 
 
 def capture_forms(forms: Forms) -> Graph:

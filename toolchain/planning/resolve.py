@@ -5,12 +5,14 @@ The build's key, the plan and the tasks of other processes all start from it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from toolchain.errors import CheckpointError, RecipeError
+from toolchain.formats.device import UNSPECIFIED, Device, load_device
 from toolchain.formats.recipe import ComponentRecipe, Recipe
 from toolchain.formats.schedule import MERGED
 from toolchain.ir.passes import Pipeline, find_pass, passes_providing
@@ -54,6 +56,22 @@ class ResolvedBuild:
     target: Target
     """With the recipe's options; a component's own may have another precision."""
     components: Mapping[str, ResolvedComponent]
+
+    @functools.cached_property
+    def device(self) -> Device:
+        """The recipe's device; where it names none, one of which nothing is known.
+
+        Raises:
+            RecipeError: there is no such device; names those that are near.
+        """
+        return load_device(self.recipe.device or UNSPECIFIED, self.base)
+
+    @property
+    def memory_budget(self) -> int | None:
+        """Bytes for weights and activations: the recipe's, or else what its device gives an app, or None."""
+        if self.recipe.memory_budget is not None or self.recipe.device is None:
+            return self.recipe.memory_budget
+        return int(self.device.memory_bytes.value)
 
     @property
     def configs(self) -> Configs:

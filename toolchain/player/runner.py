@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 import torch
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 
 from toolchain.errors import BundleError
 from toolchain.formats.bundle import Bundle
+from toolchain.formats.loading import loads_of
 from toolchain.formats.manifest import BlockEntry
 from toolchain.ir.dtypes import DTYPES
 from toolchain.ir.feeds import Given
@@ -31,6 +33,9 @@ class ComponentRunner:
         self._blocks = {b.name: b for b in self.entry.blocks}
         self._rate_of = {f"{b.name}.{o.name}": b.rate for b in self.entry.blocks for o in b.outputs}
         self._results = {o.source for o in self.entry.outputs}
+        plan = bundle.manifest.loading.plan
+        runs = Counter(block for block, _ in bundle.manifest.calls())
+        self._kept = {b.partition("/")[2] for b, n in loads_of(plan).items() if n == 1 < runs[b]}
         self._engines: dict[str, Engine] = {}
         self._values: dict[str, torch.Tensor] = {}
         self._tables: dict[str, torch.Tensor] = {}
@@ -83,7 +88,7 @@ class ComponentRunner:
             results = engine(own, arguments)
         self._values |= {f"{block.name}.{k}": v for k, v in results.items()}
         del engine  # or it would live on while the next block is loaded
-        if block.name not in self.entry.resident:
+        if block.name not in self._kept:
             self._engines.pop(block.name, None)
 
     def _shape(self, name: str, shape: list[int], function: str) -> tuple[int, ...]:

@@ -15,12 +15,14 @@ from rich.text import Text
 
 from toolchain.build.entries import bytes_by_storage, sampler
 from toolchain.formats.bundle import Bundle
+from toolchain.formats.loading import loads_of
 from toolchain.formats.manifest import BlockEntry, Component, Manifest
 from toolchain.formats.schedule import MERGED
 from toolchain.ir.functions import ungrouped
 from toolchain.ir.target import distinct_functions
 from toolchain.planning.plan import ComponentPlan, Plan
 from toolchain.system.disk import readable_size
+from toolchain.ui.loading import loading_json, loading_text, loads_text
 
 if TYPE_CHECKING:
     from toolchain.accuracy.diff import Comparison
@@ -38,16 +40,19 @@ def runs(rate: str) -> str:
 def plan_json(planned: Plan) -> dict[str, Any]:
     """A plan as plain data."""
     steps = sampler(planned.recipe, planned.resolved.family, planned.groups).steps
+    loading = planned.loading.entry()
+    loads = loads_of(loading.plan)
     return {
         "name": planned.recipe.name,
         "target": planned.target.name,
         "denoiser_calls": len(steps),
         "merged_calls": sum(ungrouped(s.function) == MERGED for s in steps),
-        "components": {name: _component_json(c) for name, c in planned.components.items()},
+        "loading": loading_json(loading, planned.loading.budget_bytes),
+        "components": {name: _component_json(c, loads) for name, c in planned.components.items()},
     }
 
 
-def _component_json(plan: ComponentPlan) -> dict[str, Any]:
+def _component_json(plan: ComponentPlan, loads: Mapping[str, int]) -> dict[str, Any]:
     return {
         "precision": plan.target.precision,
         "dims": dict(plan.graphs[0].dims),
@@ -60,7 +65,7 @@ def _component_json(plan: ComponentPlan) -> dict[str, Any]:
             {
                 "name": b.name,
                 "rate": b.rate,
-                "resident": b.name in plan.resident,
+                "loads": loads.get(f"{plan.name}/{b.name}", 0),
                 "functions": list(distinct_functions(b)),
                 "parameters": b.parameters,
                 "weight_bytes": b.weight_bytes,
@@ -90,7 +95,7 @@ def plan_table(planned: Plan) -> RenderableType:
     groups: list[RenderableType] = []
     for name, component in data["components"].items():
         table = Table(title=f"{name}, in the order in which it runs", title_justify="left")
-        for column in ("block", "runs", "functions", "parameters", "bytes", "activations", "structure", "in memory"):
+        for column in ("block", "runs", "functions", "parameters", "bytes", "activations", "structure", "loaded"):
             table.add_column(column, justify="right" if column in ("parameters", "bytes", "activations") else "left")
         for b in component["blocks"]:
             each = (
@@ -98,7 +103,7 @@ def plan_table(planned: Plan) -> RenderableType:
                 readable_size(b["weight_bytes"]),
                 readable_size(max(f["activations"] for f in b["memory"].values())),
                 b["structure"][:8],
-                "kept" if b["resident"] else "loaded each time",
+                loads_text(b["loads"]),
             )
             table.add_row(b["name"], runs(b["rate"]), ", ".join(b["functions"]), *each)
         groups.append(table)
@@ -116,7 +121,7 @@ def plan_table(planned: Plan) -> RenderableType:
             f"{video.frames} frames of {video.width}×{video.height} at {video.fps}/s: "
             f"latents {dims['T']}×{dims['H']}×{dims['W']}, {dims['N']} tokens; "
             f"{data['denoiser_calls']} denoiser calls, {data['merged_calls']} of them merged; "
-            f"{planned.target.name}"
+            f"{planned.target.name}\n{loading_text(planned.loading.entry(), planned.loading.budget_bytes)}"
         )
     )
     return Group(*groups)
@@ -127,7 +132,7 @@ def _most(plan: ComponentPlan) -> str:
     name, most = max(plan.memory.items(), key=lambda kv: kv[1].total)
     return (
         f"at most {readable_size(most.total)} at once in '{name}', function '{most.function}': weights "
-        f"{readable_size(most.weights)}, activations {readable_size(most.total - most.weights)}; kept blocks are beside"
+        f"{readable_size(most.weights)}, activations {readable_size(most.total - most.weights)}; others are beside"
     )
 
 
@@ -216,6 +221,7 @@ def bundle_table(bundle: Bundle) -> RenderableType:
         f"latents {g.latent_frames}×{g.latent_height}×{g.latent_width}",
         f"{len(s.steps)} denoiser calls, {merged} of them merged, guidance {s.guidance}{leap}",
         *_int8_inputs(m),
+        loading_text(m.loading, m.memory_budget_bytes),
         f"gate: {m.gate.mode}; built with {', '.join(f'{k} {v}' for k, v in m.tools.items())}",
     ]
     return Group(*groups, Text("\n".join(lines)))

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import cast
+
+from toolchain.formats.loading import BlockData, CallData, PhaseData, WholeRunData
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,21 @@ class Run:
     def compute_s(self) -> float:
         """How long all calls run, without loading."""
         return sum(p.times * c.compute_s for p in self.phases for c in p.calls)
+
+    def to_data(self) -> WholeRunData:
+        """Plain data, as JSON and a manifest have it."""
+        blocks = [cast(BlockData, asdict(b)) for b in self.blocks]
+        phases = [
+            PhaseData(name=p.name, times=p.times, calls=[cast(CallData, asdict(c)) for c in p.calls])
+            for p in self.phases
+        ]
+        return {"blocks": blocks, "phases": phases}
+
+    @classmethod
+    def from_data(cls, data: WholeRunData) -> Run:
+        """The run that :meth:`to_data` gave, as a manifest that was read has it."""
+        phases = (Phase(p["name"], tuple(Call(**c) for c in p["calls"]), p["times"]) for p in data["phases"])
+        return cls(tuple(Block(**b) for b in data["blocks"]), tuple(phases))
 
 
 def _check(where: str, **numbers: float) -> None:

@@ -12,6 +12,7 @@ import yaml
 from toolchain.build.entries import bytes_by_storage, sampler
 from toolchain.errors import BundleError
 from toolchain.formats.bundle import Bundle
+from toolchain.formats.loading import Loading, loads_of
 from toolchain.formats.manifest import Accuracy, BlockEntry, Component, File, Gate, Geometry, GoldenVideo, SamplerEntry
 from toolchain.formats.yaml_text import UniqueKeyLoader
 from toolchain.ir.blocks import Block
@@ -44,7 +45,8 @@ class BlockFacts:
     parameters: int
     weight_bytes: Mapping[str, int]
     structure: str
-    resident: bool
+    loads: int
+    """How often it is loaded for a video."""
     file_bytes: int | None = None
     errors: tuple[Measured, ...] = ()
 
@@ -119,6 +121,7 @@ class Facts:
     memory_budget_bytes: int | None
     sampler: SamplerEntry
     components: tuple[ComponentFacts, ...]
+    loading: Loading
     checkpoints: tuple[Checkpoint, ...]
     recipe: str
     built: Built | None
@@ -162,7 +165,8 @@ def bundle_facts(bundle: Bundle) -> Facts:
         geometry=m.geometry,
         memory_budget_bytes=m.memory_budget_bytes,
         sampler=m.sampler,
-        components=tuple(_built_component(name, c) for name, c in m.components.items()),
+        components=tuple(_built_component(name, c, loads_of(m.loading.plan)) for name, c in m.components.items()),
+        loading=m.loading,
         checkpoints=tuple(_checkpoints(recipe, list(m.components))),
         recipe=recipe,
         built=Built(m.format_version, m.gate, m.golden, m.tools, tuple(bundle.files())),
@@ -189,14 +193,14 @@ def _checkpoints(recipe: str, components: Sequence[str]) -> Iterator[Checkpoint]
             yield Checkpoint(name, str(part["checkpoint"]), None if digest is None else str(digest))
 
 
-def _built_component(name: str, component: Component) -> ComponentFacts:
+def _built_component(name: str, component: Component, loads: Mapping[str, int]) -> ComponentFacts:
     blocks = {b.name: b for b in component.blocks}
     order = [blocks[name] for names in component.load_order.values() for name in names]
-    facts = tuple(_built_block(b, b.name in component.resident) for b in order)
+    facts = tuple(_built_block(b, loads.get(f"{name}/{b.name}", 0)) for b in order)
     return ComponentFacts(name, component.precision, component.passes, facts)
 
 
-def _built_block(block: BlockEntry, resident: bool) -> BlockFacts:
+def _built_block(block: BlockEntry, loads: int) -> BlockFacts:
     measured: list[tuple[ErrorOf, Mapping[str, Accuracy] | None]] = [
         ("lowering", block.accuracy),
         ("quantization", block.quantization),
@@ -208,7 +212,7 @@ def _built_block(block: BlockEntry, resident: bool) -> BlockFacts:
         parameters=block.parameters,
         weight_bytes=block.weight_bytes,
         structure=block.structure,
-        resident=resident,
+        loads=loads,
         file_bytes=sum(f.bytes for f in block.files),
         errors=tuple(Measured(of, f, a) for of, found in measured for f, a in (found or {}).items()),
     )
@@ -218,29 +222,31 @@ def plan_facts(planned: Plan) -> Facts:
     """A plan's facts: what a bundle has, without what only a build knows."""
     recipe, build = planned.recipe, planned.resolved
     text = recipe.to_yaml()
+    loading = planned.loading.entry()
     return Facts(
         name=recipe.name,
         model=recipe.model,
         target=planned.target.name,
         target_options=planned.target.config.model_dump(mode="json"),
         geometry=build.family.geometry(recipe, build.configs),
-        memory_budget_bytes=recipe.memory_budget,
-        sampler=sampler(recipe, build.family),
-        components=tuple(_planned_component(name, c) for name, c in planned.components.items()),
+        memory_budget_bytes=build.memory_budget,
+        sampler=sampler(recipe, build.family, planned.groups),
+        components=tuple(_planned_component(c, loads_of(loading.plan)) for c in planned.components.values()),
+        loading=loading,
         checkpoints=tuple(_checkpoints(text, list(planned.components))),
         recipe=text,
         built=None,
     )
 
 
-def _planned_component(name: str, plan: ComponentPlan) -> ComponentFacts:
+def _planned_component(plan: ComponentPlan, loads: Mapping[str, int]) -> ComponentFacts:
     rates = list(dict.fromkeys(b.rate for b in plan.blocks))
     order = sorted(plan.blocks, key=lambda b: rates.index(b.rate))  # stable: within a rate as they run
-    facts = tuple(_planned_block(b, b.name in plan.resident) for b in order)
-    return ComponentFacts(name, plan.target.precision, str(plan.passes), facts)
+    facts = tuple(_planned_block(b, loads.get(f"{plan.name}/{b.name}", 0)) for b in order)
+    return ComponentFacts(plan.name, plan.target.precision, str(plan.passes), facts)
 
 
-def _planned_block(block: Block, resident: bool) -> BlockFacts:
+def _planned_block(block: Block, loads: int) -> BlockFacts:
     return BlockFacts(
         name=block.name,
         rate=block.rate,
@@ -248,5 +254,5 @@ def _planned_block(block: Block, resident: bool) -> BlockFacts:
         parameters=block.parameters,
         weight_bytes=bytes_by_storage([block]),
         structure=block.structure(),
-        resident=resident,
+        loads=loads,
     )

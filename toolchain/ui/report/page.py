@@ -12,6 +12,7 @@ from typing import Any
 
 from toolchain.errors import ResourceError
 from toolchain.system.disk import readable_size
+from toolchain.ui.loading import loads_text
 from toolchain.ui.report import words
 from toolchain.ui.report.charts import on_paper, report_charts
 from toolchain.ui.report.facts import Facts
@@ -64,6 +65,7 @@ def render(facts: Facts, timelines: Sequence[Timeline] = (), clip: Clip | None =
         "percent": words.percent,
         "stored": by_storage,
         "runs": runs,
+        "loads": loads_text,
     }
     environment.filters |= filters
     environment.tests["over"] = words.over

@@ -11,7 +11,11 @@ from typing import Any
 
 from toolchain.errors import RecipeError, ResourceError
 from toolchain.formats.bundle import Bundle
+from toolchain.formats.loading import Loading
 from toolchain.formats.manifest import Component
+from toolchain.planning.loading.events import LoadingPlan
+from toolchain.planning.loading.run import Run
+from toolchain.planning.loading.simulate import Span, simulate
 
 LOADER, COMPUTE = "loader", "compute"
 LANES = {"load": LOADER, "run": COMPUTE}
@@ -88,6 +92,28 @@ def played_timeline(path: Path, bundle: Bundle) -> Timeline:
     return Timeline("played", lanes, memory, "weights of loaded blocks", bundle.manifest.memory_budget_bytes)
 
 
+def predicted_timeline(loading: Loading, budget_bytes: int | None) -> Timeline | None:
+    """The timeline that a plan is predicted to lead to; None for bundles of before there was a prediction."""
+    made = loading.made_from
+    if made is None:
+        return None
+    run, plan = Run.from_data(made.run), LoadingPlan.from_data(loading.plan)
+    found = simulate(run, plan, made.overlap_loss)
+    lanes = {LOADER: found.loads, COMPUTE: found.runs}
+    return Timeline(
+        "predicted",
+        {lane: tuple(_predicted(s) for s in spans) for lane, spans in lanes.items()},
+        found.memory,
+        "weights, activations and values between blocks",
+        budget_bytes,
+    )
+
+
+def _predicted(span: Span) -> Interval:
+    component, _, block = span.block.partition("/")
+    return Interval(component, block, span.function, span.start_s, span.end_s)
+
+
 def _interval(event: Mapping[str, Any], components: Mapping[Any, str]) -> Interval:
     start, took = float(event["ts"]) / 1e6, float(event["dur"]) / 1e6
     if not (math.isfinite(start) and math.isfinite(took) and start >= 0 and took >= 0):
@@ -110,19 +136,22 @@ def _check(interval: Interval, bundle: Bundle, path: Path) -> None:
 def _weights_loaded(
     lanes: Mapping[str, Iterable[Interval]], components: Mapping[str, Component]
 ) -> Iterable[tuple[float, int]]:
-    """Bytes of the weights of loaded blocks over time, by the player's rule.
+    """Bytes of the weights of loaded blocks over time.
 
-    A block's weights count from when loading begins until its run ends, or, of a resident block, until the
-    component's last run ends.
+    A block's weights count from when a load of it begins until the last of its runs before its next load ends: plans
+    free a block when it is not to stay until its next run.
     """
     changes: list[tuple[float, int]] = []
     for name, component in components.items():
         size = {b.name: sum(b.weight_bytes.values()) for b in component.blocks}
         runs = [i for i in lanes[COMPUTE] if i.component == name]
-        for load in (i for i in lanes[LOADER] if i.component == name):
-            resident = load.block in component.resident
-            ends = [r.end_s for r in runs if r.start_s >= load.start_s and (resident or r.block == load.block)]
-            freed = (max if resident else min)(ends, default=load.end_s)
+        loads = [i for i in lanes[LOADER] if i.component == name]
+        for load in loads:
+            again = min(
+                (i.start_s for i in loads if i.block == load.block and i.start_s > load.start_s), default=math.inf
+            )
+            own = (r.end_s for r in runs if r.block == load.block and load.start_s <= r.start_s < again)
+            freed = max(own, default=load.end_s)
             changes += [(load.start_s, size[load.block]), (freed, -size[load.block])]
     after = {0.0: 0}
     now = 0

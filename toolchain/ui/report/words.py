@@ -37,16 +37,34 @@ def _sizes(facts: Facts) -> list[Card]:
     blocks = list(facts.blocks())
     cut = f"{len(blocks)} blocks of {len({b.structure for b in blocks})} structures"
     budget = facts.memory_budget_bytes
-    kept = sum(b.resident for b in blocks)
     size = [] if facts.built is None else [Card("Size on disk", readable_size(facts.built.bytes), cut)]
     return [
         *size,
         Card("Weights", readable_size(facts.weight_bytes), "" if facts.built else cut),
         Card(
-            "Memory budget for weights",
+            "Memory budget",
             "none" if budget is None else readable_size(budget),
-            f"{kept} of {len(blocks)} blocks stay loaded",
+            f"for weights and activations; {_loads(facts)}",
         ),
+        *_predicted(facts),
+    ]
+
+
+def _loads(facts: Facts) -> str:
+    """How many blocks a video loads, and how many of them more than once."""
+    loaded = [b.loads for b in facts.blocks() if b.loads]
+    again = sum(n > 1 for n in loaded)
+    return f"{again} of {len(loaded)} blocks are loaded more than once"
+
+
+def _predicted(facts: Facts) -> list[Card]:
+    p, made = facts.loading.prediction, facts.loading.made_from
+    if p is None or made is None:
+        return []
+    source = "by the profile" if made.times.kind == "device" else "by times measured on"
+    return [
+        Card("Predicted time", seconds(p.total_s), f"{source} {made.times.name}; {seconds(p.stalls_s)} wait for loads"),
+        Card("Predicted peak of memory", readable_size(p.peak_bytes), f"{readable_size(p.loads_bytes)} are loaded"),
     ]
 
 

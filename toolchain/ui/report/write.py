@@ -10,9 +10,9 @@ from toolchain.errors import RecipeError
 from toolchain.formats.bundle import Bundle
 from toolchain.planning.plan import Plan
 from toolchain.system.files import check_file, whole_file
-from toolchain.ui.report.facts import bundle_facts, plan_facts
+from toolchain.ui.report.facts import Facts, bundle_facts, plan_facts
 from toolchain.ui.report.page import picture, render, require
-from toolchain.ui.report.timeline import played_timeline
+from toolchain.ui.report.timeline import Timeline, played_timeline, predicted_timeline
 from toolchain.ui.report.video import golden_clip
 
 PACKAGES = ("jinja2", "vl_convert")
@@ -29,11 +29,11 @@ def write_bundle_report(bundle: Bundle, out: Path, *, trace: Path | None = None,
     Raises:
         SoraCompileError: the bundle is damaged, the trace is another bundle's, or a file cannot be written.
     """
-    if png is not None and trace is None:
-        raise RecipeError(f"--png {png}: there is no timeline to draw without --trace")
+    if png is not None and trace is None and bundle.manifest.loading.made_from is None:
+        raise RecipeError(f"--png {png}: this bundle predicts no timeline, so there is none to draw without --trace")
     check_places({"-o": out} | ({"--png": png} if png is not None else {}))
     facts = bundle_facts(bundle)
-    timelines = [] if trace is None else [played_timeline(trace, bundle)]
+    timelines = _predicted(facts) + ([] if trace is None else [played_timeline(trace, bundle)])
     files = [("-o", out, render(facts, timelines, golden_clip(bundle)).encode())]
     if png is not None:
         files.append(("--png", png, picture(facts, timelines)))
@@ -46,7 +46,13 @@ def write_plan_report(planned: Plan, out: Path) -> None:
     Raises:
         SoraCompileError: the file cannot be written.
     """
-    _write(("--html", out, render(plan_facts(planned)).encode()))
+    facts = plan_facts(planned)
+    _write(("--html", out, render(facts, _predicted(facts)).encode()))
+
+
+def _predicted(facts: Facts) -> list[Timeline]:
+    found = predicted_timeline(facts.loading, facts.memory_budget_bytes)
+    return [] if found is None else [found]
 
 
 def check_places(places: Mapping[str, Path]) -> None:
