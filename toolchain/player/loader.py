@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
 from types import TracebackType
-from typing import Any
 
 import torch
 
@@ -19,6 +17,7 @@ from toolchain.ir.target import Engine
 from toolchain.planning.loading.events import LoadingPlan
 from toolchain.planning.loading.jobs import LoadJob, jobs_of
 from toolchain.planning.loading.run import Block, Run
+from toolchain.player.following import Figures
 from toolchain.player.trace import Record, Trace
 
 Open = Callable[[str, str], Engine]
@@ -26,30 +25,6 @@ Open = Callable[[str, str], Engine]
 
 ATTEMPTS = 2
 """At a load: what fails once is tried again."""
-
-
-@dataclass(frozen=True)
-class Played:
-    """What following a plan took, so far. Bytes are counted as a plan counts them.
-
-    ``total_s`` is from when the loader could begin to the end of the last call, ``stalls_s`` how long calls waited for
-    loads. ``load_s`` is of all loads, those included that failed once (``retries``).
-    """
-
-    total_s: float
-    compute_s: float
-    load_s: float
-    stalls_s: float
-    stalls: int
-    calls: int
-    loads: int
-    retries: int
-    loads_bytes: int
-    peak_bytes: int
-    budget_bytes: int
-
-    def to_data(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class Loader:
@@ -157,10 +132,10 @@ class Loader:
             self._end_call(run.call.live_bytes, run.freed)
         return results
 
-    def played(self) -> Played:
+    def played(self) -> Figures:
         """What it took so far."""
         with self._changed:
-            return Played(
+            return Figures(
                 total_s=self._runs[-1].end_s - self._began if self._runs else 0.0,
                 compute_s=sum(r.seconds for r in self._runs),
                 load_s=sum(r.seconds for r in self._loads),

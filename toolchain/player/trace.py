@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from toolchain.planning.loading.simulate import Timeline
+
 Category = Literal["load", "run"]
 LANES: dict[str, int] = {"load": 1, "run": 2}
 """Threads of a trace's process, by category."""
@@ -42,6 +44,15 @@ class Trace:
         """In the order in which they ended."""
         self.memory: list[tuple[float, int]] = []
         """``(from when, bytes)``: as a plan counts them."""
+
+    @classmethod
+    def of(cls, timeline: Timeline) -> Trace:
+        """What a simulation gave, as if it had been played."""
+        trace = cls()
+        spans = (*timeline.loads, *timeline.runs)
+        trace.records = [Record(s.kind, s.block, s.function, s.start_s, s.end_s) for s in spans]
+        trace.memory = list(timeline.memory)
+        return trace
 
     @contextlib.contextmanager
     def span(self, category: Category, block: str, function: str | None = None) -> Iterator[Record]:
