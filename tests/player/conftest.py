@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import shutil
 from collections.abc import Callable, Iterator
@@ -136,7 +137,8 @@ def edited(bundle: Bundle, **changes: Any) -> Bundle:
     assert made is not None
     run = Run.from_data(made.run)
     known = {(call.block, call.function): call for call in run.calls()}
-    run = Run(run.blocks, (Phase("video", tuple(known[call] for call in manifest.calls())),))
+    rounds = [(calls, len(list(alike))) for calls, alike in itertools.groupby(manifest.rounds()) if calls]
+    run = Run(run.blocks, tuple(Phase("", tuple(known[call] for call in calls), times) for calls, times in rounds))
     loading = predict(run, None, made.overlap_loss, made.times).entry()
     return dataclasses.replace(bundle, manifest=manifest.model_copy(update={"loading": loading}))
 

@@ -52,9 +52,8 @@ def budgets(bundle: Bundle) -> dict[str, int]:
 def engines() -> int:
     """How many engines of any target are alive."""
     gc.collect()
-    return sum(
-        type(o).__module__.startswith("targets.") and type(o).__name__.endswith("Engine") for o in gc.get_objects()
-    )
+    names = [(str(type(o).__module__), type(o).__name__) for o in gc.get_objects()]
+    return sum(module.startswith("targets.") and name.endswith("Engine") for module, name in names)
 
 
 @pytest.mark.parametrize("name", ["least", "two blocks", "everything"])

@@ -1,4 +1,4 @@
-"""What a player follows: the bundle's own loading plan or one for another budget, and what that is predicted to take."""
+"""What a player follows: the bundle's own loading plan or one for another budget, and what that should take."""
 
 from __future__ import annotations
 

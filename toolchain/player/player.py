@@ -245,6 +245,7 @@ def play(
         about = {
             "bundle": player.manifest.name,
             "recipe_sha256": player.manifest.recipe.sha256,  # the pinned recipe decides all that a bundle is
+            "memory_budget_bytes": memory_budget or player.manifest.memory_budget_bytes,
             "played": played.to_data(),
             "predicted": None if predicted is None else predicted.to_data(),
         }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,8 @@ def trace_timelines(path: Path, bundle: Bundle) -> list[Timeline]:
         raise RecipeError(f"--trace {path}: is not a trace that 'sora-compile play --trace' wrote: not JSON") from e
     try:
         about = data["otherData"]
-        played_with, budget = about["recipe_sha256"], int(about["played"]["budget_bytes"])
+        played_with, budget = about["recipe_sha256"], about["memory_budget_bytes"]
+        budget = None if budget is None else int(budget)
         events = list(data["traceEvents"])
         titles = {e["pid"]: str(e["args"]["name"]) for e in events if e["ph"] == "M" and e["name"] == "process_name"}
         found = [_traced(titles[pid], [e for e in events if e["pid"] == pid], budget) for pid in sorted(titles)]
@@ -93,7 +94,7 @@ def trace_timelines(path: Path, bundle: Bundle) -> list[Timeline]:
     return found[::-1]
 
 
-def _traced(title: str, events: Iterable[Mapping[str, Any]], budget_bytes: int) -> Timeline:
+def _traced(title: str, events: Sequence[Mapping[str, Any]], budget_bytes: int | None) -> Timeline:
     """One process of a trace."""
     spans = [(LANES[e["cat"]], _interval(e)) for e in events if e["ph"] == "X"]
     memory = [(_seconds(e["ts"]), int(e["args"]["bytes"])) for e in events if e["ph"] == "C"]
