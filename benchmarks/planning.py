@@ -1,6 +1,6 @@
 """How long planning of loads takes, and how good plans are, for the whole Open-Sora 1.2 on a phone.
 
-    python benchmarks/planning.py [--recipe open-sora-v1.2-iphone-15-pro] [--bandwidth 0.54e9] [--faster 1]
+    python benchmarks/planning.py [--recipe open-sora-v1.2-iphone-15-pro] [--bandwidth 0.54e9] [--faster 1] [--shipped]
 
 Blocks, weights, geometry and steps are those of the recipe (without its leap, so 30 steps: the case in which loading
 costs most). What nobody has measured is assumed, and printed: times of calls are the published ones of a component
@@ -17,7 +17,7 @@ import tracemalloc
 from math import prod
 from pathlib import Path
 
-from toolchain.formats.recipe_file import find_recipe, load_recipe
+from toolchain.formats.recipe_file import find_recipe, load_recipe, shipped
 from toolchain.ir.blocks import Block as RealBlock
 from toolchain.planning.loading.planner import plan_loading
 from toolchain.planning.loading.run import Block, Call, Phase, Run
@@ -78,13 +78,44 @@ def numbers(block: RealBlock) -> int:
     return sum(prod(port.shape) for port in (*block.inputs, *block.outputs))
 
 
+def shipped_recipes() -> None:
+    """What recipes that name a device are predicted to take, and what planning that takes."""
+    print("| recipe | budget, GB | peak, GB | loads, GB | predicted, s | bound, s | rule, s | planning, s | MB |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for name, path in shipped().items():
+        recipe = load_recipe(path)
+        if recipe.device is None:
+            continue
+        planned = plan(recipe, base=path.parent)
+        del planned.__dict__["loading"]  # planned already: once more, for its time, and once for its memory
+        began = time.process_time()
+        found = planned.loading.entry().prediction
+        took = time.process_time() - began
+        assert found is not None
+        budget = planned.loading.planned.plan.budget_bytes
+        del planned.__dict__["loading"]
+        tracemalloc.start()
+        planned.check_loading()
+        memory = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        print(
+            f"| {name} | {budget / 1e9:g} | {found.peak_bytes / 1e9:.3f} | {found.loads_bytes / 1e9:.1f} "
+            f"| {found.total_s:.1f} | {found.bound_s:.1f} | {found.paper_s:.1f} | {took:.2f} | {memory / 1e6:.1f} |",
+            flush=True,
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="open-sora-v1.2-iphone-15-pro")
     parser.add_argument("--bandwidth", type=float, default=0.54e9, help="bytes a second that load")
     parser.add_argument("--faster", type=float, default=1.0, help="how many times faster than published calls are")
+    parser.add_argument("--shipped", action="store_true", help="the shipped recipes, by their devices' profiles")
     parser.add_argument("--loss", type=float, default=0.0, help="overlap loss, 0 … 1")
     args = parser.parse_args()
+    if args.shipped:
+        shipped_recipes()
+        return
     recipe = load_recipe(args.recipe)
     run = run_of(plan(recipe, base=Path(find_recipe(args.recipe)).parent), args.bandwidth, args.faster)
     u = unroll(run)

@@ -37,6 +37,14 @@ def test_a_misspelt_device_is_told_which_are_near() -> None:
         load_device("zzz")
 
 
+def test_a_profile_beside_the_recipe_is_found(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(
+        shipped_devices()["iphone-15-pro"].read_text().replace("iphone-15-pro", "mine", 1)
+    )
+    assert load_device("mine.yaml", tmp_path).name == "mine"
+    assert load_device("iphone-15-pro", tmp_path) == load_device("iphone-15-pro")
+
+
 @pytest.mark.parametrize(
     ("before", "after", "message"),
     [
@@ -65,5 +73,5 @@ def test_the_slower_of_computing_and_moving_decides() -> None:
     assert compute_seconds(phone, 3 * peak, memory, "float32") == pytest.approx(3 + overhead)
     assert compute_seconds(phone, peak, 3 * memory, "float32", "gpu") == pytest.approx(3 + overhead)
     assert load_seconds(phone, int(2 * phone.load_bytes_per_s.value)) == pytest.approx(2 + phone.load_overhead_s.value)
-    with pytest.raises(RecipeError, match=r"has no throughput for int8 on gpu; it has float32 on gpu"):
-        compute_seconds(phone, 1, 1, "int8", "gpu")
+    with pytest.raises(RecipeError, match=r"has no throughput for bfloat16 on gpu; it has float32 on gpu"):
+        compute_seconds(phone, 1, 1, "bfloat16", "gpu")

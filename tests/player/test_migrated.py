@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from toolchain.formats.bundle import Bundle, load_bundle
+from toolchain.formats.loading import loads_of
 from toolchain.formats.recipe import Recipe
 from toolchain.models.family import find_family
 from toolchain.player import Player
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.slow
 def as_format_1(data: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     """Today's manifest in the words of the first format."""
     data["format_version"] = 1
+    del data["loading"]
     sampler, text, stages = data["sampler"], data["text"], data["decoding"]["stages"]
     for new in ("once", "each", "time_scale"):
         del sampler[new]
@@ -33,6 +35,7 @@ def as_format_1(data: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     data["decoding"] = {"chunks": chunks, "frames_per_call": stages[1]["pieces"][0]["takes"]}
     for component in data["components"].values():
         del component["default_function"]
+        component["resident"] = [b["name"] for b in component["blocks"]]
         component["passes"] = component["passes"].split()
         outputs: dict[str, list[str]] = {}
         for output in component["outputs"]:
@@ -58,6 +61,8 @@ def test_it_says_what_todays_says(older: Bundle, bundle: Bundle) -> None:
     found, today = (b.manifest.model_dump(mode="json") for b in (older, bundle))
     for component in today["components"].values():
         component["passes"] = ""  # the first format had no options in it
+    loads = loads_of(found.pop("loading")["plan"])
+    assert loads == loads_of(today.pop("loading")["plan"])  # everything stays, in both
     assert found == today
 
 

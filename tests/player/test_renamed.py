@@ -93,13 +93,20 @@ def renamed(bundle: Bundle, root: Path) -> Bundle:
         for output in component["outputs"]:
             output["source"] = new.source(output["source"])
         component["load_order"] = {rate: [new(b) for b in names] for rate, names in component["load_order"].items()}
-        component["resident"] = [new(b) for b in component["resident"]]
         component["default_function"] = new(component["default_function"])
     for step in data["sampler"]["steps"]:
         step["function"] = new(step["function"])
     for stage in data["decoding"]["stages"]:
         for piece in stage["pieces"]:
             piece["function"] = new(piece["function"])
+    data["loading"] |= {"prediction": None, "made_from": None}
+    for event in (e for s in data["loading"]["plan"]["sections"] for e in s["events"]):
+        for kind in ("load", "run", "free"):
+            if kind in event:
+                component, _, block = event[kind].partition("/")
+                event[kind] = f"{component}/{new(block)}"
+        if "function" in event:
+            event["function"] = new(event["function"])
     (root / "manifest.json").write_text(json.dumps(data))
     return toolchain.load_bundle(root)
 

@@ -55,11 +55,9 @@ def renamed(value: Any, old: str, new: str) -> Any:
         return {k: renamed(v, old, new) for k, v in value.items()}
     if isinstance(value, list):
         return [renamed(v, old, new) for v in value]
-    start, slash, name = value.rpartition("/") if isinstance(value, str) else ("", "", value)
-    named = name == old or str(value).startswith(f"{old}.")
-    if named and slash and start != "transformer":
-        return value  # a path
-    return start + slash + new + name.removeprefix(old) if named else value
+    if value == f"transformer/{old}":
+        return f"transformer/{new}"
+    return new + value.removeprefix(old) if value == old or str(value).startswith(f"{old}.") else value
 
 
 def streamed(loading: dict[str, Any]) -> dict[str, Any]:
@@ -93,7 +91,7 @@ def make_hostile(data: dict[str, Any], folder: Path) -> None:
     data["name"] = data["model"] = HOSTILE
     data["tools"][HOSTILE] = HOSTILE
     component = data["components"]["transformer"]
-    data["loading"] = streamed(data["loading"])
+    data["loading"] = renamed(streamed(data["loading"]), "pair_0", f"{HOSTILE}pair")
     data["memory_budget_bytes"] = sum(sum(b["weight_bytes"].values()) for b in component["blocks"]) // 2
     recipe = folder / data["recipe"]["path"]
     recipe.write_text(recipe.read_text() + f"# {HOSTILE}\n")

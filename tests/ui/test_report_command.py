@@ -51,7 +51,7 @@ def test_report_puts_the_page_beside_the_bundle(run: Callable[..., Any], shown: 
     shutil.copytree(shown.bundle.path, tmp_path / "b")
     code, out, err = run("report", "b/")
     assert (code, out.strip(), err) == (0, str(tmp_path / "b.html"), "")
-    assert "made without a trace" in (tmp_path / "b.html").read_text()
+    assert "Predicted: " in (tmp_path / "b.html").read_text()
 
 
 def test_plan_writes_a_page(run: Callable[..., Any], executorch_bundle: Any, tmp_path: Path) -> None:
@@ -61,6 +61,7 @@ def test_plan_writes_a_page(run: Callable[..., Any], executorch_bundle: Any, tmp
     blocks = [b["name"] for b in json.loads(out)["components"]["transformer"]["blocks"]]
     page = (tmp_path / "p.html").read_text()
     assert "Plan, not built" in page
+    assert "Predicted: " in page
     assert all(f">{name}</th>" in page for name in blocks)
     assert run("plan", recipe, "--html", "no/p.html") == (
         6,
@@ -132,7 +133,6 @@ def test_what_is_wrong_is_said_in_a_line(name: str, run: Callable[..., Any], sho
     [
         (("-o", "no/r.html"), 6, "-o no/r.html: its folder does not exist or cannot be written"),
         (("-o", "."), 2, "-o .: is a folder; expected the name of a file"),
-        (("--png", "r.png"), 2, "--png r.png: there is no timeline to draw without --trace"),
         (("-o", "r", "--png", "r", "--trace", "t"), 2, "-o and --png: name the same file"),
         (("-o", "r", "--png", "no/r", "--trace", "t"), 6, "--png no/r: its folder does not exist or cannot be written"),
     ],
@@ -172,3 +172,13 @@ def test_a_file_that_is_in_the_way_leaves_nothing(
     assert err.endswith("cannot be written: No space left on device\n")
     assert [p.name for p in tmp_path.iterdir()] == ["r.html"]
     assert (tmp_path / "r.html").read_text() == "older"
+
+
+def test_a_picture_of_a_bundle_that_predicts_nothing(run: Callable[..., Any], shown: Any, tmp_path: Path) -> None:
+    shutil.copytree(shown.bundle.path, tmp_path / "b")
+    path = tmp_path / "b/manifest.json"
+    data = json.loads(path.read_text())
+    data["loading"] |= {"prediction": None, "made_from": None}
+    path.write_text(json.dumps(data))
+    said = "sora-compile: --png r.png: this bundle predicts no timeline, so there is none to draw without --trace\n"
+    assert run("report", "b", "--png", "r.png") == (2, "", said)
