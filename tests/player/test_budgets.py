@@ -74,7 +74,11 @@ def test_every_budget_gives_the_same_video(built: Bundle, whole: torch.Tensor, n
     assert threading.active_count() == threads
     assert engines() == before
     blocks = {block for block, _ in built.manifest.calls()}
-    assert (played.loads == len(blocks)) == (name == "everything")
+    assert played.loads >= len(blocks)
+    if name == "everything":
+        assert played.loads == len(blocks)
+    if name == "least" and built.manifest.target.name == "executorch":
+        assert played.loads > len(blocks)  # on Core ML, activations of other calls leave room for all that stays
 
 
 def test_no_more_engines_are_alive_than_the_plan_holds(built: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,8 +117,9 @@ def test_a_leap_comes_sooner_than_planned(
 
 
 def test_stages_by_themselves_load_what_they_need(bundle: Bundle, player: Callable[..., Player]) -> None:
-    playing = player(memory_budget=budgets(bundle)["least"])
+    playing = player()
     y, mask = playing.encode(PROMPT)
+    assert {r.block.partition("/")[0] for r in playing.trace.records} == {"text_encoder"}
     latents = playing.denoise(y, mask, SEED)
     assert {r.block.partition("/")[0] for r in playing.trace.records} == {"text_encoder", "transformer"}
     assert torch.equal(playing.decode(latents), player().video(PROMPT, SEED))

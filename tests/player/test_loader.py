@@ -313,3 +313,12 @@ def test_loads_for_calls_that_are_left_out_are_left_out() -> None:
         for call in run.phases[-1].calls * 2:
             loader.call(call.block, call.function, NOTHING)
     assert {b for b, _ in storage.opened} == {"vae/v0", "vae/v1"}
+
+
+def test_a_stage_by_itself_loads_nothing_for_the_next() -> None:
+    run, storage = small(steps=6), Storage()
+    with Loader(run, plan_loading(run, 110).plan, storage.open, Trace()) as loader:
+        loader.enter("net", alone=True)
+        for call in run.phases[1].calls * 6:
+            loader.call(call.block, call.function, NOTHING)
+    assert [b for b, _ in storage.opened] == [f"net/b{i}" for i in range(7)]

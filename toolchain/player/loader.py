@@ -75,11 +75,14 @@ class Loader:
             self._thread.join()
         self._engines.clear()
 
-    def enter(self, component: str) -> None:
+    def enter(self, component: str, *, alone: bool = False) -> None:
         """Go on with a component: calls of others that stand before its next one in the plan are left out.
 
         A call that is left out takes no time, but still waits for its block's load if that has begun; a load for such
         calls alone that has not begun is left out with them. So what is held stays within what the plan counts on.
+
+        Args:
+            alone: nothing after the component is going to be called, so nothing is loaded for it.
 
         Raises:
             BundleError: the plan has no more calls of it.
@@ -92,8 +95,13 @@ class Loader:
                 upto += 1
             if upto == len(runs):
                 raise BundleError(f"loading plan: has no more calls of '{component}'")
+            end = upto
+            while end < len(runs) and (not alone or runs[end].call.block.startswith(f"{component}/")):
+                end += 1
             self._left_out |= {
-                i for i, load in enumerate(self._jobs.loads) if i >= self._begun and max(load.uses) < upto
+                i
+                for i, load in enumerate(self._jobs.loads)
+                if i >= self._begun and not any(upto <= use < end for use in load.uses)
             }
             if self._thread.ident is None:
                 self._began = self._trace.now()

@@ -100,8 +100,9 @@ class Player:
 
     @contextmanager
     def _component(self, name: str) -> Iterator[ComponentRunner]:
+        alone = self._loader is None
         with self._following() as loader:
-            loader.enter(name)
+            loader.enter(name, alone=alone)
             yield ComponentRunner(self.bundle, name, loader.call)
 
     def encode(self, prompt: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -68,8 +68,7 @@ class Console:
         if not self.as_json:
             from rich.console import Console as RichConsole
 
-            width = None if self._err.isatty() else 140
-            RichConsole(file=self._err, width=width, highlight=False).print(text)
+            RichConsole(file=self._err, highlight=False, soft_wrap=not self._err.isatty()).print(text)
 
     def warn(self, text: str) -> None:
         """Say something on stderr that does not stop the command."""
