@@ -19,9 +19,11 @@ from toolchain.errors import SoraCompileError
 from toolchain.formats.bundle import load_bundle
 from toolchain.formats.recipe_file import load_recipe
 from toolchain.formats.schedule import PRESETS, StaticLeap, groups_of, plan_steps
-from toolchain.ir.target import distinct_functions
+from toolchain.ir.target import Engine, distinct_functions
 from toolchain.planning.plan import Plan, plan
-from toolchain.player.opening import target_of
+from toolchain.player.following import followed
+from toolchain.player.loader import Loader
+from toolchain.player.opening import load_engine, target_of
 from toolchain.player.runner import ComponentRunner
 from toolchain.player.trace import Trace
 
@@ -144,23 +146,27 @@ def test_from_recipe_to_steps_that_run(project: Path, tmp_path: Path, run_cli: A
         assert 1e-3 < pair.quantization[function].relative_error < 5e-2
     assert bundle.manifest.gate.limits == {"float16": 2e-2, "int8": 1e-1}
     # as a player runs it
-    trace = Trace()
-    runner = ComponentRunner(bundle, "transformer", target_of(bundle.manifest, "transformer"), trace)
+    trace, found, target = Trace(), followed(bundle.manifest), target_of(bundle.manifest, "transformer")
+
+    def open_block(block: str, function: str) -> Engine:
+        return load_engine(bundle, "transformer", blocks[block.partition("/")[2]], function, target)
+
+    loader = Loader(found.run, found.plan, open_block, trace)
+    runner = ComponentRunner(bundle, "transformer", loader.call)
     generator = torch.Generator().manual_seed(0)
     shapes = {i.feed.kind: i.shape for i in part.inputs}
     y = torch.randn(1, *shapes["text_embedding"][1:], generator=generator)
     given = {"text_embedding": y, "token_mask": torch.ones(1, shapes["token_mask"][1])}
-    runner.run("prompt", given, part.default_function)
     latents = torch.randn(shapes["latents"], generator=generator)
-    for step in steps:
-        now = given | {"latents": latents, "timestep": torch.tensor(step.timestep)}
-        results = runner.run("step", now, step.function)
-        assert all(bool(torch.isfinite(v).all()) for v in results.values())
-    runner.free()
-    trace.write(tmp_path / "trace.json")
-    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-    ran = [e["name"] for e in events if e["name"].startswith("pair_0.")]
-    assert ran == ["pair_0.base", "pair_0.base", "pair_0.base_2", "pair_0.base_2"]
+    with loader:
+        loader.enter("transformer")
+        runner.run("prompt", given, part.default_function)
+        for step in steps:
+            now = given | {"latents": latents, "timestep": torch.tensor(step.timestep)}
+            results = runner.run("step", now, step.function)
+            assert all(bool(torch.isfinite(v).all()) for v in results.values())
+    ran = [r.function for r in trace.records if r.category == "run" and r.block == "transformer/pair_0"]
+    assert ran == ["base", "base", "base_2", "base_2"]
     # whoever looks at it later
     assert not verify(load_bundle(bundle.path)).failed
     explained = explain_block(bundle, "transformer/pair_0", base=project, calibrate=calibrate_recipe)

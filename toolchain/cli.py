@@ -378,6 +378,10 @@ def play(
     prompt: Annotated[str, typer.Option("--prompt", help="What the video shows.")],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="VIDEO", help="The .mp4 file to write.")],
     seed: Annotated[int, typer.Option("--seed", min=0, max=(1 << 64) - 1, help="Decides the initial noise.")] = 0,
+    memory_budget: Annotated[
+        str | None,
+        typer.Option("--memory-budget", metavar="SIZE", help="Plan loading for this much memory instead, as 2.5GB."),
+    ] = None,
     frames: Annotated[Path | None, typer.Option("--frames", metavar="FOLDER", help="Also write PNGs.")] = None,
     trace: Annotated[Path | None, typer.Option("--trace", metavar="FILE", help="Also write a Chrome trace.")] = None,
     as_json: JsonOption = False,
@@ -388,12 +392,26 @@ def play(
 
     with Console(as_json, verbose) as console:
         import toolchain
+        from toolchain.ui.playing import played_json, played_table, played_text
+        from toolchain.validation import read_bytes
 
+        budget = None if memory_budget is None else read_bytes(memory_budget, "--memory-budget")
         with console.stages() as progress:
             video = toolchain.play(
-                bundle, prompt, output, seed=seed, frames=frames, trace=trace, progress=progress, warn=console.warn
+                bundle,
+                prompt,
+                output,
+                seed=seed,
+                memory_budget=budget,
+                frames=frames,
+                trace=trace,
+                progress=progress,
+                warn=console.warn,
             )
-        console.answer({"video": str(video)}, str(video))
+        console.note(played_text(video.played))
+        if trace is not None and video.predicted is not None:
+            console.note(played_table(video.played, video.predicted))
+        console.answer(played_json(video), str(video.path))
 
 
 @app.command()

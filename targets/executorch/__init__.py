@@ -77,7 +77,7 @@ class ExecuTorchTarget(Target):
         check(path, block)
 
     def engine(self, path: Path, inputs: Sequence[Port], outputs: Sequence[Port]) -> Engine:
-        with quiet():
+        with quiet(alone=False):
             from targets.executorch.engine import ExecuTorchEngine
 
         return ExecuTorchEngine(path, inputs, outputs)

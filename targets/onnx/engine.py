@@ -22,7 +22,7 @@ TRACED_BYTES = 1 << 30
 
 
 class OnnxEngine:
-    """A lowered block; functions are loaded at their first call.
+    """A lowered block; functions are loaded at their first call, or by :meth:`prepare`.
 
     Runs on as many threads as PyTorch does at that time.
     """
@@ -32,14 +32,22 @@ class OnnxEngine:
         self._inputs, self._outputs = inputs, outputs
         self._sessions: dict[str, ort.InferenceSession] = {}
 
+    def prepare(self, function: str) -> None:
+        """Load a function, so that its first call does not.
+
+        Raises:
+            LoweringError: it cannot be loaded.
+        """
+        if function not in self._sessions:
+            self._sessions[function] = self._load(function, str(self._path / f"{function}.onnx"))
+
     def __call__(self, function: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """A function's outputs, by port.
 
         Raises:
             LoweringError: names the file, the function and, where known, the operator.
         """
-        if function not in self._sessions:
-            self._sessions[function] = self._load(function, str(self._path / f"{function}.onnx"))
+        self.prepare(function)
         names = [p.name for p in self._outputs]
         return dict(zip(names, self._run(self._sessions[function], function, names, inputs), strict=True))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import itertools
 import math
 import shutil
 from collections.abc import Callable, Iterator
@@ -23,6 +23,8 @@ from toolchain.formats.recipe import Recipe, SamplerRecipe
 from toolchain.formats.recipe_file import parse_recipe
 from toolchain.models.family import find_family
 from toolchain.models.open_sora_v1_2.vae import OpenSoraVAE, OpenSoraVAEConfig
+from toolchain.planning.loading.predict import predict
+from toolchain.planning.loading.run import Phase, Run
 from toolchain.player import Player
 
 ROOT = Path(__file__).parents[2]
@@ -129,8 +131,16 @@ def player(bundle: Bundle) -> Callable[..., Player]:
 
 
 def edited(bundle: Bundle, **changes: Any) -> Bundle:
-    """The bundle with parts of its manifest replaced."""
-    return dataclasses.replace(bundle, manifest=bundle.manifest.model_copy(update=changes))
+    """The bundle with parts of its manifest replaced, and loading planned for what it then calls."""
+    manifest = bundle.manifest.model_copy(update=changes)
+    made = bundle.manifest.loading.made_from
+    assert made is not None
+    run = Run.from_data(made.run)
+    known = {(call.block, call.function): call for call in run.calls()}
+    rounds = [(calls, len(list(alike))) for calls, alike in itertools.groupby(manifest.rounds()) if calls]
+    run = Run(run.blocks, tuple(Phase("", tuple(known[call] for call in calls), times) for calls, times in rounds))
+    loading = predict(run, None, made.overlap_loss, made.times).entry()
+    return dataclasses.replace(bundle, manifest=manifest.model_copy(update={"loading": loading}))
 
 
 @pytest.fixture(scope="session")
@@ -165,13 +175,12 @@ def psnr() -> Callable[[torch.Tensor, torch.Tensor], float]:
 
 
 @pytest.fixture
-def events(tmp_path: Path) -> Callable[[Player], list[dict[str, Any]]]:
-    """What a player's trace says of loads and runs, with the component's name as ``component``."""
+def events() -> Callable[[Player], list[dict[str, Any]]]:
+    """What a player's trace says of loads and runs: names as within their component, and that as ``component``."""
 
     def read(player: Player) -> list[dict[str, Any]]:
-        player.trace.write(tmp_path / "trace.json")
-        found = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-        names = {e["tid"]: e["args"]["name"] for e in found if e["ph"] == "M"}
-        return [e | {"component": names[e["tid"]]} for e in found if e["ph"] == "X"]
+        found = player.trace.data({})["traceEvents"]
+        parts = [(e, *e["name"].partition("/")) for e in found if e["ph"] == "X"]
+        return [e | {"component": component, "name": name} for e, component, _, name in parts]
 
     return read

@@ -18,13 +18,14 @@ from PIL import Image
 from toolchain.accuracy.eager import EagerPipeline
 from toolchain.build import entries as describe
 from toolchain.formats.bundle import Bundle
+from toolchain.formats.loading import loads_of
 from toolchain.formats.recipe import Recipe
 from toolchain.formats.recipe_file import parse_recipe
 from toolchain.models.family import find_family
 from toolchain.models.open_sora_v1_2.vae import OpenSoraVAE
 from toolchain.player import Player
 from toolchain.player.video import to_bytes
-from toolchain.ui.report.timeline import played_timeline
+from toolchain.ui.report.timeline import predicted_timeline, trace_timelines
 
 pytestmark = pytest.mark.slow
 
@@ -165,7 +166,7 @@ def test_the_same_seed_gives_the_same_video(player: Players, psnr: Psnr) -> None
     assert psnr(first, playing.video(PROMPT, seed=2)) < ALIKE
 
 
-# --- blocks come and go ------------------------------------------------------------------------------
+# --- progress ----------------------------------------------------------------------------------------
 
 
 def test_progress_is_told_in_order(player: Players, variant: Variant) -> None:
@@ -228,7 +229,10 @@ def test_command_says_where_the_video_is(played: tuple[Path, Any]) -> None:
     folder, ran = played
     assert ran.code == 0, ran.err
     assert ran.out.strip() == "fox.mp4"
-    assert ran.err.splitlines() == ["sora-compile: warning: the prompt is longer than 32 tokens; its end is left out"]
+    warning, took, *table = ran.err.splitlines()
+    assert warning == "sora-compile: warning: the prompt is longer than 32 tokens; its end is left out"
+    assert took.startswith("played in ")
+    assert [line.split()[0] for line in table if line.strip()][:2] == ["predicted", "time"]
     assert sorted(p.name for p in folder.iterdir()) == ["fox.mp4", "frames", "trace.json"]
 
 
@@ -251,34 +255,43 @@ def test_command_writes_frames(played: tuple[Path, Any], player: Players) -> Non
 
 def test_command_writes_a_trace(played: tuple[Path, Any], bundle: Bundle) -> None:
     trace = json.loads((played[0] / "trace.json").read_text())
-    names = {e["tid"]: e["args"]["name"] for e in trace["traceEvents"] if e["ph"] == "M"}
-    assert sorted(names.values()) == sorted(bundle.manifest.components)
-    assert all(e["name"] == "thread_name" for e in trace["traceEvents"] if e["ph"] == "M")
-    assert trace["otherData"] == {"bundle": "small", "recipe_sha256": bundle.manifest.recipe.sha256}
-    spans = [e for e in trace["traceEvents"] if e["ph"] != "M"]
-    for e in spans:
-        assert e.keys() == {"name", "cat", "ph", "ts", "dur", "pid", "tid"}
-        assert e["ph"] == "X"
-        assert e["cat"] in ("load", "run")
-        assert e["tid"] in names
-        assert e["ts"] >= 0
-        assert e["dur"] >= 0
-    assert all(a["ts"] + a["dur"] <= b["ts"] + 1e-3 for a, b in pairwise(spans))  # one thing after the other
-    blocks = {(n, b.name) for n, c in bundle.manifest.components.items() for b in c.blocks}
-    for category in ("load", "run"):
-        assert {(names[e["tid"]], e["name"].partition(".")[0]) for e in spans if e["cat"] == category} == blocks
+    names = [e["args"]["name"] for e in trace["traceEvents"] if e["ph"] == "M"]
+    assert names == ["played", "loader", "compute", "predicted", "loader", "compute"]
+    about = trace["otherData"]
+    assert (about["bundle"], about["recipe_sha256"]) == ("small", bundle.manifest.recipe.sha256)
+    for process, of in ((1, about["played"]), (2, about["predicted"])):
+        own = [e for e in trace["traceEvents"] if e["pid"] == process]
+        for category, lane, count in (("load", 1, of["loads"]), ("run", 2, of["calls"])):
+            spans = [e for e in own if e["ph"] == "X" and e["tid"] == lane]
+            assert {e["cat"] for e in spans} == {category}
+            assert len(spans) == count
+            assert all(e["ts"] >= 0 and e["dur"] >= 0 for e in spans)
+            assert all(a["ts"] + a["dur"] <= b["ts"] + 1e-3 for a, b in pairwise(spans))  # one after the other
+            assert {e["args"]["block"] for e in spans} == {block for block, _ in bundle.manifest.calls()}
+        assert max(e["args"]["bytes"] for e in own if e["ph"] == "C") == of["peak_bytes"] <= of["budget_bytes"]
+    runs = [(e["args"]["block"], e["args"]["function"]) for e in trace["traceEvents"] if e.get("cat") == "run"]
+    assert runs == list(bundle.manifest.calls()) * 2
 
 
 def test_a_report_takes_the_trace(played: tuple[Path, Any], bundle: Bundle) -> None:
-    timeline = played_timeline(played[0] / "trace.json", bundle)
-    components = bundle.manifest.components
-    assert {i.component for i in timeline.lanes["compute"]} == set(components)
-    # without a budget everything of a component stays loaded, and nothing of the one before it
-    sizes = [sum(sum(b.weight_bytes.values()) for b in c.blocks) for c in components.values()]
-    assert (timeline.peak_bytes, timeline.memory[-1][1]) == (max(sizes), 0)
+    predicted, found = trace_timelines(played[0] / "trace.json", bundle)
+    assert (predicted.title, found.title) == ("predicted", "played")
+    expected = predicted_timeline(bundle.manifest.loading, found.budget_bytes) or pytest.fail("nothing is predicted")
+    assert predicted.lanes.keys() == expected.lanes.keys()
+    assert predicted.end_s == pytest.approx(expected.end_s)
+    assert predicted.peak_bytes == expected.peak_bytes
+    assert {i.component for i in found.lanes["compute"]} == set(bundle.manifest.components)
+    assert found.peak_bytes <= bundle.manifest.loading.plan["budget_bytes"]
+    assert found.budget_bytes is None  # everything stays
+    assert found.memory[-1][1] == 0
 
 
 def test_command_as_json(bundle: Bundle, run_cli: Any, tmp_path: Path) -> None:
     ran = run_cli("play", bundle.path, "--prompt", PROMPT, "-o", "a.mp4", "--json", cwd=tmp_path)
     assert (ran.code, ran.err) == (0, "")
-    assert json.loads(ran.out) == {"video": "a.mp4"}
+    answer = json.loads(ran.out)
+    assert answer.keys() == {"video", "played", "predicted"}
+    assert answer["video"] == "a.mp4"
+    for figures in (answer["played"], answer["predicted"]):
+        assert figures["calls"] == len(list(bundle.manifest.calls()))
+        assert figures["loads"] == sum(loads_of(bundle.manifest.loading.plan).values())

@@ -22,7 +22,7 @@ from toolchain.cli import app
 from toolchain.errors import BundleError
 from toolchain.formats.bundle import Bundle, describe_file
 from toolchain.formats.recipe_file import parse_recipe
-from toolchain.ir.target import EngineUnavailableError
+from toolchain.ir.target import EngineUnavailableError, distinct_functions
 from toolchain.planning.plan import plan_resolved
 from toolchain.planning.resolve import resolve
 from toolchain.player import Player
@@ -43,7 +43,9 @@ def hollow_bundle(data: dict[str, Any], source: Path, folder: Path) -> Path:
             path.write_bytes(f"not a program, but {block.name}".encode())
             files = [describe_file(path, folder)]
             memory = part.memory[block.name]
-            entries.append(describe.block(block, files, tuple(block.functions), None, None, part.target, name, memory))
+            entries.append(
+                describe.block(block, files, distinct_functions(block), None, None, part.target, name, memory)
+            )
         tables = component_tables(part)
         file = write_tables(tables, folder / name / "tables.safetensors", folder)
         components[name] = describe.component(part, entries, file, tables)

@@ -14,7 +14,10 @@ import torch
 from safetensors.torch import save_file
 
 from toolchain.formats.bundle import Bundle, describe_file, load_bundle
-from toolchain.player.opening import target_of
+from toolchain.ir.target import Engine
+from toolchain.player.following import followed
+from toolchain.player.loader import Loader
+from toolchain.player.opening import load_engine, target_of
 from toolchain.player.runner import ComponentRunner
 from toolchain.player.trace import Trace
 
@@ -100,16 +103,27 @@ def make_hostile(data: dict[str, Any], folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def shown(edited: Callable[..., Bundle], tmp_path_factory: pytest.TempPathFactory) -> Shown:
-    """The hostile bundle, and the trace of two steps that were run; nothing stays loaded, so each run loads first."""
+    """The hostile bundle, and the trace of three steps that were run; nothing stays loaded, so each run loads first."""
     bundle = edited(make_hostile)
-    trace = Trace()
-    runner = ComponentRunner(bundle, "transformer", target_of(bundle.manifest, "transformer"), trace)
-    inputs = {i.feed.kind: i.shape for i in runner.entry.inputs}
-    given = {kind: torch.zeros(1, *inputs[kind][1:]) for kind in ("text_embedding", "token_mask", "latents")}
-    given["timestep"] = torch.tensor(500.0)
-    runner.run("prompt", given, "base")
-    for function in ("merged", "base"):
-        runner.run("step", given, function)
+    trace, found = Trace(), followed(bundle.manifest)
+    target = target_of(bundle.manifest, "transformer")
+    blocks = {f"transformer/{b.name}": b for b in bundle.manifest.components["transformer"].blocks}
+
+    def open_block(block: str, function: str) -> Engine:
+        return load_engine(bundle, "transformer", blocks[block], function, target)
+
+    with Loader(found.run, found.plan, open_block, trace) as loader:
+        loader.enter("transformer")
+        runner = ComponentRunner(bundle, "transformer", loader.call)
+        inputs = {i.feed.kind: i.shape for i in runner.entry.inputs}
+        given = {kind: torch.zeros(1, *inputs[kind][1:]) for kind in ("text_embedding", "token_mask", "latents")}
+        given["timestep"] = torch.tensor(500.0)
+        runner.run("prompt", given, "base")
+        for step in bundle.manifest.sampler.steps[:3]:
+            runner.run("step", given, step.function)
     path = tmp_path_factory.mktemp("trace") / "trace.json"
-    trace.write(path, {"recipe_sha256": bundle.manifest.recipe.sha256})
+    assert found.timeline is not None
+    manifest = bundle.manifest
+    about = {"recipe_sha256": manifest.recipe.sha256, "memory_budget_bytes": manifest.memory_budget_bytes}
+    trace.write(path, about, Trace.of(found.timeline))
     return Shown(bundle, path)

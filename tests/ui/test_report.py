@@ -26,7 +26,7 @@ from toolchain.ui.report import words
 from toolchain.ui.report.charts import report_charts
 from toolchain.ui.report.facts import Facts, bundle_facts, plan_facts
 from toolchain.ui.report.page import picture, render
-from toolchain.ui.report.timeline import Interval, Timeline, played_timeline, predicted_timeline
+from toolchain.ui.report.timeline import Interval, Timeline, predicted_timeline, trace_timelines
 from toolchain.ui.report.video import golden_clip
 
 pytestmark = pytest.mark.slow
@@ -40,7 +40,7 @@ def facts(shown: Any) -> Facts:
 
 @pytest.fixture(scope="module")
 def played(shown: Any) -> Timeline:
-    return played_timeline(shown.trace, shown.bundle)
+    return trace_timelines(shown.trace, shown.bundle)[1]
 
 
 @pytest.fixture(scope="module")
@@ -134,38 +134,34 @@ def test_a_plan_has_the_same_facts_as_its_bundle(executorch_bundle: Any, edited:
 def test_what_was_played_is_drawn(shown: Any, played: Timeline) -> None:
     component = shown.bundle.manifest.components["transformer"]
     steps, once = component.load_order["step"], component.load_order["prompt"]
-    assert [i.block for i in played.lanes["loader"]] == [*once, *steps, *steps]  # nothing stays loaded
-    assert [i.block for i in played.lanes["compute"]] == [*once, *steps, *steps]
-    assert "merged" in {i.function for i in played.lanes["compute"]}
+    assert [i.block for i in played.lanes["loader"]] == [*once, *steps * 3]  # nothing stays loaded
+    assert [i.block for i in played.lanes["compute"]] == [*once, *steps * 3]
+    assert {i.function for i in played.lanes["compute"]} == {"base", "merged"}
     size = {b.name: sum(b.weight_bytes.values()) for b in component.blocks}
-    assert played.peak_bytes == max(size.values())  # one after the other
-    assert played.memory[-1][1] == 0
+    made = shown.bundle.manifest.loading.made_from
+    calls = [c for phase in made.run["phases"] for c in phase["calls"]]
+    one = max(size[c["block"].partition("/")[2]] + c["activation_bytes"] + c["live_bytes"] for c in calls)
+    assert played.peak_bytes == one  # one after the other
+    assert played.memory[-1][1] < min(size.values())  # values between calls: the video goes on
     times = [t for t, _ in played.memory]
     assert times == sorted(set(times))
     assert played.budget_bytes == shown.bundle.manifest.memory_budget_bytes
     rows = {r.name.removeprefix("transformer/"): r for r in words.totals(played).rows}
     assert {name: (r.loads, r.runs) for name, r in rows.items()} == {
-        name: (1, 1) if name in once else (2, 2) for name in size
+        name: (1, 1) if name in once else (3, 3) for name in size
     }
     assert sum(r.share for r in rows.values()) <= 1
 
 
-def test_what_stays_loaded_counts_until_its_last_run(edited: Callable[..., Bundle], tmp_path: Path) -> None:
-    bundle = edited(lambda data, folder: None)
-    names = [b.name for b in bundle.manifest.components["transformer"].blocks]
-    events: list[dict[str, Any]] = [{"name": "thread_name", "ph": "M", "tid": 1, "args": {"name": "transformer"}}]
-    for n, name in enumerate(names):
-        events.append({"name": name, "cat": "load", "ph": "X", "tid": 1, "ts": n * 2e6, "dur": 1e6})
-        events.append({"name": f"{name}.base", "cat": "run", "ph": "X", "tid": 1, "ts": n * 2e6 + 1e6, "dur": 1e6})
-    events.append({"name": f"{names[0]}.base", "cat": "run", "ph": "X", "tid": 1, "ts": len(names) * 2e6, "dur": 1e6})
-    trace = tmp_path / "trace.json"
-    trace.write_text(json.dumps({"traceEvents": events, "otherData": {"recipe_sha256": bundle.manifest.recipe.sha256}}))
-    played = played_timeline(trace, bundle)
-    sizes = [sum(b.weight_bytes.values()) for b in bundle.manifest.components["transformer"].blocks]
-    end = 2.0 * len(names) + 1
-    during = [(2.0 * n, sizes[0] + (sizes[n] if n else 0)) for n in range(len(names))]
-    assert played.memory == (*during, (end - 1, sizes[0]), (end, 0))
-    assert played.end_s == end
+def test_a_trace_has_what_was_predicted_of_its_plan(shown: Any, played: Timeline) -> None:
+    both = trace_timelines(shown.trace, shown.bundle)
+    assert [t.title for t in both] == ["predicted", "played"]
+    assert both[1] == played
+    expected = predicted_timeline(shown.bundle.manifest.loading, played.budget_bytes) or pytest.fail("none")
+    assert both[0].peak_bytes == expected.peak_bytes
+    assert both[0].end_s == pytest.approx(expected.end_s)
+    for lane, intervals in expected.lanes.items():
+        assert [(i.block, i.function) for i in both[0].lanes[lane]] == [(i.block, i.function) for i in intervals]
 
 
 def test_the_prediction_is_drawn_as_the_manifest_says(edited: Callable[..., Bundle]) -> None:

@@ -16,7 +16,7 @@ from selenium.webdriver.support.wait import WebDriverWait
 
 from toolchain.ui.report.facts import bundle_facts
 from toolchain.ui.report.page import render
-from toolchain.ui.report.timeline import played_timeline
+from toolchain.ui.report.timeline import trace_timelines
 from toolchain.ui.report.video import golden_clip
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -34,7 +34,7 @@ SECONDS = 60.0
 @pytest.fixture(scope="module")
 def address(shown: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("page") / "report.html"
-    timeline = played_timeline(shown.trace, shown.bundle)
+    timeline = trace_timelines(shown.trace, shown.bundle)[1]
     path.write_text(render(bundle_facts(shown.bundle), [timeline], golden_clip(shown.bundle)), encoding="utf-8")
     return path.as_uri()
 

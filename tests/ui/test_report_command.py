@@ -80,15 +80,19 @@ def of_another(bundle: Path, trace: Path) -> None:
     trace.write_text(json.dumps(data))
 
 
+def last_span(data: dict[str, Any]) -> dict[str, Any]:
+    return next(e for e in reversed(data["traceEvents"]) if e["ph"] == "X")
+
+
 def of_another_block(bundle: Path, trace: Path) -> None:
     data = json.loads(trace.read_text())
-    data["traceEvents"][-1]["name"] = "no_such.base"
+    last_span(data)["args"]["block"] = "transformer/no_such"
     trace.write_text(json.dumps(data))
 
 
 def endless(bundle: Path, trace: Path) -> None:
     data = json.loads(trace.read_text())
-    data["traceEvents"][-1]["dur"] = float("inf")
+    last_span(data)["dur"] = float("inf")
     trace.write_text(json.dumps(data))
 
 

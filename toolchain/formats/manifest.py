@@ -399,12 +399,19 @@ class Manifest(Entry):
 
     def calls(self) -> Iterator[tuple[str, str]]:
         """``COMPONENT/BLOCK`` and function of every call of a whole video, in order."""
+        for calls in self.rounds():
+            yield from calls
+
+    def rounds(self) -> Iterator[tuple[tuple[str, str], ...]]:
+        """The same, by round: the calls of a component's rate, once."""
         s = self.sampler
         steps, stages = [step.function for step in s.steps], self.decoding.stages if self.decoding else []
         text = self.text.rate if self.text else "prompt"
         for round_ in rounds(self.components, steps, stages, text=text, once=s.once, each=s.each):
             component = self.components[round_.component]
             blocks = {b.name: b for b in component.blocks}
-            for name in component.load_order.get(cast(Rate, round_.rate), []):
-                asked = round_.function or component.default_function
-                yield f"{round_.component}/{name}", component.own_function(blocks[name], asked)
+            asked = round_.function or component.default_function
+            yield tuple(
+                (f"{round_.component}/{name}", component.own_function(blocks[name], asked))
+                for name in component.load_order.get(cast(Rate, round_.rate), [])
+            )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -62,6 +62,13 @@ class OpValue:
     dtype: str
     value: torch.Tensor
     inputs: tuple[str, ...]
+
+
+@runtime_checkable
+class PreparingEngine(Engine, Protocol):
+    """An engine that loads functions one by one: ``prepare`` does what the first call of one would do besides."""
+
+    def prepare(self, function: str) -> None: ...
 
 
 class TracingEngine(Engine, Protocol):

@@ -7,8 +7,9 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -17,9 +18,10 @@ from toolchain.formats.bundle import Bundle
 from toolchain.formats.manifest import BlockEntry
 from toolchain.formats.times import MeasuredStructure, MeasuredTimes
 from toolchain.ir.target import Engine, Target
-from toolchain.player.opening import open_engine, signatures, target_of
+from toolchain.player.opening import load_engine, signatures, target_of
 
 Progress = Callable[[str, int, int], None]
+BeforeLoad = Callable[[Sequence[Path]], None]
 OVERLAP_S = 0.5
 """How long loading and computing beside one another are measured, at least."""
 
@@ -33,11 +35,17 @@ class _Structure:
     target: Target
 
 
-def measure_times(bundle: Bundle, *, repeats: int = 3, progress: Progress = lambda *_: None) -> MeasuredTimes:
-    """Load and run every structure of a bundle by its engines; times are medians of ``repeats``.
+def measure_times(
+    bundle: Bundle,
+    *,
+    repeats: int = 3,
+    progress: Progress = lambda *_: None,
+    before_load: BeforeLoad = lambda _: None,
+) -> MeasuredTimes:
+    """Load and run every structure of a bundle as the player does; times are medians of ``repeats``.
 
-    A load is all that it takes until a first call is as fast as the next ones: some engines load a function when it
-    is first called. Files are read before, so loads are from the system's cache, not from storage.
+    Files are read before, so loads are from the system's cache, not from storage, unless ``before_load`` drops them:
+    it is given a block's files before each load.
 
     Raises:
         BundleError: a file is missing or altered.
@@ -52,8 +60,8 @@ def measure_times(bundle: Bundle, *, repeats: int = 3, progress: Progress = lamb
     measured: dict[str, MeasuredStructure] = {}
     for done, (digest, own) in enumerate(found.items()):
         progress("calibrate", done, len(found))
-        measured[digest] = _measure(bundle, own, repeats)
-    loss = _overlap_loss(bundle, found, measured)
+        measured[digest] = _measure(bundle, own, repeats, before_load)
+    loss = _overlap_loss(bundle, found, measured, before_load)
     progress("calibrate", len(found), len(found))
     return MeasuredTimes(
         machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
@@ -63,19 +71,26 @@ def measure_times(bundle: Bundle, *, repeats: int = 3, progress: Progress = lamb
     )
 
 
-def _measure(bundle: Bundle, own: _Structure, repeats: int) -> MeasuredStructure:
+def _measure(bundle: Bundle, own: _Structure, repeats: int, before_load: BeforeLoad) -> MeasuredStructure:
     default = bundle.manifest.components[own.component].default_function
     loads, runs = [], {}
+    engine = None
     for _ in range(repeats + 1):  # the first has the start of the runtime in it
-        began = time.perf_counter()
-        engine = open_engine(bundle, own.component, own.block, own.target)
-        opened = time.perf_counter() - began
-        first, again = _call_s(engine, own.block, default), _call_s(engine, own.block, default)
-        loads.append(opened + max(0.0, first - again))
+        del engine  # one at a time
+        took, engine = _load_s(bundle, own, default, before_load)
+        loads.append(took)
+    assert engine is not None
     for function in own.block.functions:
         _call_s(engine, own.block, function)
         runs[function] = median(_call_s(engine, own.block, function) for _ in range(repeats))
     return MeasuredStructure(load_s=median(loads[1:]), run_s=runs)
+
+
+def _load_s(bundle: Bundle, own: _Structure, function: str, before_load: BeforeLoad) -> tuple[float, Engine]:
+    before_load([bundle.path / file.path for file in own.block.files])
+    began = time.perf_counter()
+    engine = load_engine(bundle, own.component, own.block, function, own.target)
+    return time.perf_counter() - began, engine
 
 
 def _call_s(engine: Engine, block: BlockEntry, function: str) -> float:
@@ -93,7 +108,12 @@ def _inputs(block: BlockEntry, function: str) -> dict[str, torch.Tensor]:
     }
 
 
-def _overlap_loss(bundle: Bundle, structures: dict[str, _Structure], measured: dict[str, MeasuredStructure]) -> float:
+def _overlap_loss(
+    bundle: Bundle,
+    structures: dict[str, _Structure],
+    measured: dict[str, MeasuredStructure],
+    before_load: BeforeLoad,
+) -> float:
     """Share of hidden load time that is lost: the dearest load again and again, while the dearest call runs.
 
     Alone, so many loads take l and calls e seconds; beside one another they end after max(l, e) + λ · min(l, e).
@@ -102,14 +122,12 @@ def _overlap_loss(bundle: Bundle, structures: dict[str, _Structure], measured: d
     run = max(structures, key=lambda d: max(measured[d].run_s.values()))
     function = max(measured[run].run_s, key=lambda f: measured[run].run_s[f])
     loaded, running = structures[load], structures[run]
-    engine = open_engine(bundle, running.component, running.block, running.target)
+    engine = load_engine(bundle, running.component, running.block, function, running.target)
     _call_s(engine, running.block, function)
 
     def load_often(times: int) -> None:
-        own = bundle.manifest.components[loaded.component].default_function
         for _ in range(times):
-            engine = open_engine(bundle, loaded.component, loaded.block, loaded.target)
-            _call_s(engine, loaded.block, own)
+            _load_s(bundle, loaded, bundle.manifest.components[loaded.component].default_function, before_load)
 
     loads = math.ceil(OVERLAP_S / max(measured[load].load_s, 1e-3))
     began = time.perf_counter()

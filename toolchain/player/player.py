@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,13 +14,17 @@ from toolchain.formats.bundle import Bundle, load_bundle
 from toolchain.formats.manifest import Stage
 from toolchain.formats.schedule import Step
 from toolchain.ir.feeds import Given
-from toolchain.player.opening import target_of
+from toolchain.ir.target import Engine
+from toolchain.player.following import Figures, followed
+from toolchain.player.loader import Loader
+from toolchain.player.opening import load_engine, target_of
 from toolchain.player.prompt import prepare_prompt
 from toolchain.player.runner import ComponentRunner
 from toolchain.player.sampler import initial_noise, sample
 from toolchain.player.tokenizer import T5Tokenizer
 from toolchain.player.trace import Trace
 from toolchain.player.video import check_outputs, to_bytes, write_frames, write_video
+from toolchain.system.memory import return_large_allocations
 
 Progress = Callable[[str, int, int], None]
 """Told of a stage (``encode``, ``denoise``, ``decode``), how much of it is done, and how much there is."""
@@ -34,15 +39,25 @@ class Player:
 
     Args:
         bundle: the bundle or its path.
+        memory_budget: bytes for weights and activations to plan loading for; the bundle's own plan if None.
         progress: told of progress.
         warn: told of what a user should know, such as a prompt that is too long.
 
+    ``trace`` has all loads and runs so far. ``played`` is what the last video took, or the last stage that was asked
+    for by itself.
+
     Raises:
         BundleError: a file is missing or altered, or a component that a video needs is not in the bundle.
+        RecipeError: the budget is too small; says the smallest that works.
     """
 
     def __init__(
-        self, bundle: Bundle | str | Path, *, progress: Progress = _silent, warn: Callable[[str], None] = print
+        self,
+        bundle: Bundle | str | Path,
+        *,
+        memory_budget: int | None = None,
+        progress: Progress = _silent,
+        warn: Callable[[str], None] = print,
     ) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
         self.manifest = self.bundle.manifest
@@ -54,16 +69,41 @@ class Player:
             raise BundleError(
                 f"'{self.bundle.path}' has no {names}; a video needs all components, add them to the recipe"
             )
+        self.followed = followed(self.manifest, memory_budget)
+        self.played: Figures | None = None
         self.bundle.check_files()
         self._targets = {name: target_of(self.manifest, name) for name in self.manifest.components}
+        self._blocks = {f"{name}/{b.name}": b for name, c in self.manifest.components.items() for b in c.blocks}
+        self._loader: Loader | None = None
+
+    def open_block(self, block: str, function: str) -> Engine:
+        """Load a block (``COMPONENT/BLOCK``), ready to run a function.
+
+        Raises:
+            SoraCompileError: it cannot be loaded; names the artifact.
+        """
+        component = block.partition("/")[0]
+        return load_engine(self.bundle, component, self._blocks[block], function, self._targets[component])
+
+    @contextmanager
+    def _following(self) -> Iterator[Loader]:
+        """The loader that follows the plan: one for a whole video, or for a stage that is asked for by itself."""
+        if self._loader is not None:
+            yield self._loader
+            return
+        with Loader(self.followed.run, self.followed.plan, self.open_block, self.trace) as loader:
+            self._loader = loader
+            try:
+                yield loader
+            finally:
+                self._loader, self.played = None, loader.played()
 
     @contextmanager
     def _component(self, name: str) -> Iterator[ComponentRunner]:
-        runner = ComponentRunner(self.bundle, name, self._targets[name], self.trace)
-        try:
-            yield runner
-        finally:
-            runner.free()
+        alone = self._loader is None
+        with self._following() as loader:
+            loader.enter(name, alone=alone)
+            yield ComponentRunner(self.bundle, name, loader.call)
 
     def encode(self, prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A prompt's embedding ``[1, L, d]`` and mask ``[1, L]``."""
@@ -154,8 +194,18 @@ class Player:
 
     def video(self, prompt: str, seed: int = 0) -> torch.Tensor:
         """Pixels ``[F, 3, H, W]``, -1 … 1, of a video of ``prompt``."""
-        y, mask = self.encode(prompt)
-        return self.decode(self.denoise(y, mask, seed))
+        with self._following():
+            y, mask = self.encode(prompt)
+            return self.decode(self.denoise(y, mask, seed))
+
+
+@dataclass(frozen=True)
+class PlayedVideo:
+    """A video's file, what playing it took, and what was predicted, if the bundle says."""
+
+    path: Path
+    played: Figures
+    predicted: Figures | None
 
 
 def play(
@@ -164,20 +214,19 @@ def play(
     out: str | Path,
     *,
     seed: int = 0,
+    memory_budget: int | None = None,
     frames: str | Path | None = None,
     trace: str | Path | None = None,
     progress: Progress = _silent,
     warn: Callable[[str], None] = print,
-) -> Path:
+) -> PlayedVideo:
     """Play a bundle: make a video of ``prompt`` and write it as the .mp4 file ``out``.
 
     Args:
         seed: decides the initial noise, on every device alike.
+        memory_budget: bytes for weights and activations; as for :class:`Player`.
         frames: also write every frame as a PNG into this folder.
-        trace: also write when each block was loaded and run, as Chrome-trace JSON.
-
-    Returns:
-        The video's path.
+        trace: also write when each block was loaded and run, and was predicted to be, as Chrome-trace JSON.
 
     Raises:
         SoraCompileError: the bundle is damaged, has no engine on this machine, or a file cannot be written.
@@ -185,13 +234,22 @@ def play(
     out = Path(out)
     folder, record = (None if p is None else Path(p) for p in (frames, trace))
     check_outputs(out, folder, record)
-    player = Player(bundle, progress=progress, warn=warn)
+    return_large_allocations()  # what is freed is to be free
+    player = Player(bundle, memory_budget=memory_budget, progress=progress, warn=warn)
     pictures = to_bytes(player.video(prompt, seed))
+    played, predicted = player.played, player.followed.predicted
+    assert played is not None
     write_video(pictures, player.manifest.geometry.fps, out)
     if folder is not None:
         write_frames(pictures, folder)
     if record is not None:
-        # the pinned recipe decides all that a bundle is
-        played = {"bundle": player.manifest.name, "recipe_sha256": player.manifest.recipe.sha256}
-        player.trace.write(record, played)
-    return out
+        about = {
+            "bundle": player.manifest.name,
+            "recipe_sha256": player.manifest.recipe.sha256,  # the pinned recipe decides all that a bundle is
+            "memory_budget_bytes": memory_budget or player.manifest.memory_budget_bytes,
+            "played": played.to_data(),
+            "predicted": None if predicted is None else predicted.to_data(),
+        }
+        timeline = player.followed.timeline
+        player.trace.write(record, about, None if timeline is None else Trace.of(timeline))
+    return PlayedVideo(out, played, predicted)

@@ -1,23 +1,21 @@
-"""Runs one component's blocks: loads them in order, wires them, frees what is not kept."""
+"""Runs one component's blocks in order, and wires them."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from safetensors.torch import load_file
 
 from toolchain.errors import BundleError
 from toolchain.formats.bundle import Bundle
-from toolchain.formats.loading import loads_of
 from toolchain.formats.manifest import BlockEntry
 from toolchain.ir.dtypes import DTYPES
 from toolchain.ir.feeds import Given
-from toolchain.ir.target import Engine, Target
 from toolchain.player.feeding import Fed, feed_inputs
-from toolchain.player.opening import open_engine
-from toolchain.player.trace import Trace
+
+CallBlock = Callable[[str, str, Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
+"""Runs a function of a block (``COMPONENT/BLOCK``) on values by port, and gives its outputs."""
 
 
 class ComponentRunner:
@@ -27,16 +25,12 @@ class ComponentRunner:
     until they are computed anew; all others are dropped after their last use.
     """
 
-    def __init__(self, bundle: Bundle, name: str, target: Target, trace: Trace) -> None:
+    def __init__(self, bundle: Bundle, name: str, call: CallBlock) -> None:
         self.entry = bundle.manifest.components[name]
-        self._name, self._bundle, self._target, self._trace = name, bundle, target, trace
+        self._name, self._bundle, self._call = name, bundle, call
         self._blocks = {b.name: b for b in self.entry.blocks}
         self._rate_of = {f"{b.name}.{o.name}": b.rate for b in self.entry.blocks for o in b.outputs}
         self._results = {o.source for o in self.entry.outputs}
-        plan = bundle.manifest.loading.plan
-        runs = Counter(block for block, _ in bundle.manifest.calls())
-        self._kept = {b.partition("/")[2] for b, n in loads_of(plan).items() if n == 1 < runs[b]}
-        self._engines: dict[str, Engine] = {}
         self._values: dict[str, torch.Tensor] = {}
         self._tables: dict[str, torch.Tensor] = {}
         if self.entry.tables_file is not None:
@@ -75,21 +69,10 @@ class ComponentRunner:
             raise BundleError(f"'{self._bundle.path}': {self._name} gives no {gives}; build the bundle again")
         return results[gives]
 
-    def free(self) -> None:
-        """Unload every block and drop every value."""
-        self._engines.clear()
-        self._values.clear()
-
     def _run_block(self, block: BlockEntry, function: str) -> None:
-        own = self.entry.own_function(block, function)
-        engine = self._engine(block)
         arguments = {i.name: self._values[i.source].to(DTYPES[i.dtype].torch) for i in block.inputs}
-        with self._trace.span(f"{block.name}.{own}", "run", self._name):
-            results = engine(own, arguments)
+        results = self._call(f"{self._name}/{block.name}", self.entry.own_function(block, function), arguments)
         self._values |= {f"{block.name}.{k}": v for k, v in results.items()}
-        del engine  # or it would live on while the next block is loaded
-        if block.name not in self._kept:
-            self._engines.pop(block.name, None)
 
     def _shape(self, name: str, shape: list[int], function: str) -> tuple[int, ...]:
         """An input's shape with ``function``: that of the first block that takes it and has another there."""
@@ -98,9 +81,3 @@ class ComponentRunner:
                 if port.source == f"inputs.{name}":
                     return tuple(block.other_shapes.get(function, {}).get(port.name, port.shape))
         return tuple(shape)
-
-    def _engine(self, block: BlockEntry) -> Engine:
-        if block.name not in self._engines:
-            with self._trace.span(block.name, "load", self._name):
-                self._engines[block.name] = open_engine(self._bundle, self._name, block, self._target)
-        return self._engines[block.name]

@@ -1,43 +1,101 @@
-"""A record of loads and runs, in the Chrome trace format (opens in Perfetto)."""
+"""A record of loads and runs, in the Chrome trace format (opens in Perfetto), beside what was predicted."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
+
+from toolchain.planning.loading.simulate import Timeline
+
+Category = Literal["load", "run"]
+LANES: dict[str, int] = {"load": 1, "run": 2}
+"""Threads of a trace's process, by category."""
+LANE_NAMES = {1: "loader", 2: "compute"}
+PLAYED, PREDICTED = 1, 2
+"""Processes of a trace."""
+
+
+@dataclass
+class Record:
+    """A load, or a run of ``function``, of ``COMPONENT/BLOCK``. Seconds are from the trace's start."""
+
+    category: Category
+    block: str
+    function: str | None
+    start_s: float
+    end_s: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return self.end_s - self.start_s
 
 
 class Trace:
-    """Spans of time, in microseconds from the start; components are threads of one process."""
+    """Loads, runs, and bytes held over time; two threads may record at once."""
 
     def __init__(self) -> None:
-        self._start = time.perf_counter_ns()
-        self._events: list[dict[str, object]] = []
-        self._threads: dict[str, int] = {}
+        self._start = time.perf_counter()
+        self.records: list[Record] = []
+        """In the order in which they ended."""
+        self.memory: list[tuple[float, int]] = []
+        """``(from when, bytes)``: as a plan counts them."""
+
+    @classmethod
+    def of(cls, timeline: Timeline) -> Trace:
+        """What a simulation gave, as if it had been played."""
+        trace = cls()
+        spans = (*timeline.loads, *timeline.runs)
+        trace.records = [Record(s.kind, s.block, s.function, s.start_s, s.end_s) for s in spans]
+        trace.memory = list(timeline.memory)
+        return trace
 
     @contextlib.contextmanager
-    def span(self, name: str, category: str, component: str) -> Iterator[None]:
-        """Record the body as a span called ``name``: ``load`` or ``run`` of a block."""
-        thread = self._threads.setdefault(component, len(self._threads) + 1)
-        began = time.perf_counter_ns()
+    def span(self, category: Category, block: str, function: str | None = None) -> Iterator[Record]:
+        """Record the body."""
+        record = Record(category, block, function, self.now())
         try:
-            yield
+            yield record
         finally:
-            ended = time.perf_counter_ns()
-            event = {"name": name, "cat": category, "ph": "X", "pid": 1, "tid": thread}
-            self._events.append(event | {"ts": (began - self._start) / 1e3, "dur": (ended - began) / 1e3})
+            record.end_s = self.now()
+            self.records.append(record)
 
-    def seconds(self, category: str) -> float:
-        """Total time of a category's spans."""
-        return sum(float(str(e["dur"])) for e in self._events if e["cat"] == category) / 1e6
+    def hold(self, bytes_: int) -> None:
+        """From now on so many bytes are held."""
+        self.memory.append((self.now(), bytes_))
 
-    def write(self, path: Path, about: Mapping[str, str] | None = None) -> None:
-        """Write the trace as JSON; ``about`` says what was played."""
-        names = [
-            {"name": "thread_name", "ph": "M", "pid": 1, "tid": tid, "args": {"name": component}}
-            for component, tid in self._threads.items()
-        ]
-        data = {"traceEvents": [*names, *self._events], "displayTimeUnit": "ms", "otherData": dict(about or {})}
-        path.write_text(json.dumps(data), encoding="utf-8")
+    def now(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self._start
+
+    def data(self, about: Mapping[str, Any], predicted: Trace | None = None) -> dict[str, Any]:
+        """Plain data in Chrome's format: processes ``played`` and ``predicted``, each a loader and a computer.
+
+        Args:
+            about: what was played.
+        """
+        events = [*_events(PLAYED, "played", self)]
+        if predicted is not None:
+            events += _events(PREDICTED, "predicted", predicted)
+        return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": dict(about)}
+
+    def write(self, path: Path, about: Mapping[str, Any], predicted: Trace | None = None) -> None:
+        """Write :meth:`data` as JSON."""
+        path.write_text(json.dumps(self.data(about, predicted)), encoding="utf-8")
+
+
+def _events(process: int, name: str, trace: Trace) -> Iterable[dict[str, Any]]:
+    yield {"name": "process_name", "ph": "M", "pid": process, "args": {"name": name}}
+    for thread, lane in LANE_NAMES.items():
+        yield {"name": "thread_name", "ph": "M", "pid": process, "tid": thread, "args": {"name": lane}}
+    for r in trace.records:
+        title = r.block if r.function is None else f"{r.block}.{r.function}"
+        what = {"block": r.block} | ({} if r.function is None else {"function": r.function})
+        span = {"name": title, "cat": r.category, "ph": "X", "pid": process, "tid": LANES[r.category]}
+        yield span | {"ts": r.start_s * 1e6, "dur": r.seconds * 1e6, "args": what}
+    for start, bytes_ in trace.memory:
+        yield {"name": "memory", "ph": "C", "pid": process, "ts": start * 1e6, "args": {"bytes": bytes_}}

@@ -33,8 +33,8 @@ def return_large_allocations() -> None:
 
     glibc keeps freed pieces of up to 32 MB, which is the size of activations: what is kept in fragments adds up to
     gigabytes. This holds for the whole process from then on, and cannot be undone; doing it again changes nothing. So
-    only what builds calls it: :func:`toolchain.build.compile.compile_recipe`, and
-    :func:`toolchain.build.tasks.run_task` in whatever process it runs.
+    only what builds or plays calls it: :func:`toolchain.build.compile.compile_recipe`,
+    :func:`toolchain.build.tasks.run_task` in whatever process it runs, and :func:`toolchain.player.player.play`.
     """
     if (mallopt := _c("mallopt")) is not None:
         mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)

@@ -63,6 +63,13 @@ class Console:
         width = None if self._out.isatty() else 140
         RichConsole(file=self._out, width=width, highlight=False, soft_wrap=not self._out.isatty()).print(text)
 
+    def note(self, text: RenderableType) -> None:
+        """Say on stderr what people may like to know; with ``--json`` the answer says it."""
+        if not self.as_json:
+            from rich.console import Console as RichConsole
+
+            RichConsole(file=self._err, highlight=False, soft_wrap=not self._err.isatty()).print(text)
+
     def warn(self, text: str) -> None:
         """Say something on stderr that does not stop the command."""
         self._err.write(f"sora-compile: warning: {text}\n")

@@ -64,12 +64,12 @@ def plan_loading(run: Run, budget_bytes: int, overlap_loss: float = 0.0) -> Plan
     """
     u = unroll(run)
     check_budget(u, budget_bytes)
-    placed = [s for kept in _choices(u, budget_bytes) if (s := place(u, kept, budget_bytes))]
+    placed = [s for kept in _choices(u, budget_bytes, overlap_loss) if (s := place(u, kept, budget_bytes))]
     fastest = min(s.total_s(overlap_loss) for s in placed)
     # of those that are as fast, the one that loads least
     best = min((s for s in placed if s.total_s(overlap_loss) <= fastest * (1 + CLOSE)), key=lambda s: s.serial_s)
     bound = lower_bound_s(u, budget_bytes, overlap_loss)
-    if is_small(u):
+    if is_small(u) and best.total_s(overlap_loss) > bound * (1 + CLOSE):  # else nothing is faster
         best = best_schedule(u, budget_bytes, overlap_loss, best)
         bound = best.total_s(overlap_loss)
     paper = paper_schedule(u, budget_bytes).total_s(overlap_loss)
@@ -90,18 +90,18 @@ def check_budget(u: Unrolled, budget_bytes: int) -> None:
         )
 
 
-def _choices(u: Unrolled, budget_bytes: int) -> Iterator[list[bool]]:
+def _choices(u: Unrolled, budget_bytes: int, overlap_loss: float) -> Iterator[list[bool]]:
     """Ways to keep blocks: by call, whether its block stays until its next call."""
     yield [False] * len(u.block)
     yield from leading_kept(u, [step for step in leading_budgets(u) if step <= budget_bytes])
-    yield from _Patterns(u).choices(budget_bytes)
+    yield from _Patterns(u, overlap_loss).choices(budget_bytes)
 
 
 class _Patterns:
     """The best pattern of every loop, by itself, at budgets that do not depend on the one that is given."""
 
-    def __init__(self, u: Unrolled) -> None:
-        self.u = u
+    def __init__(self, u: Unrolled, overlap_loss: float) -> None:
+        self.u, self.overlap_loss = u, overlap_loss
         self.loops = find_loops(u)
         self.families: list[list[list[tuple[int, list[bool]]]]] = []
         for loop in self.loops:
@@ -128,6 +128,9 @@ class _Patterns:
             fitting = bisect_right(ways, budget, key=lambda way: way[0])
             for _, kept in ways[max(0, fitting - TRIED) : fitting]:
                 schedule = place(part, kept, budget)
-                if schedule and (best is None or (schedule.finish_s, schedule.serial_s) < best[:2]):
-                    best = (schedule.finish_s, schedule.serial_s, kept)
+                if schedule is None:
+                    continue
+                time = schedule.total_s(self.overlap_loss), schedule.serial_s
+                if best is None or time < best[:2]:
+                    best = (*time, kept)
         return best[2] if best else None

@@ -9,13 +9,12 @@ for every λ; with T at λ = 0 and S all loads and calls one after the other, th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
-from toolchain.errors import BundleError
-from toolchain.planning.loading.events import Execute, Free, Load, LoadingPlan
-from toolchain.planning.loading.run import Block, Call, Run
+from toolchain.planning.loading.events import LoadingPlan
+from toolchain.planning.loading.jobs import Jobs, jobs_of
+from toolchain.planning.loading.run import Run
 
 
 @dataclass(frozen=True)
@@ -51,23 +50,6 @@ class Timeline:
         return tuple(r.start_s - end for r, end in zip(self.runs, ends, strict=False))
 
 
-@dataclass(frozen=True)
-class _Load:
-    """A load, and how many calls have to be done before it starts."""
-
-    block: Block
-    after_runs: int
-
-
-@dataclass(frozen=True)
-class _Run:
-    """A call, how many loads have to be done before it starts, and what is freed when it has ended."""
-
-    call: Call
-    after_loads: int
-    freed: list[Block] = field(default_factory=list)
-
-
 def simulate(run: Run, plan: LoadingPlan, overlap_loss: float = 0.0) -> Timeline:
     """Follow ``plan``'s events with the times of ``run``.
 
@@ -78,13 +60,12 @@ def simulate(run: Run, plan: LoadingPlan, overlap_loss: float = 0.0) -> Timeline
     """
     if not 0 <= overlap_loss <= 1:
         raise ValueError(f"overlap_loss is {overlap_loss}; it has to be within 0 … 1")
-    loads, runs = _jobs(run, plan)
-    return _Simulation(loads, runs, 1 + overlap_loss).timeline()
+    return _Simulation(jobs_of(run, plan), 1 + overlap_loss).timeline()
 
 
 class _Simulation:
-    def __init__(self, loads: list[_Load], runs: list[_Run], slower: float) -> None:
-        self.loads, self.runs, self.slower = loads, runs, slower
+    def __init__(self, jobs: Jobs, slower: float) -> None:
+        self.loads, self.runs, self.slower = jobs.loads, jobs.runs, slower
         self.now, self.bytes, self.peak = 0.0, 0, 0
         self.memory: list[tuple[float, int]] = []
         self.load_spans: list[Span] = []
@@ -127,52 +108,3 @@ class _Simulation:
         if self.memory and self.memory[-1][0] == self.now:
             self.memory.pop()
         self.memory.append((self.now, self.bytes))
-
-
-def _jobs(run: Run, plan: LoadingPlan) -> tuple[list[_Load], list[_Run]]:
-    """Loads and calls in order.
-
-    Raises:
-        BundleError: see :func:`simulate`.
-    """
-    loads: list[_Load] = []
-    runs: list[_Run] = []
-    held: dict[str, int] = {}  # block → loads that have to be done before it runs
-    unused: set[str] = set()
-    calls: Iterator[Call] = run.calls()
-    for place, event in enumerate(plan.events()):
-        where = f"loading plan: event {place}"
-        if isinstance(event, Load):
-            if event.block not in run.by_name or event.block in held:
-                why = "is loaded already" if event.block in held else "is no block"
-                raise BundleError(f"{where}: loads '{event.block}', which {why}")
-            loads.append(_Load(run.by_name[event.block], len(runs)))
-            held[event.block] = len(loads)
-            unused.add(event.block)
-        elif isinstance(event, Free):
-            if event.block not in held or event.block in unused:
-                why = "has not run since it was loaded" if event.block in held else "is not loaded"
-                raise BundleError(f"{where}: frees '{event.block}', which {why}")
-            del held[event.block]
-            runs[-1].freed.append(run.by_name[event.block])
-        else:
-            call = _called(event, next(calls, None), held, where)
-            runs.append(_Run(call, held[call.block]))
-            unused.discard(call.block)
-    if next(calls, None) is not None:
-        raise BundleError(f"loading plan: ends after {len(runs)} calls, but the run has more")
-    if unused:
-        raise BundleError(f"loading plan: loads '{min(unused)}' at its end, which does not run any more")
-    return loads, runs
-
-
-def _called(event: Execute, call: Call | None, held: dict[str, int], where: str) -> Call:
-    """The call that ``event`` is, which has to be the run's next."""
-    asked = f"'{event.block}' ({event.function})"
-    if call is None:
-        raise BundleError(f"{where}: runs {asked}, but the run has ended")
-    if (event.block, event.function) != (call.block, call.function):
-        raise BundleError(f"{where}: runs {asked}, but the next call is '{call.block}' ({call.function})")
-    if event.block not in held:
-        raise BundleError(f"{where}: runs {asked}, which is not loaded")
-    return call

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ from typing import Any
 from toolchain.errors import RecipeError, ResourceError
 from toolchain.formats.bundle import Bundle
 from toolchain.formats.loading import Loading
-from toolchain.formats.manifest import Component
 from toolchain.planning.loading.events import LoadingPlan
 from toolchain.planning.loading.run import Run
 from toolchain.planning.loading.simulate import Span, simulate
@@ -20,6 +19,7 @@ from toolchain.planning.loading.simulate import Span, simulate
 LOADER, COMPUTE = "loader", "compute"
 LANES = {"load": LOADER, "run": COMPUTE}
 """The lane of each category of a trace's spans."""
+HELD = "weights, activations and values between blocks"
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,9 @@ class Timeline:
         return sum(i.end_s - i.start_s for i in self.lanes.get(lane, ()))
 
 
-def played_timeline(path: Path, bundle: Bundle) -> Timeline:
-    """The timeline that ``play --trace`` wrote to ``path``. Memory is that of the weights of loaded blocks.
+def trace_timelines(path: Path, bundle: Bundle) -> list[Timeline]:
+    """What ``play --trace`` wrote to ``path``: what was predicted of the plan that was followed, if there was such a
+    prediction, and what was played.
 
     Raises:
         RecipeError: it is not such a trace, or one of another bundle.
@@ -74,22 +75,33 @@ def played_timeline(path: Path, bundle: Bundle) -> Timeline:
     except (ValueError, RecursionError) as e:
         raise RecipeError(f"--trace {path}: is not a trace that 'sora-compile play --trace' wrote: not JSON") from e
     try:
-        played_with = data["otherData"]["recipe_sha256"]
+        about = data["otherData"]
+        played_with, budget = about["recipe_sha256"], about["memory_budget_bytes"]
+        budget = None if budget is None else int(budget)
         events = list(data["traceEvents"])
-        components = {e["tid"]: e["args"]["name"] for e in events if e["ph"] == "M" and e["name"] == "thread_name"}
-        spans = [(LANES[e["cat"]], _interval(e, components)) for e in events if e["ph"] == "X"]
-    except (KeyError, TypeError, ValueError) as e:
+        titles = {e["pid"]: str(e["args"]["name"]) for e in events if e["ph"] == "M" and e["name"] == "process_name"}
+        found = [_traced(titles[pid], [e for e in events if e["pid"] == pid], budget) for pid in sorted(titles)]
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise RecipeError(
             f"--trace {path}: is not a trace that this version's 'sora-compile play --trace' wrote "
             f"({type(e).__name__}: {e}); play the bundle again"
         ) from e
     if played_with != bundle.manifest.recipe.sha256:
         raise RecipeError(f"--trace {path}: was played with another bundle than '{bundle.path}'; play this one")
-    for _, interval in spans:
-        _check(interval, bundle, path)
+    for timeline in found:
+        for interval in (i for lane in timeline.lanes.values() for i in lane):
+            _check(interval, bundle, path)
+    return found[::-1]
+
+
+def _traced(title: str, events: Sequence[Mapping[str, Any]], budget_bytes: int | None) -> Timeline:
+    """One process of a trace."""
+    spans = [(LANES[e["cat"]], _interval(e)) for e in events if e["ph"] == "X"]
+    memory = [(_seconds(e["ts"]), int(e["args"]["bytes"])) for e in events if e["ph"] == "C"]
+    if [t for t, _ in memory] != sorted(t for t, _ in memory):
+        raise ValueError("memory goes back in time")
     lanes = {lane: tuple(i for own, i in spans if own == lane) for lane in LANES.values()}
-    memory = tuple(_weights_loaded(lanes, bundle.manifest.components))
-    return Timeline("played", lanes, memory, "weights of loaded blocks", bundle.manifest.memory_budget_bytes)
+    return Timeline(title, lanes, tuple(dict([(0.0, 0), *memory]).items()), HELD, budget_bytes)
 
 
 def predicted_timeline(loading: Loading, budget_bytes: int | None) -> Timeline | None:
@@ -104,7 +116,7 @@ def predicted_timeline(loading: Loading, budget_bytes: int | None) -> Timeline |
         "predicted",
         {lane: tuple(_predicted(s) for s in spans) for lane, spans in lanes.items()},
         found.memory,
-        "weights, activations and values between blocks",
+        HELD,
         budget_bytes,
     )
 
@@ -114,14 +126,18 @@ def _predicted(span: Span) -> Interval:
     return Interval(component, block, span.function, span.start_s, span.end_s)
 
 
-def _interval(event: Mapping[str, Any], components: Mapping[Any, str]) -> Interval:
-    start, took = float(event["ts"]) / 1e6, float(event["dur"]) / 1e6
-    if not (math.isfinite(start) and math.isfinite(took) and start >= 0 and took >= 0):
-        raise ValueError(f"a span from {start} that took {took}")
-    block, function = str(event["name"]), None
-    if event["cat"] == "run":
-        block, _, function = block.rpartition(".")
-    return Interval(str(components[event["tid"]]), block, function, start, start + took)
+def _interval(event: Mapping[str, Any]) -> Interval:
+    start, took, what = _seconds(event["ts"]), _seconds(event["dur"]), event["args"]
+    component, _, block = str(what["block"]).partition("/")
+    function = str(what["function"]) if event["cat"] == "run" else None
+    return Interval(component, block, function, start, start + took)
+
+
+def _seconds(microseconds: Any) -> float:
+    found = float(microseconds) / 1e6
+    if not (math.isfinite(found) and found >= 0):
+        raise ValueError(f"a time of {found} s")
+    return found
 
 
 def _check(interval: Interval, bundle: Bundle, path: Path) -> None:
@@ -131,31 +147,3 @@ def _check(interval: Interval, bundle: Bundle, path: Path) -> None:
     if block is None or interval.function not in (None, *block.functions):
         what = f"{interval.component}/{interval.block}" + (f".{interval.function}" if interval.function else "")
         raise RecipeError(f"--trace {path}: '{bundle.path}' has no '{what}'; play this bundle")
-
-
-def _weights_loaded(
-    lanes: Mapping[str, Iterable[Interval]], components: Mapping[str, Component]
-) -> Iterable[tuple[float, int]]:
-    """Bytes of the weights of loaded blocks over time.
-
-    A block's weights count from when a load of it begins until the last of its runs before its next load ends: plans
-    free a block when it is not to stay until its next run.
-    """
-    changes: list[tuple[float, int]] = []
-    for name, component in components.items():
-        size = {b.name: sum(b.weight_bytes.values()) for b in component.blocks}
-        runs = [i for i in lanes[COMPUTE] if i.component == name]
-        loads = [i for i in lanes[LOADER] if i.component == name]
-        for load in loads:
-            again = min(
-                (i.start_s for i in loads if i.block == load.block and i.start_s > load.start_s), default=math.inf
-            )
-            own = (r.end_s for r in runs if r.block == load.block and load.start_s <= r.start_s < again)
-            freed = max(own, default=load.end_s)
-            changes += [(load.start_s, size[load.block]), (freed, -size[load.block])]
-    after = {0.0: 0}
-    now = 0
-    for time, change in sorted(changes):
-        now += change
-        after[time] = now
-    yield from after.items()

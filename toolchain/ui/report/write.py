@@ -12,7 +12,7 @@ from toolchain.planning.plan import Plan
 from toolchain.system.files import check_file, whole_file
 from toolchain.ui.report.facts import Facts, bundle_facts, plan_facts
 from toolchain.ui.report.page import picture, render, require
-from toolchain.ui.report.timeline import Timeline, played_timeline, predicted_timeline
+from toolchain.ui.report.timeline import Timeline, predicted_timeline, trace_timelines
 from toolchain.ui.report.video import golden_clip
 
 PACKAGES = ("jinja2", "vl_convert")
@@ -23,7 +23,7 @@ def write_bundle_report(bundle: Bundle, out: Path, *, trace: Path | None = None,
 
     Args:
         out: the page's file.
-        trace: what ``play --trace`` wrote; its timeline is shown.
+        trace: what ``play --trace`` wrote: shown is what was played, beside what was predicted of the same plan.
         png: also write the timeline alone as this picture.
 
     Raises:
@@ -33,7 +33,7 @@ def write_bundle_report(bundle: Bundle, out: Path, *, trace: Path | None = None,
         raise RecipeError(f"--png {png}: this bundle predicts no timeline, so there is none to draw without --trace")
     check_places({"-o": out} | ({"--png": png} if png is not None else {}))
     facts = bundle_facts(bundle)
-    timelines = _predicted(facts) + ([] if trace is None else [played_timeline(trace, bundle)])
+    timelines = _predicted(facts) if trace is None else trace_timelines(trace, bundle)
     files = [("-o", out, render(facts, timelines, golden_clip(bundle)).encode())]
     if png is not None:
         files.append(("--png", png, picture(facts, timelines)))
