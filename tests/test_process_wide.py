@@ -117,6 +117,29 @@ def test_two_threads_are_quiet_in_turn(capfd: pytest.CaptureFixture[str]) -> Non
     assert capfd.readouterr() == ("seen from C\n", "seen from Python\n")
 
 
+def test_what_says_so_is_quiet_beside_others(capfd: pytest.CaptureFixture[str]) -> None:
+    """As a load beside a run: neither waits, and the streams are back when both have ended, in whatever order."""
+    both = threading.Barrier(2, timeout=10)
+
+    def other() -> None:
+        with quiet(alone=False) as said:
+            both.wait()
+            shout("other")
+            assert "other from C" in said()
+            both.wait()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with quiet(alone=False):
+        both.wait()
+        shout("hidden")
+    shout("hidden too")
+    both.wait()
+    thread.join()
+    shout("seen")
+    assert capfd.readouterr() == ("seen from C\n", "seen from Python\n")
+
+
 # --- full disks --------------------------------------------------------------------------------------
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from toolchain.errors import ResourceError, SoraCompileError
+from toolchain.errors import ResourceError
 from toolchain.formats.bundle import Bundle
 from toolchain.formats.manifest import BlockEntry, Manifest, TensorSpec
 from toolchain.ir.blocks import Port, Signature
@@ -58,9 +58,10 @@ def load_engine(
     is first called. A player loads ahead, so all that is done here.
 
     Raises:
-        SoraCompileError: as :func:`open_engine`, or a file cannot be read; names the artifact.
+        LoweringError: the artifact is damaged or of another block.
+        EngineUnavailableError: this machine cannot run it.
+        ResourceError: a file of it cannot be read; names the artifact.
     """
-    path = bundle.path / block.artifact
     try:
         for file in block.files:
             read_through(bundle.path / file.path)
@@ -68,10 +69,8 @@ def load_engine(
         if isinstance(engine, PreparingEngine):
             engine.prepare(function)
         return engine
-    except SoraCompileError as e:
-        raise type(e)(f"'{path}': {e}") from e
     except OSError as e:
-        raise ResourceError(f"'{path}': cannot be read: {e.strerror or e}") from e
+        raise ResourceError(f"'{bundle.path / block.artifact}': cannot be read: {e.strerror or e}") from e
 
 
 def read_through(path: Path) -> None:
