@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import random
 
 import pytest
 from hypothesis import given, settings
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from loading_runs import check, faster_plan_s, runs, uniform
 
 from toolchain.errors import RecipeError
+from toolchain.planning.loading import exact
 from toolchain.planning.loading.bound import lower_bound_s
 from toolchain.planning.loading.planner import plan_loading
 from toolchain.planning.loading.run import Block, Call, Phase, Run
@@ -136,3 +138,15 @@ def test_repetition_stays_folded() -> None:
     assert [(s.times, len(s.events)) for s in planned.plan.sections] == [(1, 40), (98, 20), (1, 40)]
     tight = plan_loading(run, 10 * 2)
     assert sum(len(s.events) for s in tight.plan.sections) < 300
+
+
+def test_an_exact_search_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Orders of loads grow as factorials; what is found then is no proven best, and says so."""
+    numbers = random.Random(1)
+    blocks = tuple(Block(f"b{i}", numbers.randint(1, 9), numbers.uniform(0.5, 6)) for i in range(8))
+    run = Run(blocks, (Phase("step", tuple(Call(b.name, "base", numbers.uniform(0.5, 6)) for b in blocks), 2),))
+    budget = sum(b.weight_bytes for b in blocks) // 2
+    monkeypatch.setattr(exact, "MOST_COMPARISONS", 1000)
+    planned = plan_loading(run, budget)
+    assert planned.bound_s < planned.total_s <= planned.paper_s
+    assert simulate(run, planned.plan).peak_bytes <= budget

@@ -18,7 +18,9 @@ from toolchain.planning.loading.unrolled import Unrolled
 
 MOST_BLOCKS = 8
 MOST_CALLS = 24
-"""Of a run that is small enough. The limits are on the run alone, so that more memory is never worse."""
+"""Of a run that is small enough to try."""
+MOST_COMPARISONS = 300_000
+"""Of labels with one another: about a second. What takes more is given up, for it may take hours."""
 
 
 def is_small(u: Unrolled) -> bool:
@@ -48,9 +50,19 @@ States = dict[int, list[_Label]]
 """Labels by the set of blocks in memory, as bits."""
 
 
-def best_schedule(u: Unrolled, budget_bytes: int, overlap_loss: float, known: Schedule) -> Schedule:
-    """The schedule that takes least time; ``known``, a schedule within the budget, if none is faster."""
-    return _Search(u, budget_bytes, overlap_loss, known).schedule()
+class _CutShortError(Exception):
+    """More labels had to be compared than is allowed."""
+
+
+def best_schedule(u: Unrolled, budget_bytes: int, overlap_loss: float, known: Schedule) -> Schedule | None:
+    """The schedule that takes least time; ``known``, a schedule within the budget, if none is faster.
+
+    None if the search takes more than :data:`MOST_COMPARISONS`.
+    """
+    try:
+        return _Search(u, budget_bytes, overlap_loss, known).schedule()
+    except _CutShortError:
+        return None
 
 
 class _Search:
@@ -58,6 +70,7 @@ class _Search:
         self.u, self.loss, self.known = u, overlap_loss, known
         self.best_s = known.total_s(overlap_loss)
         self.space = [budget_bytes - r for r in u.room]
+        self.comparisons = 0
         count = len(u.block)
         self.compute_left = [0.0] * (count + 1)
         self.called_later: list[int] = [0] * (count + 1)  # from a stage on, as bits
@@ -130,6 +143,9 @@ class _Search:
             return False
         labels = states.setdefault(held, [])
         counts = self.loss > 0
+        self.comparisons += len(labels)
+        if self.comparisons > MOST_COMPARISONS:
+            raise _CutShortError
         if any(other.beats(label, counts) for other in labels):
             return False
         labels[:] = [other for other in labels if not label.beats(other, counts)]

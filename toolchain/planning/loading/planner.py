@@ -2,7 +2,7 @@
 
 Small runs are solved exactly. For others, schedules are built from ways to keep blocks that do not depend on the
 budget, and the fastest of those that fit is taken. So a larger budget has all the choices of a smaller one and is never
-slower; and among the choices are all that the published rule would make, so the plan is never slower than that.
+slower (but where only one of the two could be solved exactly); and among the choices are all that the published rule would make, so the plan is never slower than that.
 """
 
 from __future__ import annotations
@@ -70,8 +70,9 @@ def plan_loading(run: Run, budget_bytes: int, overlap_loss: float = 0.0) -> Plan
     best = min((s for s in placed if s.total_s(overlap_loss) <= fastest * (1 + CLOSE)), key=lambda s: s.serial_s)
     bound = lower_bound_s(u, budget_bytes, overlap_loss)
     if is_small(u) and best.total_s(overlap_loss) > bound * (1 + CLOSE):  # else nothing is faster
-        best = best_schedule(u, budget_bytes, overlap_loss, best)
-        bound = best.total_s(overlap_loss)
+        exact = best_schedule(u, budget_bytes, overlap_loss, best)
+        if exact is not None:
+            best, bound = exact, exact.total_s(overlap_loss)
     paper = paper_schedule(u, budget_bytes).total_s(overlap_loss)
     total = best.total_s(overlap_loss)
     return Planned(write(u, best, budget_bytes), total, min(bound, total), paper)
