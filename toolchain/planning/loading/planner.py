@@ -1,8 +1,9 @@
 """The planner: what to load, keep and free so that a run takes the least time within a budget of memory.
 
-Small runs are solved exactly. For others, schedules are built from ways to keep blocks that do not depend on the
-budget, and the fastest of those that fit is taken. So a larger budget has all the choices of a smaller one and is never
-slower (but where only one of the two could be solved exactly); and among the choices are all that the published rule would make, so the plan is never slower than that.
+Small runs are solved exactly, where that does not take too long. For others, schedules are built from ways to keep
+blocks that do not depend on the budget, and the fastest of those that fit is taken. So a larger budget has all the
+choices of a smaller one and is never slower, unless only the smaller one was solved exactly; and among the choices are
+all that the published rule would make, so the plan is never slower than that.
 """
 
 from __future__ import annotations
