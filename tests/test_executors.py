@@ -35,7 +35,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def compile_(project: Path, out: Path, store: Store, *changes: str, **options: Any) -> toolchain.Bundle:
-    recipe = load_recipe(project / "recipe.yaml", ["target=onnx", *changes])
+    recipe = load_recipe(project / "recipe.yaml", ["target=onnx", "gate.mode=none", *changes])
     return toolchain.compile_recipe(recipe, out, base=options.pop("base", project), store=store, **options)
 
 
@@ -112,13 +112,13 @@ def test_weights_that_change_between_two_builds(serial: tuple[Path, Path], tmp_p
     shutil.copytree(serial[0], project)
     store, path = Store(tmp_path / "store"), project / "checkpoint/model.safetensors"
     with one_process() as executor:
-        compile_(project, tmp_path / "one", store, "gate.mode=none", executor=executor)
+        compile_(project, tmp_path / "one", store, executor=executor)
         shutil.copytree(store.root / "templates", tmp_path / "other/templates")
         weights = load_file(path)
         path.unlink()
         save_file({k: v * 1.01 for k, v in weights.items()}, path)
-        compile_(project, tmp_path / "two", store, "gate.mode=none", executor=executor)
-    compile_(project, tmp_path / "alone", Store(tmp_path / "other"), "gate.mode=none")
+        compile_(project, tmp_path / "two", store, executor=executor)
+    compile_(project, tmp_path / "alone", Store(tmp_path / "other"))
     assert contents(tmp_path / "two") == contents(tmp_path / "alone") != contents(tmp_path / "one")
 
 

@@ -123,5 +123,5 @@ def make_builder(target: Target, block: Block, held: dict[str, torch.Tensor], fo
     resolved = ResolvedComponent(
         "transformer", part, find_family("open-sora-v1.2"), {}, target, Pipeline((), Partition()), checkpoint
     )
-    plan = ComponentPlan(resolved, definition, (), (BlockPair(block, block),), (), {})
+    plan = ComponentPlan(resolved, definition, (), (BlockPair(block, block),), {})
     return Builder(plan, tensor_digests(checkpoint), store, direct=False)

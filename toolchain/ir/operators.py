@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode, resolve_name
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from toolchain.ir.blocks import Block, Port
 
@@ -80,11 +81,29 @@ def operator_graph(block: Block, function: str, whole: Mapping[Callable[..., Any
     inputs = [torch.empty(p.shape, dtype=p.dtype, device="meta") for p in signature.inputs]
     ports = tuple((p, recorder.value(t)) for p, t in zip(signature.inputs, inputs, strict=True))
     _keep_whole(module, whole or {}, recorder)
-    counter = FlopCounterMode(display=False)
+    counter = _Flops()
     with torch.no_grad(), torch.device("meta"), counter, recorder:
         results = module(*inputs)
     outputs = tuple((p, recorder.value(t)) for p, t in zip(signature.outputs, results, strict=True))
-    return OperatorGraph(tuple(recorder.operators), ports, outputs, counter.get_total_flops())
+    return OperatorGraph(tuple(recorder.operators), ports, outputs, counter.total)
+
+
+class _Flops(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sums floating-point operations by torch's formulas.
+
+    torch's own ``FlopCounterMode`` also follows modules by hooks of the whole process, on which gradients fail that
+    another thread is taking.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if (count := flop_registry.get(func.overloadpacket)) is not None:
+            self.total += count(*args, **(kwargs or {}), out_val=result)
+        return result
 
 
 class _Recorder(TorchFunctionMode):
