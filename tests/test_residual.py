@@ -8,14 +8,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import coremltools as ct
+import numpy as np
+import onnx
 import pytest
 import torch
+from coremltools.converters.mil.frontend.milproto.load import load as load_program
+from onnx import numpy_helper
 from support import Decoded
 from torch import fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 import toolchain
 from targets.coreml import CoreMLTarget
+from targets.coreml.schema import read_model
 from targets.executorch import ExecuTorchTarget
 from targets.onnx import OnnxTarget
 from toolchain.errors import LoweringError, SoraCompileError
@@ -23,7 +29,7 @@ from toolchain.formats.recipe_file import load_recipe
 from toolchain.ir.affine import Affine
 from toolchain.ir.blocks import Block, Port, Signature
 from toolchain.ir.dtypes import DTYPES
-from toolchain.ir.residual import LowRank, thin
+from toolchain.ir.residual import LEFT, RIGHT, LowRank, thin
 from toolchain.ir.storage import FLOAT32, Storage
 from toolchain.ir.stored import StoredParts
 from toolchain.ir.target import Target, UnsupportedStorageError, unique_weights
@@ -192,6 +198,50 @@ def test_stamped_is_direct(target: Target, limit: float, storage: LowRank, tmp_p
     flat = {n: torch.zeros_like(w) if n.startswith("first") else w[:1].expand_as(w) for n, w in weights.items()}
     odd = target.stamp(template, StoredParts(block.weights, flat), tmp_path / f"odd{target.suffix}")
     target.check(odd.path, block)
+
+
+def held_by_coremltools(path: Path) -> list[np.ndarray]:
+    """The constants of a package's functions and what it decompresses, as coremltools has them."""
+    spec, folder = read_model(path)
+    proto = ct.proto.Model_pb2.Model.FromString(spec.SerializeToString())
+    program = load_program(proto, proto.specificationVersion, file_weights_dir=str(folder / "weights"))
+    found: list[np.ndarray] = []
+    for function in program.functions.values():
+        for op in function.operations:
+            if op.op_type.startswith("constexpr_"):
+                found.append(op.materialized_val_inference())
+            elif op.op_type == "const" and isinstance(op.val.val, np.ndarray):
+                found.append(op.val.val)
+    return found
+
+
+def held_by_onnx(path: Path) -> list[np.ndarray]:
+    """The tensors of a model, as onnx reads them; integers with a scale a channel are multiplied by it."""
+    graph = onnx.load(str(path / "base.onnx")).graph
+    held = {i.name: numpy_helper.to_array(i) for i in graph.initializer}
+    scaled = [[held[i] for i in node.input[:2]] for node in graph.node if node.op_type == "DequantizeLinear"]
+    return [*held.values(), *(values.astype(np.float32) * scale.reshape(-1, 1) for values, scale in scaled)]
+
+
+@pytest.mark.parametrize(
+    ("target", "read"),
+    [(CoreMLTarget(), held_by_coremltools), (OnnxTarget(), held_by_onnx)],
+    ids=["coreml", "onnx"],
+)
+def test_others_read_what_the_storage_says(target: Target, read: Any, tmp_path: Path) -> None:
+    """Thin matrices, and what the integers beside them stand for, bit for bit."""
+    block = block_of(target.keep(LowRank(Affine(8), 5), "linear"))
+    weights = {n: 0.2 * w for n, w in unique_weights(block, 7).items()}
+    found = read(target.lower(block, weights, tmp_path / f"direct{target.suffix}").path)
+    for name, weight in block.weights.items():
+        if isinstance(weight.storage, LowRank):
+            parts = weight.storage.encode(weights[name])
+            thin_ones = {part: parts[part] for part in (LEFT, RIGHT)}
+            main = weight.storage.main.decode({p: v for p, v in parts.items() if p not in thin_ones})
+            for what, expected in (*thin_ones.items(), ("integers", main)):
+                array = expected.numpy()
+                alike = [f for f in found if f.shape == array.shape and f.dtype.kind == "f"]
+                assert any(np.array_equal(f, array.astype(f.dtype)) for f in alike), f"{name}: {what}"
 
 
 # --- recipes -----------------------------------------------------------------------------------------
