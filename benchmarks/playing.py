@@ -6,6 +6,7 @@ video is noise, which costs as much as any other.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import os
 import shutil
@@ -42,6 +43,14 @@ VAE = {
         "num_groups": 4,
     },
 }
+
+
+def add_sizes(parser: argparse.ArgumentParser) -> None:
+    """The options that say how large the model and its video are."""
+    parser.add_argument("--pairs", type=int, default=4)
+    parser.add_argument("--side", type=int, default=128, help="pixels")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--width", default="full", choices=list(WIDTHS))
 
 
 def build(folder: Path, width: str, pairs: int, side: int, steps: int) -> tuple[Bundle, Recipe]:

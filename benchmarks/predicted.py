@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from playing import ColdPlayer, build, drop
+from playing import ColdPlayer, add_sizes, build, drop
 
 from toolchain.build.replan import replan_bundle
 from toolchain.formats.bundle import load_bundle
+from toolchain.planning.loading.predict import everything_bytes
 from toolchain.planning.loading.run import Run
 from toolchain.planning.loading.unrolled import unroll
 from toolchain.player import Player
@@ -87,10 +88,7 @@ def played(bundle: Path, budget: int, warm: bool) -> tuple[dict[str, Any], int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=4)
-    parser.add_argument("--side", type=int, default=128, help="pixels")
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--width", default="full", choices=["full", "small"])
+    add_sizes(parser)
     parser.add_argument("--warm", action="store_true", help="loads from the system's memory of files")
     parser.add_argument("--one", nargs=2, metavar=("BUNDLE", "BUDGET"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -108,10 +106,11 @@ def main() -> None:
         replan_bundle(bundle, calibration=file)
         made = load_bundle(bundle.path).manifest.loading.made_from
         assert made is not None
-        u = unroll(Run.from_data(made.run))
+        run = Run.from_data(made.run)
+        u = unroll(run)
         after = [*u.block[1:], u.block[-1]]
         two = max(r + u.size[a] + (u.size[b] if a != b else 0) for r, a, b in zip(u.room, u.block, after, strict=True))
-        everything = sum(u.size) + max(u.room)
+        everything = everything_bytes(run)
         print(
             "| budget, MB | time, s: predicted | played | ratio | waiting, s: predicted | played | loads | read, GB "
             "| peak, MB: predicted | counted | process |"

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from playing import ColdPlayer, build, drop, with_sampler
+from playing import ColdPlayer, add_sizes, build, drop, with_sampler
 
 from toolchain.formats.manifest import Manifest
 from toolchain.formats.times import TimesFile
@@ -97,10 +97,7 @@ def run_of(manifest: Manifest, measured: TimesFile) -> Run:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=4)
-    parser.add_argument("--side", type=int, default=128, help="pixels")
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--width", default="full", choices=["full", "small"])
+    add_sizes(parser)
     parser.add_argument("--resident", type=float, default=0.5, help="share of the pairs that the budget holds")
     args = parser.parse_args()
     half = args.steps // 2

@@ -14,8 +14,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from toolchain.errors import RecipeError
-from toolchain.formats.times import content_sha256
 from toolchain.formats.yaml_text import UniqueKeyLoader
+from toolchain.system.store import key_of
 from toolchain.validation import explain
 
 
@@ -65,7 +65,7 @@ class Device(_Entry):
     @property
     def sha256(self) -> str:
         """Of what it says, however it is written."""
-        return content_sha256(self)
+        return key_of(self.model_dump(mode="json"))
 
     def flops_per_s(self, precision: str, engine: str | None = None) -> float:
         """What computes fastest in a precision, or one engine's.

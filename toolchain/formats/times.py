@@ -6,8 +6,6 @@ described in docs/planning.md.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -18,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from toolchain.errors import RecipeError
 from toolchain.formats.loading import Seconds, Times
 from toolchain.formats.yaml_text import UniqueKeyLoader
+from toolchain.system.store import key_of
 from toolchain.validation import explain
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -46,17 +45,12 @@ class MeasuredTimes(_Entry):
     @property
     def sha256(self) -> str:
         """Of what it says, however it is written."""
-        return content_sha256(self)
+        return key_of(self.model_dump(mode="json"))
 
     def to_yaml(self) -> str:
         """As a file."""
         text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
         return text
-
-
-def content_sha256(model: BaseModel) -> str:
-    """sha256, in hex, of what a model says: of its JSON with sorted keys."""
-    return hashlib.sha256(json.dumps(model.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

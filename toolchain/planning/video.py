@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from math import prod
 from typing import TYPE_CHECKING
 
 from toolchain.formats.calls import rounds
 from toolchain.formats.device import Device
 from toolchain.formats.loading import Times
 from toolchain.formats.manifest import Stage
+from toolchain.formats.schedule import BASE
 from toolchain.formats.times import TimesFile
 from toolchain.ir.blocks import Block
 from toolchain.ir.dtypes import DTYPES
@@ -21,7 +23,6 @@ from toolchain.planning.loading.whole import Function, Part, retimed, whole_run
 if TYPE_CHECKING:
     from toolchain.planning.plan import ComponentPlan, Plan
 
-DEFAULT = "base"
 PIXEL_DTYPE = "float32"
 """Frames between the stages of decoding."""
 
@@ -70,7 +71,7 @@ def _part(component: ComponentPlan, block: Block, device: Device | None) -> Part
         f: Function(seconds(f), memory.peaks[f].bytes + memory.waiting, memory.left) for f in distinct_functions(block)
     }
     load_s = load_seconds(device, memory.weights) if device else 0.0
-    return Part(f"{component.name}/{block.name}", block.rate, memory.weights, load_s, functions, DEFAULT)
+    return Part(f"{component.name}/{block.name}", block.rate, memory.weights, load_s, functions, BASE)
 
 
 def _frames_bytes(component: ComponentPlan, stage: Stage) -> int:
@@ -84,7 +85,4 @@ def _frame_numbers(component: ComponentPlan, stage: Stage) -> Iterator[int]:
     taken = next(p for b in own for p in b.inputs if b.sources[p.name].startswith("inputs."))
     given = next(p for b in own for p in b.outputs if p.name in b.results)
     for port, frames in ((taken, sum(p.takes for p in stage.pieces)), (given, sum(p.gives for p in stage.pieces))):
-        numbers = 1
-        for size in (*port.shape[:time], *port.shape[time + 1 :]):
-            numbers *= size
-        yield numbers * frames
+        yield prod((*port.shape[:time], *port.shape[time + 1 :])) * frames
