@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import importlib
 import logging
@@ -13,10 +14,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import coremltools as ct
 import pytest
+import torch
+from coremltools.converters.mil import Builder
+from coremltools.converters.mil.mil import Program
+from coremltools.converters.mil.mil.block import InvalidBlockStateError
+from coremltools.converters.mil.mil.passes.pass_pipeline import PassPipelineManager
+from coremltools.converters.mil.mil.passes.pass_registry import PASS_REGISTRY
+from torch import fx
 
 from targets.coreml import CoreMLConfig, CoreMLTarget
+from targets.coreml.validation import validated_at_the_ends
 from targets.streams import quiet
+from targets.unused import unused_left_out
 from toolchain.errors import LoweringError
 from toolchain.system.disk import full_disk_named, readable_size
 from toolchain.system.temporary import temporary_files_in
@@ -196,3 +207,46 @@ def test_other_errors_are_as_they_were(tmp_path: Path) -> None:
 )
 def test_readable_size(count: float, text: str) -> None:
     assert readable_size(count) == text
+
+
+# --- what torch does for every graph -----------------------------------------------------------------
+
+
+def test_code_of_a_graph_is_made_when_it_is_asked_for() -> None:
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    other: list[fx.GraphModule] = []
+    with unused_left_out():
+        made = fx.symbolic_trace(double)
+        called, copied = fx.symbolic_trace(double), copy.deepcopy(made)
+        thread = threading.Thread(target=lambda: other.append(fx.symbolic_trace(double)))
+        thread.start()
+        thread.join()
+        assert "_code" not in made.__dict__
+        assert "_code" in other[0].__dict__  # another thread's graphs are as ever
+    for module in (called, copied, other[0]):
+        assert module(torch.ones(1)).item() == 2
+    assert "x * 2" in made.code
+    assert "x * 2" in str(made)
+    made.graph.output_node().args = (next(iter(made.graph.nodes)),)
+    made.recompile()
+    assert made(torch.ones(1)).item() == 1
+
+
+def test_a_pass_that_breaks_a_program_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    @Builder.program(input_specs=[Builder.TensorSpec(shape=(2,))])  # type: ignore[untyped-decorator]
+    def program(x: Any) -> Any:
+        return Builder.relu(x=x)
+
+    def break_it(broken: Any) -> None:
+        relu = broken.functions["main"].find_ops(op_type="relu")[0]
+        relu.outputs[0]._child_ops.append(relu)
+
+    noop = type(PASS_REGISTRY["common::noop_elimination"])
+    monkeypatch.setattr(noop, "apply", lambda self, broken: break_it(broken))
+    passes = ct.PassPipeline(["common::noop_elimination", "common::add_conv_transpose_output_shape"])
+    validate = Program.validate
+    with validated_at_the_ends(), pytest.raises(InvalidBlockStateError):
+        PassPipelineManager.apply_pipeline(program, passes)
+    assert Program.validate is validate

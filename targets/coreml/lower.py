@@ -15,6 +15,7 @@ from coremltools.converters.mil import Builder
 from targets.coreml.canonical import canonicalise
 from targets.coreml.float16 import with_own_float16
 from targets.coreml.quantized import Plan, Quantized, StandIns, with_quantized
+from targets.coreml.validation import validated_at_the_ends
 from targets.exporting import export, reason
 from targets.streams import quiet
 from toolchain.errors import LoweringError
@@ -35,7 +36,7 @@ def lower(block: Block, weights: Mapping[str, torch.Tensor], out: Path, precisio
     functions = distinct_functions(block)
     quantized = Quantized(block.weights, weights)
     own = tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.stem}-")
-    with quiet(), own as tmp, full_disk_named(out.parent):
+    with quiet(), validated_at_the_ends(), own as tmp, full_disk_named(out.parent):
         packages = {}
         for f in functions:
             packages[f] = _convert(block, f, weights, precision, Path(tmp) / f"{f}.mlpackage", quantized)

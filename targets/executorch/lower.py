@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,12 @@ from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPar
 from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
 from executorch.exir.backend.utils import WhyNoPartition, is_same_node
 from executorch.exir.passes import MemoryPlanningPass
-from torch.fx.traceback import NodeSource
 
 from targets.executorch.quantized import NAMESPACE, Unset, stand_ins, with_quantized
 from targets.executorch.stamp import bind, stamp
 from targets.exporting import export, reason
 from targets.streams import quiet
+from targets.unused import unused_left_out
 from toolchain.errors import LoweringError
 from toolchain.ir.blocks import Block
 from toolchain.ir.stored import StoredParts
@@ -57,7 +56,7 @@ def _lower(block: Block, weights: Mapping[str, torch.Tensor], parts: Mapping[str
     """Write a block's program; quantized weights have ``parts``."""
     functions = distinct_functions(block)
     weights = dict(weights)  # made once: functions share them
-    with quiet(), _shared_history():
+    with quiet(), unused_left_out():
         programs = {f: _exported(block, f, weights, parts) for f in functions}
         try:
             edge = to_edge_transform_and_lower(programs, partitioner={f: [XnnpackPartitioner()] for f in functions})
@@ -72,20 +71,6 @@ def _lower(block: Block, weights: Mapping[str, torch.Tensor], parts: Mapping[str
             _forget()
     with out.open("wb") as file:
         program.write_to_file(file)
-
-
-@contextlib.contextmanager
-def _shared_history() -> Iterator[None]:
-    """Nodes share what torch notes of where they come from; each of some hundred passes would copy all of it.
-
-    That is a tenth of the time. Nothing changes these notes, and no byte of a program depends on them.
-    """
-    name = "__deepcopy__"
-    setattr(NodeSource, name, lambda self, memo: self)
-    try:
-        yield
-    finally:
-        delattr(NodeSource, name)
 
 
 def _exported(

@@ -25,6 +25,7 @@ from targets.onnx.naming import name_values
 from targets.onnx.storages import specs
 from targets.onnx.translate import OPSET, TRANSLATIONS
 from targets.streams import quiet
+from targets.unused import unused_left_out
 from toolchain.errors import LoweringError
 from toolchain.ir.blocks import Block
 from toolchain.ir.stored import StoredParts
@@ -63,7 +64,7 @@ def symbolic(block: Block, function: str) -> onnx.ModelProto:
         LoweringError: an operator has no translation; names it.
     """
     unset = {name: torch.empty(weight.shape) for name, weight in block.weights.items()}  # never read
-    with quiet():
+    with quiet(), unused_left_out():
         program = export(block, function, unset)
         try:
             exported: Any = torch.onnx.export(

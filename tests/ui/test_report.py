@@ -134,7 +134,10 @@ def test_a_plan_has_the_same_facts_as_its_bundle(executorch_bundle: Any, edited:
 def test_what_was_played_is_drawn(shown: Any, played: Timeline) -> None:
     component = shown.bundle.manifest.components["transformer"]
     steps, once = component.load_order["step"], component.load_order["prompt"]
-    assert [i.block for i in played.lanes["loader"]] == [*once, *steps * 3]  # nothing stays loaded
+    loaded = [i.block for i in played.lanes["loader"]]  # nothing stays; the next step's first may be on its way
+    assert loaded[: len(once) + 3 * len(steps)] == [*once, *steps * 3]
+    ahead = len(loaded) - len(once) - 3 * len(steps)
+    assert ahead <= 1
     assert [i.block for i in played.lanes["compute"]] == [*once, *steps * 3]
     assert {i.function for i in played.lanes["compute"]} == {"base", "merged"}
     size = {b.name: sum(b.weight_bytes.values()) for b in component.blocks}
@@ -142,13 +145,14 @@ def test_what_was_played_is_drawn(shown: Any, played: Timeline) -> None:
     calls = [c for phase in made.run["phases"] for c in phase["calls"]]
     one = max(size[c["block"].partition("/")[2]] + c["activation_bytes"] + c["live_bytes"] for c in calls)
     assert played.peak_bytes == one  # one after the other
-    assert played.memory[-1][1] in {c["live_bytes"] for c in calls}  # the video would go on
+    held = played.memory[-1][1] - ahead * size[steps[0]]
+    assert held in {c["live_bytes"] for c in calls}  # the video would go on
     times = [t for t, _ in played.memory]
     assert times == sorted(set(times))
     assert played.budget_bytes == shown.bundle.manifest.memory_budget_bytes
     rows = {r.name.removeprefix("transformer/"): r for r in words.totals(played).rows}
     assert {name: (r.loads, r.runs) for name, r in rows.items()} == {
-        name: (1, 1) if name in once else (3, 3) for name in size
+        name: (1, 1) if name in once else (3 + ahead * (name == steps[0]), 3) for name in size
     }
     assert sum(r.share for r in rows.values()) <= 1
 
