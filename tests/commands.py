@@ -50,12 +50,15 @@ def run_process(*args: str | Path, cwd: Path, env: Mapping[str, str] | None = No
     return Ran(done.returncode, done.stdout, done.stderr)
 
 
-def start_process(*args: str | Path, cwd: Path, cache: Path | None = None) -> subprocess.Popen[str]:
+def start_process(
+    *args: str | Path, cwd: Path, cache: Path | None = None, env: Mapping[str, str] | None = None
+) -> subprocess.Popen[str]:
     """Start it in a process that can be sent signals as from a terminal."""
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     # an empty cache, or there would be little to interrupt
-    env = {**os.environ, "SORA_COMPILE_CACHE": str(cache or tempfile.mkdtemp(dir=os.environ["SORA_COMPILE_CACHE"]))}
-    return subprocess.Popen(command(*args), cwd=cwd, env=env, preexec_fn=_hear_interrupts, **pipes)
+    own = str(cache or tempfile.mkdtemp(dir=os.environ["SORA_COMPILE_CACHE"]))
+    whole = {**os.environ, "SORA_COMPILE_CACHE": own, **(env or {})}
+    return subprocess.Popen(command(*args), cwd=cwd, env=whole, preexec_fn=_hear_interrupts, **pipes)
 
 
 def _hear_interrupts() -> None:

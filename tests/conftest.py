@@ -1,4 +1,4 @@
-"""What tests share: the small golden model, checkpoints and recipes of it, the command, and two built bundles."""
+"""What tests share: the small golden model, checkpoints and recipes of it, the command, and built bundles."""
 
 from __future__ import annotations
 
@@ -191,6 +191,12 @@ def _build(folder: Path, one_pair: Any, target: str) -> Built:
 def executorch_bundle(tmp_path_factory: pytest.TempPathFactory, one_pair: Any) -> Built:
     """The small recipe, built for ExecuTorch. Read only."""
     return _build(tmp_path_factory.mktemp("executorch"), one_pair, "executorch")
+
+
+@pytest.fixture(scope="session")
+def onnx_bundle(tmp_path_factory: pytest.TempPathFactory, one_pair: Any) -> Built:
+    """The small recipe, built for ONNX, which takes the least time. Read only."""
+    return _build(tmp_path_factory.mktemp("onnx"), one_pair, "onnx")
 
 
 @pytest.fixture(scope="session")

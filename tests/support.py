@@ -41,7 +41,7 @@ RECIPE: dict[str, Any] = {
     "video": {"frames": 17, "height": 32, "width": 48},
     "sampler": {"steps": 6, "leap": 3, "merged_steps": 2},
     "transformer": {"checkpoint": "checkpoint", "passes": ["token-merge", "partition"]},
-    "target": "executorch",
+    "target": "onnx",
 }
 """One video of 5 latent frames, each of 2 × 3 patches."""
 

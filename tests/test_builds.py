@@ -64,16 +64,22 @@ def built(one_pair: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 # --- the same bytes ----------------------------------------------------------------------------------
 
 
-def test_path_time_jobs_and_hashes_do_not_matter(
-    run_cli_process: Any, built: Any, project: Path, tmp_path: Path
-) -> None:
-    """The other build was in one process, with hashes of its own; each target's bytes have tests of their own."""
+def test_path_time_jobs_and_hashes_do_not_matter(start_cli: Any, project: Path, built: Any, tmp_path: Path) -> None:
+    """Two processes at once, into one cache, each with a place, a number of jobs and hashes of its own; the other
+    build was in this process. Each target's bytes have tests of their own.
+    """
     place = tmp_path / "a place" / "deep"
     shutil.copytree(project, place)
-    env = {"SORA_COMPILE_CACHE": str(tmp_path / "cache"), "PYTHONHASHSEED": "7"}
-    ran = run_cli_process("recipe.yaml", "-o", "b", "--set", f"target={TARGET}", "-j", "2", cwd=place, env=env)
-    assert ran.code == 0, ran.err
-    assert contents(place / "b") == contents(built[1])
+    arguments = ("recipe.yaml", "-o", "b", "--set", f"target={TARGET}")
+    running = [
+        start_cli(*arguments, "-j", jobs, cwd=folder, cache=tmp_path / "cache", env={"PYTHONHASHSEED": seed})
+        for folder, jobs, seed in ((place, "2", "7"), (project, "1", "23"))
+    ]
+    for process in running:
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+    assert contents(place / "b") == contents(project / "b") == contents(built[1])
+    assert counts(Store(tmp_path / "cache"))["templates"] == 4
 
 
 def test_direct_is_the_same(built: Any, tmp_path: Path) -> None:
@@ -142,7 +148,7 @@ def test_killed_at_any_moment(start_cli: Any, project: Path, built: Any, tmp_pat
     arguments = ("recipe.yaml", "-o", "bundle", "--set", f"target={TARGET}")
     random_ = random.Random(0)
     killed = 0
-    for _ in range(3):
+    for _ in range(2):
         process = start_cli(*arguments, cwd=project, cache=cache)
         more = len(list(cache.rglob("*"))) + random_.randrange(1, 12)
         while process.poll() is None and len(list(cache.rglob("*"))) < more:
@@ -151,26 +157,14 @@ def test_killed_at_any_moment(start_cli: Any, project: Path, built: Any, tmp_pat
         process.kill()
         process.communicate()
         killed += process.returncode == -signal.SIGKILL
-    assert killed >= 2  # a slow test may come too late for the last
-    assert not (project / "bundle").exists() or killed < 3
+    assert killed >= 1  # a slow test may come too late for the last
+    assert not (project / "bundle").exists() or killed < 2
     process = start_cli(*arguments, cwd=project, cache=cache)
     _, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     assert contents(project / "bundle") == contents(built[1])
     assert sorted(p.name for p in project.iterdir()) == ["bundle", "checkpoint", "recipe.yaml"]
     assert list((cache / "scratch").iterdir()) == []
-
-
-def test_two_builds_into_one_cache(start_cli: Any, project: Path, built: Any, tmp_path: Path) -> None:
-    running = [
-        start_cli("recipe.yaml", "-o", name, "--set", f"target={TARGET}", cwd=project, cache=tmp_path / "cache")
-        for name in ("one", "two")
-    ]
-    for process in running:
-        _, err = process.communicate(timeout=240)
-        assert process.returncode == 0, err
-    assert contents(project / "one") == contents(project / "two") == contents(built[1])
-    assert counts(Store(tmp_path / "cache"))["templates"] == 4
 
 
 ON_A_SMALL_DISK = """

@@ -19,7 +19,7 @@ slow = pytest.mark.slow
 
 
 @slow
-@pytest.mark.parametrize("target", ["executorch", "coreml"])
+@pytest.mark.parametrize("target", ["onnx", "coreml"])
 def test_what_a_build_prints(request: pytest.FixtureRequest, target: str) -> None:
     built = request.getfixturevalue(f"{target}_bundle")
     first, second = built.ran.out.splitlines()
@@ -32,7 +32,7 @@ def test_what_a_build_prints(request: pytest.FixtureRequest, target: str) -> Non
 
 
 @slow
-@pytest.mark.parametrize("target", ["executorch", "coreml"])
+@pytest.mark.parametrize("target", ["onnx", "coreml"])
 def test_others_can_read_a_bundle(request: pytest.FixtureRequest, target: str) -> None:
     folder = request.getfixturevalue(f"{target}_bundle").path
     modes = {p.relative_to(folder).as_posix(): p.stat().st_mode & 0o777 for p in folder.rglob("*")}

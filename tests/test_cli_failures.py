@@ -230,8 +230,8 @@ def test_a_failure_leaves_no_folders_above_the_bundle(run_cli: Any, project: Pat
 
 
 @slow
-def test_a_failure_leaves_an_older_bundle_as_it_is(run_cli: Any, project: Path, executorch_bundle: Any) -> None:
-    shutil.copytree(executorch_bundle.path, project / "bundle")
+def test_a_failure_leaves_an_older_bundle_as_it_is(run_cli: Any, project: Path, onnx_bundle: Any) -> None:
+    shutil.copytree(onnx_bundle.path, project / "bundle")
     truncate(project)
     before = contents(project)
     assert run_cli("recipe.yaml", "-o", "bundle", cwd=project).code == 3

@@ -16,22 +16,22 @@ Ruin = Callable[[Path], object]
 
 
 @slow
-def test_inspect(run_cli: Any, run_cli_process: Any, executorch_bundle: Any) -> None:
-    ran = run_cli_process("inspect", executorch_bundle.path, cwd=executorch_bundle.project)
+def test_inspect(run_cli: Any, run_cli_process: Any, onnx_bundle: Any) -> None:
+    ran = run_cli_process("inspect", onnx_bundle.path, cwd=onnx_bundle.project)
     assert (ran.code, ran.err) == (0, "")
     for piece in (
         "pair_0",
         "base, merged",
-        "small (open-sora-v1.2), executorch",
+        "small (open-sora-v1.2), onnx",
         "17 frames of 48×32",
         "guidance 7.0",
     ):
         assert piece in ran.out
-    data = json.loads(run_cli("inspect", "bundle", "--json", cwd=executorch_bundle.project).out)
+    data = json.loads(run_cli("inspect", "bundle", "--json", cwd=onnx_bundle.project).out)
     assert data["bundle"] == "bundle"
-    assert data["manifest"] == json.loads((executorch_bundle.path / "manifest.json").read_text())
+    assert data["manifest"] == json.loads((onnx_bundle.path / "manifest.json").read_text())
     assert data["bytes"] == sum(
-        p.stat().st_size for p in executorch_bundle.path.rglob("*") if p.name != "manifest.json" and p.is_file()
+        p.stat().st_size for p in onnx_bundle.path.rglob("*") if p.name != "manifest.json" and p.is_file()
     )
 
 
@@ -78,9 +78,9 @@ DAMAGES: dict[str, tuple[Ruin, str]] = {
 
 @slow
 @pytest.mark.parametrize("name", DAMAGES)
-def test_inspect_finds_damage(run_cli: Any, executorch_bundle: Any, tmp_path: Path, name: str) -> None:
+def test_inspect_finds_damage(run_cli: Any, onnx_bundle: Any, tmp_path: Path, name: str) -> None:
     ruin, message = DAMAGES[name]
-    shutil.copytree(executorch_bundle.path, tmp_path / "bundle")
+    shutil.copytree(onnx_bundle.path, tmp_path / "bundle")
     ruin(tmp_path / "bundle")
     ran = run_cli("inspect", "bundle", cwd=tmp_path)
     assert (ran.code, ran.out) == (2, "")

@@ -43,7 +43,7 @@ def underway(project: Path, moment: str) -> bool:
 @pytest.mark.parametrize(
     ("target", "number", "code", "says"),
     [
-        ("executorch", signal.SIGINT, 130, "sora-compile: interrupted; nothing was written\n"),
+        ("coreml", signal.SIGINT, 130, "sora-compile: interrupted; nothing was written\n"),
         ("onnx", signal.SIGTERM, 143, ""),
     ],
 )

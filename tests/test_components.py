@@ -77,7 +77,7 @@ def small_recipe(**changes: Any) -> Recipe:
         "model": "open-sora-v1.2",
         "video": {"frames": 22, "height": 32, "width": 48},
         "sampler": {"steps": 2},
-        "target": "executorch",
+        "target": "onnx",
     }
     for name in CONFIGS:
         own = changes.pop(name, {})
@@ -385,7 +385,7 @@ def test_the_encoder_and_the_decoder_have_references(source: Path) -> None:
 
 @pytest.mark.slow
 def test_the_encoder_lowers(source: Path, tmp_path: Path) -> None:
-    """Through the gate for ExecuTorch; and its parts one after the other are the model's ``encode``."""
+    """Through the gate for ONNX; and its parts one after the other are the model's ``encode``."""
     video = {"frames": 17, "height": 32, "width": 48}
     recipe = small_recipe(text_encoder=None, vae={"encoder": True, "frames_per_call": 17}, video=video)
     part = toolchain.plan(recipe, base=source).components["vae"]

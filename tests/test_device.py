@@ -53,7 +53,7 @@ def test_a_profile_beside_the_recipe_is_found(tmp_path: Path) -> None:
         ("value: 5.4e8", "value: 0", r"load_bytes_per_s: a rate of 0"),
         ("overlap_loss: {value: 0,", "overlap_loss: {value: 1.5,", r"overlap_loss: 1.5 is not within"),
         ("version: 1", "version: 2", r"version: "),
-        ("name: iphone", "{", r"cannot be read"),
+        ("name: iphone", "{", r"not YAML"),
     ],
 )
 def test_what_is_wrong_in_a_file_is_named(before: str, after: str, message: str, tmp_path: Path) -> None:
@@ -64,6 +64,12 @@ def test_what_is_wrong_in_a_file_is_named(before: str, after: str, message: str,
     with pytest.raises(RecipeError, match=message) as error:
         load_device(file)
     assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_nested_too_deeply(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("[" * 5000)
+    with pytest.raises(RecipeError, match=r"mine\.yaml: cannot be read: it is nested too deeply"):
+        load_device(tmp_path / "mine.yaml")
 
 
 def test_the_slower_of_computing_and_moving_decides() -> None:

@@ -36,7 +36,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-@pytest.fixture(params=["executorch", "coreml"])
+@pytest.fixture(params=["onnx", "coreml"])
 def built(request: pytest.FixtureRequest) -> Any:
     return request.getfixturevalue(f"{request.param}_bundle")
 
@@ -151,7 +151,7 @@ def test_geometry_sampler_and_tools(built: Any) -> None:
     assert [s["leap"] for s in steps] == [False, False, False, True]
     assert steps[-1]["dt"] == pytest.approx(schedule[3] / 1000, abs=1e-7)
     assert math.fsum(s["dt"] for s in steps) == pytest.approx(1.0, abs=1e-6)
-    converter = {"executorch": "executorch", "coreml": "coremltools"}[manifest["target"]["name"]]
+    converter = {"onnx": "onnx", "coreml": "coremltools"}[manifest["target"]["name"]]
     assert {"sora-compile", "python", "torch", converter} <= manifest["tools"].keys()
 
 
@@ -184,7 +184,7 @@ def test_the_resolved_recipe_leaves_nothing_open(built: Any) -> None:
 
 
 @slow
-@pytest.mark.parametrize("target", ["executorch", "coreml"])
+@pytest.mark.parametrize("target", ["onnx", "coreml"])
 def test_the_resolved_recipe_gives_the_same_bundle(
     request: pytest.FixtureRequest, run_cli_process: Any, tmp_path: Path, target: str
 ) -> None:

@@ -268,6 +268,7 @@ def test_configs_out_of_range(recipe_data: dict[str, Any], config: dict[str, Any
         ("- a\n- b\n", r"r\.yaml: expected keys and values"),
         ("", r"r\.yaml: expected keys and values"),
         ("name: \x00", r"r\.yaml: cannot be read"),
+        ("a: " + "[" * 5000, r"r\.yaml: cannot be read: it is nested too deeply"),
     ],
 )
 def test_files_that_are_no_recipes(tmp_path: Path, text: str, message: str) -> None:

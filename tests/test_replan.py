@@ -20,9 +20,9 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def calibration(executorch_bundle: Any, run_cli: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def calibration(onnx_bundle: Any, run_cli: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("calibration")
-    ran = run_cli("calibrate", executorch_bundle.path, "-o", "c.yaml", "--repeats", "1", cwd=folder)
+    ran = run_cli("calibrate", onnx_bundle.path, "-o", "c.yaml", "--repeats", "1", cwd=folder)
     assert (ran.code, ran.err) == (0, "")
     assert ran.out.splitlines()[0] == "c.yaml"
     assert [p.name for p in folder.iterdir()] == ["c.yaml"]
@@ -30,8 +30,8 @@ def calibration(executorch_bundle: Any, run_cli: Any, tmp_path_factory: pytest.T
 
 
 @pytest.fixture
-def bundle(executorch_bundle: Any, tmp_path: Path) -> Bundle:
-    shutil.copytree(executorch_bundle.path, tmp_path / "bundle")
+def bundle(onnx_bundle: Any, tmp_path: Path) -> Bundle:
+    shutil.copytree(onnx_bundle.path, tmp_path / "bundle")
     return load_bundle(tmp_path / "bundle")
 
 

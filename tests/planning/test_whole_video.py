@@ -196,9 +196,9 @@ def test_a_calibration_of_another_bundle_is_refused(tiny: Plan, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[", "cannot be read"),
+        ("[", ":1: not YAML"),
         ("version: 2", "version"),
-        ("machine: a\nmachine: b", "cannot be read"),
+        ("machine: a\nmachine: b", ":2: not YAML: key 'machine' is given twice"),
         ("1", "valid dictionary"),
         ("{version: 1, machin: a}", "machin: unknown key; did you mean 'machine'"),
     ],
@@ -207,7 +207,7 @@ def test_what_is_no_calibration(text: str, message: str, tmp_path: Path) -> None
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(RecipeError, match=message) as error:
         load_times(tmp_path / "c.yaml")
-    assert str(error.value).startswith(f"--calibration {tmp_path / 'c.yaml'}: ")
+    assert str(error.value).startswith(f"--calibration {tmp_path / 'c.yaml'}:")
     with pytest.raises(RecipeError, match="cannot be read: No such file"):
         load_times(tmp_path / "none.yaml")
 

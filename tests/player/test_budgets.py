@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,11 +88,20 @@ def test_no_more_engines_are_alive_than_the_plan_holds(built: Bundle, monkeypatc
     for event in playing.followed.plan.events():
         held += isinstance(event, Load) or -1 if not hasattr(event, "function") else 0
         most = max(most, held)
-    alive, before = [], engines()
-    monkeypatch.setattr(player, "load_engine", lambda *a: (alive.append(engines() - before + 1), load_engine(*a))[1])
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    counts: list[int] = []
+
+    def load(*arguments: Any) -> Any:
+        engine = load_engine(*arguments)
+        alive.add(engine)
+        counts.append(len(alive))
+        return engine
+
+    monkeypatch.setattr(player, "load_engine", load)
     playing.video(PROMPT, SEED)
-    assert len(alive) == playing.played.loads if playing.played else pytest.fail("nothing was played")
-    assert max(alive) <= most
+    assert len(counts) == playing.played.loads if playing.played else pytest.fail("nothing was played")
+    assert max(counts) <= most
+    assert not alive
 
 
 def test_too_small_a_budget_says_the_least(built: Bundle) -> None:

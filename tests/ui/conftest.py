@@ -34,12 +34,12 @@ class Shown:
 
 
 @pytest.fixture(scope="session")
-def edited(executorch_bundle: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Bundle]:
+def edited(onnx_bundle: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Bundle]:
     """A copy of the built bundle, its manifest edited as plain data; checked as any manifest is."""
 
     def make(edit: Callable[[dict[str, Any], Path], None]) -> Bundle:
         folder = tmp_path_factory.mktemp("edited") / "bundle"
-        shutil.copytree(executorch_bundle.path, folder)
+        shutil.copytree(onnx_bundle.path, folder)
         path = folder / "manifest.json"
         data = json.loads(path.read_text())
         edit(data, folder)

@@ -110,9 +110,9 @@ def test_a_number_that_is_none_is_the_largest_error(edited: Callable[..., Bundle
     json.loads(data[1], parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
 
-def test_a_plan_has_the_same_facts_as_its_bundle(executorch_bundle: Any, edited: Callable[..., Bundle]) -> None:
-    recipe = load_recipe(executorch_bundle.project / "recipe.yaml", ["target=executorch"])
-    planned = plan_facts(plan(recipe, base=executorch_bundle.project))
+def test_a_plan_has_the_same_facts_as_its_bundle(onnx_bundle: Any, edited: Callable[..., Bundle]) -> None:
+    recipe = load_recipe(onnx_bundle.project / "recipe.yaml", ["target=onnx"])
+    planned = plan_facts(plan(recipe, base=onnx_bundle.project))
     built = bundle_facts(edited(lambda data, folder: None))
     assert planned.built is None
     for name in ("name", "model", "target", "target_options", "geometry", "sampler", "schemes", "weight_bytes"):

@@ -54,8 +54,8 @@ def test_report_puts_the_page_beside_the_bundle(run: Callable[..., Any], shown: 
     assert "Predicted: " in (tmp_path / "b.html").read_text()
 
 
-def test_plan_writes_a_page(run: Callable[..., Any], executorch_bundle: Any, tmp_path: Path) -> None:
-    recipe = executorch_bundle.project / "recipe.yaml"
+def test_plan_writes_a_page(run: Callable[..., Any], onnx_bundle: Any, tmp_path: Path) -> None:
+    recipe = onnx_bundle.project / "recipe.yaml"
     code, out, err = run("plan", recipe, "--html", "p.html", "--json")
     assert (code, err) == (0, "")
     blocks = [b["name"] for b in json.loads(out)["components"]["transformer"]["blocks"]]

@@ -10,11 +10,10 @@ import difflib
 from pathlib import Path
 from typing import Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from toolchain.errors import RecipeError
-from toolchain.formats.yaml_text import UniqueKeyLoader
+from toolchain.formats.yaml_text import read_yaml
 from toolchain.system.store import key_of
 from toolchain.validation import explain
 
@@ -108,10 +107,7 @@ def load_device(name: str | Path, base: Path = Path()) -> Device:
             hint = f"near ones are {', '.join(near)}" if near else f"known ones are {', '.join(known)}"
             raise RecipeError(f"unknown device '{name}'; {hint}")
         path = known[str(name)]
-    try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeyLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-        raise RecipeError(f"{path}: cannot be read: {' '.join(str(e).split())}") from e
+    data = read_yaml(path)
     try:
         return Device.model_validate(data)
     except ValidationError as e:

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from toolchain.errors import RecipeError
 from toolchain.formats.recipe import Recipe
-from toolchain.formats.yaml_text import UniqueKeyLoader
+from toolchain.formats.yaml_text import UniqueKeyLoader, read_yaml
 from toolchain.validation import explain
 
 
@@ -49,13 +49,7 @@ def load_recipe(name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         RecipeError: names the key, what is wrong with it, and the key that was meant where one is close.
     """
     path = find_recipe(name)
-    try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeyLoader)
-    except yaml.MarkedYAMLError as e:
-        line = f":{e.problem_mark.line + 1}" if e.problem_mark else ""
-        raise RecipeError(f"{path}{line}: not YAML: {e.problem}") from e
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-        raise RecipeError(f"{path}: cannot be read: {e}") from e
+    data = read_yaml(path)
     if not isinstance(data, dict):
         raise RecipeError(f"{path}: expected keys and values; see 'sora-compile schema recipe'")
     for override in overrides:
@@ -87,7 +81,7 @@ def _override(data: dict[str, Any], override: str) -> None:
     *parents, last = key.split(".")
     try:
         value = text if _names_passes(key, text) else yaml.load(text, Loader=UniqueKeyLoader)
-    except yaml.YAMLError as e:
+    except (yaml.YAMLError, RecursionError) as e:
         raise RecipeError(f"--set {override}: the value is not YAML") from e
     place: Any = data
     for i, part in enumerate(parents):

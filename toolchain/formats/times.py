@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from toolchain.errors import RecipeError
 from toolchain.formats.loading import Seconds, Times
-from toolchain.formats.yaml_text import UniqueKeyLoader
+from toolchain.formats.yaml_text import read_yaml
 from toolchain.system.store import key_of
 from toolchain.validation import explain
 
@@ -72,13 +72,9 @@ def load_times(path: Path) -> TimesFile:
     Raises:
         RecipeError: it cannot be read, or is none; names the file and the key.
     """
-    try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeyLoader)
-    except OSError as e:
-        raise RecipeError(f"--calibration {path}: cannot be read: {e.strerror or e}") from e
-    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as e:
-        raise RecipeError(f"--calibration {path}: cannot be read: {' '.join(str(e).split())}") from e
+    where = f"--calibration {path}"
+    data = read_yaml(path, where)
     try:
         return TimesFile(MeasuredTimes.model_validate(data), str(path))
     except ValidationError as e:
-        raise RecipeError(f"--calibration {path}: {explain(e, MeasuredTimes)}") from e
+        raise RecipeError(f"{where}: {explain(e, MeasuredTimes)}") from e

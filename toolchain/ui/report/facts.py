@@ -184,7 +184,7 @@ def _checkpoints(recipe: str, components: Sequence[str]) -> Iterator[Checkpoint]
     """Checkpoints as a bundle's recipe pins them. It is read as plain data: its model family need not be installed."""
     try:
         data = yaml.load(recipe, Loader=UniqueKeyLoader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         return  # the recipe is shown as it is
     for name in components:
         part = data.get(name) if isinstance(data, dict) else None
