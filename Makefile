@@ -33,7 +33,7 @@ lint: $(VENV)/installed
 	$(BIN)/lint-imports --no-cache --no-logo
 
 unit: $(VENV)/installed
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 clean:
 	rm -rf $(VENV) build

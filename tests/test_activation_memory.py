@@ -112,6 +112,7 @@ def test_cuts_are_as_good_as_the_best_of_all(units: list[int], ports: int, most:
 TINY = ["text_encoder=null", "vae=null"]
 
 
+@pytest.mark.slow
 def test_a_block_of_several_units_is_reckoned_no_lower_than_liveness_finds_it() -> None:
     recipe = toolchain.load_recipe("tiny", [*TINY, "target=coreml", "transformer.passes=token-merge partition"])
     parts = toolchain.plan(recipe).components["transformer"]
@@ -127,6 +128,7 @@ def test_a_block_of_several_units_is_reckoned_no_lower_than_liveness_finds_it() 
 
 
 @pytest.mark.parametrize("target", ["coreml", "executorch", "onnx"])
+@pytest.mark.slow
 def test_blocks_fit_what_the_partition_was_given(target: str) -> None:
     passes = "transformer.passes=token-merge partition{max_memory=6MB}"
     part = toolchain.plan(toolchain.load_recipe("tiny", [*TINY, f"target={target}", passes])).components["transformer"]
@@ -152,6 +154,7 @@ def test_one_rule_alone() -> None:
         toolchain.plan(toolchain.load_recipe("tiny", [*TINY, "transformer.passes=partition{blocks=2 max_memory=9MB}"]))
 
 
+@pytest.mark.slow
 def test_a_budget_holds_activations_too() -> None:
     memory = toolchain.plan(toolchain.load_recipe("tiny", TINY)).components["transformer"].memory
     least = max(m.total for m in memory.values())

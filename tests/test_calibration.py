@@ -202,6 +202,7 @@ def statistics(found: ComponentCalibration) -> list[tuple[WeightSource, str]]:
     return [(m.source, m.digests["importance"]) for m in found.measured]
 
 
+@pytest.mark.slow
 def test_a_calibration_that_was_stopped_goes_on(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found, store = planned(project), Store(tmp_path / "store")
     with monkeypatch.context() as patched:
@@ -249,6 +250,7 @@ def test_bytes_are_the_same_whatever_the_way(project: Path, tmp_path: Path) -> N
         explain_block(bundle, "transformer/pair_0", base=project)
 
 
+@pytest.mark.slow
 def test_what_decides_the_bytes_is_in_the_key(project: Path, tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
 
@@ -324,6 +326,7 @@ def test_a_weight_that_nothing_was_measured_for(project: Path, tmp_path: Path) -
 # --- as candidates of a budget -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_candidates_that_go_by_a_calibration(project: Path, tmp_path: Path) -> None:
     text = "float int4{block=16} int4{block=16 compensate=true calibration={inputs: 2}}"
     ways = read_candidates(text, "candidates")

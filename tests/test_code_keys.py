@@ -262,6 +262,7 @@ BUNDLES = {f"{t} bundles" for t in TARGETS}
         ("toolchain/accuracy/walk.py", BUNDLES),
     ],
 )
+@pytest.mark.slow
 def test_a_file_of_ours(tree: Path, file: str, changed: set[str]) -> None:
     before = keys(tree)
     path = tree / file

@@ -166,6 +166,7 @@ def full_size() -> tuple[Plan, int]:
     return toolchain.plan(recipe), psutil.Process().memory_info().rss - before
 
 
+@pytest.mark.slow
 def test_full_size_is_planned_without_weights(full_size: tuple[Plan, int]) -> None:
     plan, grown = full_size
     assert grown < 1e9  # the weights are 24 GB
@@ -280,6 +281,7 @@ def structures(plan: Plan) -> dict[str, list[tuple[str, str, str]]]:
     ],
     ids=["transformer", "vae", "vae-precision", "transformer-precision", "whole"],
 )
+@pytest.mark.slow
 def test_a_resolved_recipe_builds_the_same(changes: dict[str, Any], source: Path) -> None:
     plan = toolchain.plan(small_recipe(**changes), base=source)
     again = parse_recipe(yaml.safe_load(resolved(plan, source).to_yaml()))
@@ -339,6 +341,7 @@ def test_precision_is_recorded(source: Path, tmp_path: Path) -> None:
 ONE_FRAME = {"frames": 1, "height": 32, "width": 48}
 
 
+@pytest.mark.slow
 def test_the_encoder_is_planned_when_asked_for() -> None:
     parts = {asked: toolchain.plan(tiny(f"vae.encoder={asked}")).components["vae"] for asked in ("false", "true")}
     without, blocks = parts["false"].blocks, parts["true"].blocks
@@ -352,6 +355,7 @@ def test_the_encoder_is_planned_when_asked_for() -> None:
     assert [[p.name for p in b.outputs] for b in encoder] == [["mean", "logvar"]] * 2
 
 
+@pytest.mark.slow
 def test_the_encoder_has_a_tail_as_the_decoder_has() -> None:
     part = toolchain.plan(tiny("vae.encoder=true", "video.frames=22")).components["vae"]
     functions = {b.rate: list(b.functions) for b in part.blocks}
@@ -363,6 +367,7 @@ def test_the_encoder_has_a_tail_as_the_decoder_has() -> None:
     }
 
 
+@pytest.mark.slow
 def test_the_encoder_and_the_decoder_have_references(source: Path) -> None:
     recipe = small_recipe(text_encoder=None, vae={"encoder": True})
     part = toolchain.plan(recipe, base=source).components["vae"]
@@ -451,6 +456,7 @@ def test_sample_inputs_are_such_as_a_run_has() -> None:
                     assert value[0, 0] == 1
 
 
+@pytest.mark.slow
 def test_what_feeds_the_inputs() -> None:
     recipe = tiny("vae.encoder=true", "transformer.frame_conditions=true", "video.fps=30")
     parts = toolchain.plan(recipe).components

@@ -46,6 +46,7 @@ def test_token_merge(where: Any) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"layers_per_block": 2}, {"blocks": 3}, {"max_bytes": "3KB"}], ids=str)
+@pytest.mark.slow
 def test_partition(options: Any) -> None:
     cut = Partition(PartitionConfig.read(options))
     graphs = [sample_graph(layers=3), sample_graph(merged=True, layers=4)]
@@ -69,6 +70,7 @@ def test_targets(target: Target, limit: float, converters: tuple[str, ...], tmp_
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])
+@pytest.mark.slow
 def test_the_fake_target(precision: Any, tmp_path: Path) -> None:
     target = FakeTarget(FakeConfig(precision=precision))
     pairs = sample_pairs(target)
@@ -362,6 +364,7 @@ BROKEN_TARGETS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(("parts", "said"), BROKEN_TARGETS.values(), ids=BROKEN_TARGETS)
+@pytest.mark.slow
 def test_broken_targets(parts: dict[str, Any], said: str, tmp_path: Path) -> None:
     target: Target = type("Made", (FakeTarget,), parts)()
     plain = FakeTarget()
@@ -404,6 +407,7 @@ def test_what_cannot_be_checked_is_said(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_imports_are_looked_at_in_another_process(tmp_path: Path) -> None:
     target = FakeTarget()
     with pytest.raises(AssertionError, match="importing it imports numpy"):

@@ -223,6 +223,7 @@ def described(config: dict[str, Any]) -> str:
     return "\n".join([graph_text(graph), graph_text(cut), *(b.structure() for b in extract_blocks(cut))])
 
 
+@pytest.mark.slow
 def test_text_and_digests_are_the_same_in_another_process(facts: dict[str, Any]) -> None:
     code = f"import sys; sys.path[:0] = {sys.path}; import json, test_graph as t; "
     code += f"print(t.described(json.loads({json.dumps(json.dumps(facts['config']))})), end='')"
@@ -312,6 +313,7 @@ CUTS: list[tuple[dict[str, Any], int, tuple[LegalForm, ...], bool]] = [
 
 
 @pytest.mark.parametrize(("options", "layers", "forms", "conditions"), CUTS, ids=str)
+@pytest.mark.slow
 def test_blocks_in_order_are_the_model(
     small_config: STDiT3Config,
     small_model: Any,

@@ -73,6 +73,7 @@ def planned(project: Path, *overrides: str) -> Plan:
     return plan(load_recipe(project / "recipe.yaml", ["target=coreml", *overrides]), base=project)
 
 
+@pytest.mark.slow
 def test_what_a_plan_says(project: Path, run_cli: Any) -> None:
     found = planned(project, MERGED)
     blocks = {b.name: b for b in found.components["transformer"].blocks}
@@ -114,6 +115,7 @@ def test_what_a_plan_says(project: Path, run_cli: Any) -> None:
     ],
     ids=["executorch", "onnx", "no calibration", "order", "groups"],
 )
+@pytest.mark.slow
 def test_refusals(project: Path, overrides: list[str], said: str) -> None:
     with pytest.raises(SoraCompileError) as error:
         planned(project, *overrides)

@@ -72,6 +72,7 @@ def change(project: Path, tensor: str) -> None:
     save_file(tensors | {tensor: tensors[tensor] * 1.25 + 0.01}, project / WEIGHTS)
 
 
+@pytest.mark.slow
 def test_each_tensor_decides_the_keys_of_its_block(project: Path) -> None:
     """And no other's: of its artifact, of its passage through the gate, and the whole checkpoint's."""
     planned = plan_resolved(resolve(parse_recipe(RECIPE), project, checkpoints=True))

@@ -20,6 +20,8 @@ from toolchain.listener import Listener
 from toolchain.planning.plan import plan
 from toolchain.system.store import Store
 
+pytestmark = pytest.mark.slow
+
 WAYS = "float int8 int4{block=16 symmetric=false}"
 BUDGET = "transformer.passes=[token-merge, {quantize: {budget: {sqnr_db: 30}, candidates: 'float int8'}}, partition]"
 

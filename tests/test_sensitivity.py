@@ -22,6 +22,8 @@ from toolchain.planning.plan import Plan, plan_resolved
 from toolchain.planning.resolve import resolve
 from toolchain.system.store import Store
 
+pytestmark = pytest.mark.slow
+
 WAYS = read_candidates("float int8 int4{block=16 symmetric=false} palette{bits=3}", "candidates")
 
 

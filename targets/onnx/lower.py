@@ -22,6 +22,7 @@ from targets.exporting import export, reason
 from targets.onnx import weights as store
 from targets.onnx.dequantize import dequantize
 from targets.onnx.naming import name_values
+from targets.onnx.registry import operators_read_once
 from targets.onnx.storages import specs
 from targets.onnx.translate import OPSET, TRANSLATIONS
 from targets.streams import quiet
@@ -64,7 +65,7 @@ def symbolic(block: Block, function: str) -> onnx.ModelProto:
         LoweringError: an operator has no translation; names it.
     """
     unset = {name: torch.empty(weight.shape) for name, weight in block.weights.items()}  # never read
-    with quiet(), unused_left_out():
+    with quiet(), unused_left_out(), operators_read_once():
         program = export(block, function, unset)
         try:
             exported: Any = torch.onnx.export(

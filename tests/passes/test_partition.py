@@ -79,6 +79,7 @@ def test_one_pair_a_block_by_default() -> None:
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_layers_are_packed(options: dict[str, Any], wanted: list[str]) -> None:
     assert names(captured(5), **options) == wanted
 
@@ -162,6 +163,7 @@ def partitions(draw: st.DrawFn) -> tuple[int, dict[str, int]]:
 
 @settings(max_examples=15, deadline=None)
 @given(drawn=partitions(), merged=st.booleans(), conditions=st.booleans())
+@pytest.mark.slow
 def test_every_cut_is_whole_and_in_order(drawn: tuple[int, dict[str, int]], merged: bool, conditions: bool) -> None:
     depth, options = drawn
     graph = captured(depth, frame_conditions=conditions)

@@ -72,6 +72,7 @@ def tiny() -> Plan:
 
 
 @pytest.mark.parametrize("leap", ["15", "null", "paper"])
+@pytest.mark.slow
 def test_a_whole_video_is_followed(leap: str) -> None:
     found = planned("tiny", f"sampler.leap={leap}", "sampler.merged_steps=10", "memory_budget=6MB")
     data = manifest_of(found)
@@ -109,6 +110,7 @@ def test_without_a_budget_everything_stays(tiny: Plan) -> None:
     follow(data)
 
 
+@pytest.mark.slow
 def test_a_devices_memory_is_the_budget_where_none_is_given(tmp_path: Path) -> None:
     import recipes
 
@@ -119,6 +121,7 @@ def test_a_devices_memory_is_the_budget_where_none_is_given(tmp_path: Path) -> N
     assert planned("tiny", f"device={tmp_path / 'small.yaml'}", "memory_budget=7MB").loading.budget_bytes == 7_000_000
 
 
+@pytest.mark.slow
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(RecipeError, match="unknown device 'iphone-15'; near ones are iphone-15-pro"):
         planned("tiny", "device=iphone-15")
@@ -178,6 +181,7 @@ def test_measured_times_replace_the_devices(tiny: Plan, tmp_path: Path) -> None:
     assert without == [dataclasses.replace(c, compute_s=0) for c in tiny.loading.run.calls()]
 
 
+@pytest.mark.slow
 def test_a_calibration_of_another_bundle_is_refused(tiny: Plan, tmp_path: Path) -> None:
     file = tmp_path / "c.json"
     own = times_of(tiny).structures
@@ -267,6 +271,7 @@ def _rounds(parts: Any, steps: Any, stages: Any) -> Any:
 
 @given(video=videos(), data=st.data())
 @settings(max_examples=60, deadline=None)
+@pytest.mark.slow
 def test_any_video_is_followed_within_any_budget_that_works(video: tuple[dict[str, Any], Run], data: Any) -> None:
     manifest, run = video
     least = unroll(run).least_budget

@@ -109,6 +109,7 @@ FILES = ["transformer/pair_0.pte", "text_encoder/layer_1.pte", "spiece.model", "
 
 
 @pytest.mark.parametrize("name", FILES)
+@pytest.mark.slow
 def test_a_flipped_bit(name: str, hollow: Path, play: Callable[..., Failed]) -> None:
     file = hollow / name
     content = bytearray(file.read_bytes())

@@ -105,6 +105,7 @@ def test_calls_do_not_share_memory(tmp_path: Path) -> None:
     assert np.array_equal(second["weights"].numpy(), weights)
 
 
+@pytest.mark.slow
 def test_coremltools_is_not_needed_and_not_disturbed(package: Path) -> None:
     """Importing it takes seconds; its protobuf classes work when it is imported later all the same."""
     code = f"""
@@ -180,6 +181,7 @@ def calculators(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Cor
 
 @settings(max_examples=150, deadline=None)
 @given(NUMBERS, NUMBERS)
+@pytest.mark.slow
 def test_float16_is_rounded_as_float16_is(calculators: Any, x: np.ndarray, y: np.ndarray) -> None:
     """Bit for bit, whatever the numbers, infinities included: float32 has digits enough to be rounded twice."""
     with np.errstate(all="ignore"):

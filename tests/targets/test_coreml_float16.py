@@ -55,6 +55,7 @@ def test_constants_overflow_as_coremltools_says(number: float, overflows: bool, 
     assert CastToFloat16.fp16_overflow(op) == FP16ComputePrecision.fp16_overflow(op) == overflows
 
 
+@pytest.mark.slow
 def test_what_a_process_built_before_changes_no_bytes(tmp_path: Path) -> None:
     """Operators without a name are counted in the whole process."""
     block = toolchain.plan(toolchain.load_recipe("tiny", ["target=coreml"])).components["text_encoder"].blocks[0]

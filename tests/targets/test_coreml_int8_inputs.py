@@ -35,6 +35,8 @@ from toolchain.ir.stored import StoredParts
 from toolchain.ir.target import Template, distinct_functions, unique_weights
 from toolchain.ir.weights import Weight, WeightSource
 
+pytestmark = pytest.mark.slow
+
 FUNCTIONS = ("base", "base_2")
 
 
@@ -109,7 +111,6 @@ def expected(block: Block, function: str, weights: Mapping[str, torch.Tensor]) -
 # --- packages ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_stamped_is_direct_byte_for_byte_and_computes_what_pytorch_does(tmp_path: Path) -> None:
     target, block = layers()
     made = template(target, block, tmp_path)

@@ -36,6 +36,8 @@ from toolchain.ir.stored import StoredParts
 from toolchain.ir.target import Artifact, Template, UnboundTemplateError, UnsupportedStorageError, unique_weights
 from toolchain.ir.weights import Weight, WeightSource
 
+pytestmark = pytest.mark.slow
+
 STORAGES: tuple[Storage, ...] = (
     Affine(8),
     Affine(8, symmetric=False),
@@ -46,11 +48,8 @@ STORAGES: tuple[Storage, ...] = (
     Palette(4, group=8),
     Palette(3, group=4),
 )
-QUICK = (STORAGES[0], STORAGES[4], Palette(3))
-EACH = [pytest.param(s, id=str(s), marks=[] if s in QUICK else pytest.mark.slow) for s in STORAGES]
-"""One storage of every kind, the others as slow ones."""
+EACH = [pytest.param(s, id=str(s)) for s in STORAGES]
 HALVES = Narrow(DTYPES["float16"])
-QUICK_ONES = {(HALVES, "float32"), *((s, "float16") for s in QUICK)}
 LIMITS = {"float16": 2e-3, "float32": 1e-5}
 DECOMPRESSED = ("constexpr_blockwise_shift_scale", "constexpr_lut_to_dense", "constexpr_cast")
 INPUTS = {"x": (2, 5, 64), "z": (1, 32, 6, 6), "v": (1, 32, 3, 4, 4), "ids": (7,)}
@@ -183,9 +182,7 @@ def lowered(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Storage], Low
 @pytest.mark.parametrize(
     ("storage", "precision"),
     [
-        pytest.param(
-            s, p, id=f"{s}-{p}", marks=[] if s is HALVES or (s in QUICK and p == "float16") else pytest.mark.slow
-        )
+        pytest.param(s, p, id=f"{s}-{p}")
         for p, storages in (("float16", STORAGES), ("float32", (HALVES, STORAGES[1], STORAGES[3], STORAGES[-1])))
         for s in storages
     ],

@@ -33,6 +33,8 @@ from toolchain.ir.target import Artifact, Template, UnsupportedStorageError, uni
 from toolchain.ir.uses import Use
 from toolchain.ir.weights import quantized as quantized_of
 
+pytestmark = pytest.mark.slow
+
 TARGET = ExecuTorchTarget()
 LIMIT = 1e-5
 """Between a program and the same arithmetic in eager mode, activations rounded alike."""
@@ -103,8 +105,7 @@ LEAVES: dict[str, tuple[Callable[[], Leaf], tuple[int, ...]]] = {
     "chain": (Chain, (2, 3, 160)),
     "two": (Two, (4, 160)),
 }
-FAST = (("3d", "int8"), ("3d", "int4"))
-CASES = [*FAST, ("plain-2d", "int4-clip"), ("4d", "int8-clip"), ("4d", "int4-block160")]
+CASES = [("3d", "int8"), ("3d", "int4"), ("plain-2d", "int4-clip"), ("4d", "int8-clip"), ("4d", "int4-block160")]
 CASES += [("chain", "int8"), ("chain", "int4")]
 
 
@@ -190,7 +191,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Case
     return make
 
 
-@pytest.fixture(params=[pytest.param(c, id="-".join(c), marks=[] if c in FAST else pytest.mark.slow) for c in CASES])
+@pytest.fixture(params=CASES, ids="-".join)
 def case(request: pytest.FixtureRequest, cases: Callable[[str, str], Case]) -> Case:
     return cases(*request.param)
 
@@ -306,7 +307,6 @@ def test_a_layer_that_xnnpack_leaves_is_refused(tmp_path: Path, monkeypatch: pyt
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     block = made("plain-2d", "int8")
     weights = dict(unique_weights(block))
@@ -319,7 +319,6 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
 # --- the transformer ---------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_a_pair_of_the_transformer(cut_small: Any, tmp_path: Path) -> None:
     """Matrices in int8 and int4, in both functions, which read the same parts; half a pair has each kind of them."""
     cut = cut_small(TARGET.forms, max_bytes="300kB")

@@ -33,6 +33,8 @@ from toolchain.ir.stored import StoredParts
 from toolchain.ir.target import Artifact, Template, UnboundTemplateError, unique_weights
 from toolchain.ir.uses import Use
 
+pytestmark = pytest.mark.slow
+
 TARGET = OnnxTarget()
 LIMIT = 1e-5
 PER_CHANNEL = {
@@ -118,22 +120,17 @@ KEPT: Mapping[str, Mapping[str, Affine]] = {
     "convolution": PER_CHANNEL,
     "embedding": {name: s for name, s in STORAGES.items() if s.bits == 8 or s.block},
 }
-FAST = (
-    ("linear-2d", "int8"),
-    ("linear-3d-plain", "int8-asymmetric"),
-    ("linear-3d", "int4-block32"),
-    ("linear-2d-plain", "int4-block32-asymmetric"),
-    ("conv2d", "int8"),
-    ("table", "int8"),
-    ("table", "int4-block32-asymmetric"),
-)
-ALIKE = ("linear-3d", "linear-3d-plain", "linear-2d-plain")
-"""Leaves that differ from the first in what stands around the product: what is stored is tried on that one."""
+ALIKE = {
+    "linear-3d": "int4-block32",
+    "linear-3d-plain": "int8-asymmetric",
+    "linear-2d-plain": "int4-block32-asymmetric",
+}
+"""Leaves that differ from the first in what stands around the product: with one storage each, the first with all."""
 CASES = [
     (leaf, storage)
     for leaf, (_, _, use) in LEAVES.items()
     for storage in KEPT[use]
-    if leaf not in ALIKE or (leaf, storage) in FAST
+    if leaf not in ALIKE or ALIKE[leaf] == storage
 ]
 
 
@@ -205,7 +202,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Case
     return make
 
 
-@pytest.fixture(params=[pytest.param(c, id="-".join(c), marks=[] if c in FAST else pytest.mark.slow) for c in CASES])
+@pytest.fixture(params=CASES, ids="-".join)
 def case(request: pytest.FixtureRequest, cases: Callable[[str, str], Case]) -> Case:
     return cases(*request.param)
 
@@ -352,7 +349,6 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
 # --- the transformer ---------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("storage", ["int4-block32-asymmetric"])
 def test_a_pair_of_the_transformer(cut_small: Any, storage: str, tmp_path: Path) -> None:
     """All matrices at once, in both functions, which read the same file."""
