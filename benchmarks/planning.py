@@ -14,15 +14,18 @@ from __future__ import annotations
 import argparse
 import time
 import tracemalloc
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
 from toolchain.formats.recipe_file import find_recipe, load_recipe, shipped
 from toolchain.ir.blocks import Block as RealBlock
+from toolchain.planning.loading.paper import leading_kept
 from toolchain.planning.loading.planner import plan_loading
 from toolchain.planning.loading.run import Block, Call, Phase, Run
+from toolchain.planning.loading.schedule import free_bytes
 from toolchain.planning.loading.simulate import simulate
-from toolchain.planning.loading.unrolled import unroll
+from toolchain.planning.loading.unrolled import Unrolled, unroll
 from toolchain.planning.plan import ComponentPlan, Plan, plan
 
 ONE_PASS_S = {"text_encoder": 110.5, "transformer": 35.4, "vae": 135.0}
@@ -78,10 +81,27 @@ def numbers(block: RealBlock) -> int:
     return sum(prod(port.shape) for port in (*block.inputs, *block.outputs))
 
 
+def by_weights_alone(u: Unrolled, budget: int) -> int:
+    """What would be held at most if leading blocks stayed as long as weights alone fit, with the next block's."""
+    weights = replace(u, room=[0] * len(u.room))
+    kept = next(leading_kept(weights, [budget]))
+    held = [budget - free for free in free_bytes(weights, kept, budget)]
+    coming = [*u.block[1:], u.block[-1]]
+    ahead = [
+        0 if b == a or kept[u.preceding[i + 1]] else u.size[b]
+        for i, (a, b) in enumerate(zip(u.block, coming, strict=True))
+        if i + 1 < len(u.block)
+    ]
+    return max(h + r + n for h, r, n in zip(held, u.room, [*ahead, 0], strict=True))
+
+
 def shipped_recipes() -> None:
     """What recipes that name a device are predicted to take, and what planning that takes."""
-    print("| recipe | budget, GB | peak, GB | loads, GB | predicted, s | bound, s | rule, s | planning, s | MB |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print(
+        "| recipe | budget, GB | weights, GB | activations, GB | least, GB | peak, GB | by weights alone, GB "
+        "| loads, GB | predicted, s | bound, s | rule, s | planning, s | MB |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|---|")
     for name, path in shipped().items():
         recipe = load_recipe(path)
         if recipe.device is None:
@@ -98,9 +118,12 @@ def shipped_recipes() -> None:
         planned.check_loading()
         memory = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
+        u = unroll(planned.loading.run)
+        sizes = (sum(u.size), max(u.room), u.least_budget, found.peak_bytes, by_weights_alone(u, budget))
         print(
-            f"| {name} | {budget / 1e9:g} | {found.peak_bytes / 1e9:.3f} | {found.loads_bytes / 1e9:.1f} "
-            f"| {found.total_s:.1f} | {found.bound_s:.1f} | {found.paper_s:.1f} | {took:.2f} | {memory / 1e6:.1f} |",
+            f"| {name} | {budget / 1e9:g} | {' | '.join(f'{b / 1e9:.3f}' for b in sizes)} "
+            f"| {found.loads_bytes / 1e9:.1f} | {found.total_s:.1f} "
+            f"| {found.bound_s:.1f} | {found.paper_s:.1f} | {took:.2f} | {memory / 1e6:.1f} |",
             flush=True,
         )
 
