@@ -168,8 +168,11 @@ class ComponentGate:
         if block.quantized:  # read once for all runs: reading means to encode and decode
             weights = dict(weights)
         cases = [stored_case(plain, case, weights) for case in exact] if block.quantized else exact
+        every = self._recipe.gate.mode == "every"
+        if not every:
+            weights = {}  # the engine expands the same ones, half a gigabyte of a table of words
         accuracy = measure(block, functions, engine, cases, limit)
-        if self._recipe.gate.mode == "every":
+        if every:
             chosen = goldens.golden_cases(block, plain, functions, cases, weights)
             goldens.write(folder / GOLDENS, block, chosen)
             again = [f for f, (_, case) in chosen.items() if not any(case is c for c in cases)]

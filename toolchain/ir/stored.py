@@ -132,15 +132,20 @@ def decoding_reader(
             for tensor in weight.source.tensors:
                 of.setdefault(tensor, []).append((name, weight))
 
+    def decoded(name: str, weight: Weight, given: torch.Tensor) -> torch.Tensor:
+        return weight.storage.decode(encoded(name, weight, calibrated_values(name, weight, given, calibrated)))
+
     def value(tensor: str) -> torch.Tensor:
         found = read(tensor)
-        if tensor in of:
-            found = found.float()
         for name, weight in of.get(tensor, ()):
             source = weight.source
-            values = calibrated_values(name, weight, source.value(read), calibrated)
-            stored = weight.storage.decode(encoded(name, weight, values))
-            pieces = [found if t == tensor else torch.empty_like(read(t), dtype=torch.float32) for t in source.tensors]
+            if source.tensors == (tensor,) and not source.is_part:  # a table of words is large: no second copy of it
+                found = decoded(name, weight, found.reshape(source.shape)).reshape(found.shape)
+                continue
+            stored = decoded(name, weight, source.value(read))
+            pieces = [
+                found.float() if t == tensor else torch.empty_like(read(t), dtype=torch.float32) for t in source.tensors
+            ]
             found = source.put(pieces, stored)[source.tensors.index(tensor)]
         return found
 

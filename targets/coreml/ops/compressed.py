@@ -39,10 +39,10 @@ def _along(x: Tensor, like: Tensor, axis: int) -> Tensor:
 @operator("constexpr_blockwise_shift_scale")
 def blockwise_shift_scale(data: Tensor, scale: Tensor, offset: Tensor | None = None) -> Tensor:
     """``scale * (data - offset)``, each value of ``scale`` and ``offset`` for one block of ``data``."""
-    values = _float(data).to(scale.dtype)
+    values = data.to(scale.dtype, copy=True)
     if offset is not None:
-        values = values - _spread(_float(offset).to(scale.dtype), data.shape)
-    return values * _spread(scale, data.shape)
+        values -= _spread(offset.to(scale.dtype), data.shape)
+    return values.mul_(_spread(scale, data.shape))
 
 
 @operator("constexpr_lut_to_dense", moves=True)
