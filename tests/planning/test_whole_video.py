@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import toolchain
 from toolchain.build import entries
 from toolchain.errors import BundleError, RecipeError
-from toolchain.formats.calls import Round, rounds
+from toolchain.formats.calls import Round, StepCalls, rounds
 from toolchain.formats.loading import Times
 from toolchain.formats.recipe_file import find_recipe, load_recipe
 from toolchain.formats.times import MeasuredStructure, MeasuredTimes, load_times
@@ -51,7 +51,7 @@ def manifest_of(planned: Plan) -> dict[str, Any]:
     return {
         "components": components,
         "text": {"rate": "prompt"},
-        "sampler": entries.sampler(build.recipe, build.family, planned.groups).model_dump(mode="json"),
+        "sampler": entries.sampler(build.recipe, planned.sampling).model_dump(mode="json"),
         "decoding": {"stages": [s.model_dump(mode="json") for s in stages]},
         "memory_budget_bytes": planned.loading.budget_bytes,
         "loading": planned.loading.entry().model_dump(mode="json"),
@@ -262,7 +262,7 @@ def _rounds(parts: Any, steps: Any, stages: Any) -> Any:
     from types import SimpleNamespace
 
     plain = [SimpleNamespace(rate=s["rate"], pieces=[SimpleNamespace(**p) for p in s["pieces"]]) for s in stages]
-    return [(r.component, r.rate, r.function) for r in rounds(parts, steps, plain)]
+    return [(r.component, r.rate, r.function) for r in rounds(parts, [StepCalls(f) for f in steps], plain)]
 
 
 @given(video=videos(), data=st.data())

@@ -19,6 +19,7 @@ from toolchain.player.following import Figures, followed
 from toolchain.player.loader import Loader
 from toolchain.player.opening import load_engine, target_of
 from toolchain.player.prompt import prepare_prompt
+from toolchain.player.residuals import step_ranges
 from toolchain.player.runner import ComponentRunner
 from toolchain.player.sampler import initial_noise, sample
 from toolchain.player.tokenizer import T5Tokenizer
@@ -140,21 +141,23 @@ class Player:
         z = torch.from_numpy(
             initial_noise(seed, (1, g.latent_channels, g.latent_frames, g.latent_height, g.latent_width))
         )
-        steps = [Step(i, e.timestep, e.dt, e.function, e.leap) for i, e in enumerate(s.steps)]
+        steps, ranges = s.plan(), step_ranges(s)
         given = {"text_embedding": y, "token_mask": mask, "frame_mask": torch.ones(1, g.latent_frames)}
         with self._component("transformer") as transformer:
             transformer.run(s.once, given, transformer.entry.default_function)
 
-            def denoiser(z_pair: torch.Tensor, step: Step, _: torch.Tensor | None) -> torch.Tensor:
+            def denoiser(batch: torch.Tensor, step: Step, _: torch.Tensor | None) -> torch.Tensor:
                 self.progress("denoise", step.index, len(steps))
-                now = {"latents": z_pair, "timestep": torch.tensor(step.t)}
-                return transformer.result(transformer.run(s.each, given | now, step.function), "prediction")
+                now = {"latents": batch, "timestep": torch.tensor(step.t)}
+                results = transformer.run(s.each, given | now, step.function, ranges[step.index])
+                return transformer.result(results, "prediction")
 
             latents: torch.Tensor = sample(
                 denoiser,
                 z,
                 steps,
                 guidance=s.guidance,
+                difference=s.difference,
                 leap=s.leap,
                 on_step=on_step,
                 num_train_timesteps=s.time_scale,

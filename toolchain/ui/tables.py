@@ -13,7 +13,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from toolchain.build.entries import bytes_by_storage, sampler
+from toolchain.build.entries import bytes_by_storage
 from toolchain.formats.bundle import Bundle
 from toolchain.formats.loading import loads_of
 from toolchain.formats.manifest import BlockEntry, Component, Manifest
@@ -39,7 +39,7 @@ def runs(rate: str) -> str:
 
 def plan_json(planned: Plan) -> dict[str, Any]:
     """A plan as plain data."""
-    steps = sampler(planned.recipe, planned.resolved.family, planned.groups).steps
+    steps = planned.steps
     loading = planned.loading.entry()
     loads = loads_of(loading.plan)
     return {

@@ -1,0 +1,79 @@
+"""A whole denoiser that leaves out ranges of blocks, as a graph: what bundles that reuse are held against."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import fx
+
+from toolchain.formats.reuse import computes
+from toolchain.formats.schedule import Step
+from toolchain.ir.blocks import value_of
+from toolchain.ir.graph import Graph, copy_module, output_node
+from toolchain.planning.ranges import Range
+
+Materialise = Callable[[fx.GraphModule], fx.GraphModule]
+"""Gives a function its weights."""
+
+
+class ReusingGraph:
+    """A partitioned graph's functions, called as steps of a video ask for them.
+
+    Keeps what ranges added; make a new one for every video.
+    """
+
+    def __init__(self, graph: Graph, ranges: Mapping[str, Range], materialise: Materialise) -> None:
+        self._graph, self._ranges, self._materialise = graph, ranges, materialise
+        self._modules: dict[tuple[str, str | None], fx.GraphModule] = {}
+        self._kept: dict[str, torch.Tensor] = {}
+
+    def __call__(self, step: Step, arguments: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """The results of a step's function for its inputs."""
+        blocks = {name: own.blocks for name, own in self._ranges.items()}
+        computed = [name for name in self._ranges if computes(step, name, blocks)]
+        key = step.function, step.reuse
+        if key not in self._modules:
+            reused = None if step.reuse is None else self._ranges[step.reuse]
+            gm = with_ranges(self._graph, step.function, [self._ranges[n] for n in computed], reused)
+            self._modules[key] = self._materialise(gm)
+        added = [] if step.reuse is None else [self._kept[step.reuse]]
+        results: tuple[torch.Tensor, ...] = self._modules[key](*arguments, *added)
+        count = len(self._graph.outputs)
+        self._kept |= dict(zip(computed, results[count:], strict=True))
+        return results[:count]
+
+
+def with_ranges(graph: Graph, function: str, computed: Sequence[Range], reused: Range | None) -> fx.GraphModule:
+    """A function that also returns what each of the ranges ``computed`` adds, after its own results.
+
+    In place of the blocks of ``reused`` it adds what it takes as its last input: of more rows than it has, the
+    first.
+
+    Args:
+        graph: partitioned, so that its nodes know their blocks.
+    """
+    gm = copy_module(graph.functions[function])
+    twins = {n.name: n for n in gm.graph.nodes}
+
+    def twin(source: str) -> fx.Node:
+        node: fx.Node = twins[value_of(graph, function, source).name]
+        return node
+
+    if reused is not None:
+        goes_in, comes_out = twin(reused.input), twin(reused.output)
+        last = [n for n in gm.graph.nodes if n.op == "placeholder"][-1]
+        with gm.graph.inserting_after(last):
+            added = gm.graph.placeholder("added")
+        with gm.graph.inserting_before(comes_out):
+            rows = gm.graph.call_function(operator.getitem, (added, slice(0, goes_in.meta["val"].shape[0])))
+            stand_in = gm.graph.call_function(operator.add, (goes_in, rows))
+        comes_out.replace_all_uses_with(stand_in)
+    output = output_node(gm)
+    with gm.graph.inserting_before(output):
+        added_by = [gm.graph.call_function(operator.sub, (twin(r.output), twin(r.input))) for r in computed]
+    output.args = ((*output.args[0], *added_by),)  # type: ignore[misc]
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+    return gm
