@@ -134,10 +134,7 @@ def load_pipeline(recipe: Recipe, component: str, family: ModelFamily) -> Pipeli
     for asking, function in wanted.items() if component == "transformer" else ():
         if function not in pipeline.provides:
             known = ", ".join(passes_providing(function)) or "none"
-            raise RecipeError(
-                f"sampler.{asking}: needs a pass in {key} that provides '{function}', before the one that partitions; "
-                f"installed: {known}"
-            )
+            raise RecipeError(f"sampler.{asking}: needs a pass in {key} that provides '{function}'; installed: {known}")
     return pipeline
 
 
