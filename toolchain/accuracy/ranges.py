@@ -48,7 +48,7 @@ class ReusingGraph:
 def with_ranges(graph: Graph, function: str, computed: Sequence[Range], reused: Range | None) -> fx.GraphModule:
     """A function that also returns what each of the ranges ``computed`` adds, after its own results.
 
-    In place of the blocks of ``reused`` it adds what it takes as its last input: of more rows than it has, the
+    In place of the blocks of ``reused`` it adds what it takes as its last input: of more rows than needed, the
     first.
 
     Args:
@@ -56,13 +56,9 @@ def with_ranges(graph: Graph, function: str, computed: Sequence[Range], reused: 
     """
     gm = copy_module(graph.functions[function])
     twins = {n.name: n for n in gm.graph.nodes}
-
-    def twin(source: str) -> fx.Node:
-        node: fx.Node = twins[value_of(graph, function, source).name]
-        return node
-
+    values = {s: twins[value_of(graph, function, s).name] for r in computed for s in (r.input, r.output)}
     if reused is not None:
-        goes_in, comes_out = twin(reused.input), twin(reused.output)
+        goes_in, comes_out = (twins[value_of(graph, function, s).name] for s in (reused.input, reused.output))
         last = [n for n in gm.graph.nodes if n.op == "placeholder"][-1]
         with gm.graph.inserting_after(last):
             added = gm.graph.placeholder("added")
@@ -70,9 +66,10 @@ def with_ranges(graph: Graph, function: str, computed: Sequence[Range], reused: 
             rows = gm.graph.call_function(operator.getitem, (added, slice(0, goes_in.meta["val"].shape[0])))
             stand_in = gm.graph.call_function(operator.add, (goes_in, rows))
         comes_out.replace_all_uses_with(stand_in)
+        values[reused.output] = stand_in
     output = output_node(gm)
     with gm.graph.inserting_before(output):
-        added_by = [gm.graph.call_function(operator.sub, (twin(r.output), twin(r.input))) for r in computed]
+        added_by = [gm.graph.call_function(operator.sub, (values[r.output], values[r.input])) for r in computed]
     output.args = ((*output.args[0], *added_by),)  # type: ignore[misc]
     gm.graph.eliminate_dead_code()
     gm.recompile()

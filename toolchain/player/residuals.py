@@ -42,23 +42,27 @@ def step_ranges(sampler: SamplerEntry) -> list[StepRanges]:
 
 
 class Residuals:
-    """``out - in`` of ranges ``[B, …]``, by what comes out of them. Make a new one for every video."""
+    """``out - in`` of ranges ``[B, …]``, by their first and last blocks. Make a new one for every video."""
 
     def __init__(self) -> None:
-        self._kept: dict[str, torch.Tensor] = {}
+        self._kept: dict[tuple[str, str], torch.Tensor] = {}
 
     def keep(self, own: RangeEntry, values: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
         """Keep what a range added in the step that is being made, in ``dtype``."""
-        self._kept[own.output] = (values[own.output].float() - values[own.input].float()).to(dtype)
+        self._kept[_ends(own)] = (values[own.output].float() - values[own.input].float()).to(dtype)
 
     def applied(self, own: RangeEntry, goes_in: torch.Tensor) -> torch.Tensor:
         """What comes out of a range that is left out: ``goes_in`` and what the range added last.
 
         Of what both halves of guidance added, the conditional half takes the first.
         """
-        added = self._kept[own.output][: goes_in.shape[0]]
+        added = self._kept[_ends(own)][: goes_in.shape[0]]
         return (goes_in.float() + added.float()).to(goes_in.dtype)
 
     def drop(self, own: RangeEntry) -> None:
         """Forget what a range added, if anything is kept of it."""
-        self._kept.pop(own.output, None)
+        self._kept.pop(_ends(own), None)
+
+
+def _ends(own: RangeEntry) -> tuple[str, str]:
+    return own.blocks[0], own.blocks[-1]

@@ -59,7 +59,8 @@ class ComponentRunner:
         elsewhere = {i.source for b in self.entry.blocks if b.rate != rate for i in b.inputs} | self._results
         passing = {s for s, own in self._rate_of.items() if own == rate} - elsewhere
         last_use = {i.source: n for n, name in enumerate(order) for i in self._blocks[name].inputs}
-        last_use |= {r.input: max(last_use[r.input], order.index(r.blocks[-1])) for r in ranges.computed}
+        for own in ranges.computed:  # what went in is needed until the residual is made
+            last_use[own.input] = max(last_use[own.input], order.index(own.blocks[-1]))
         reused = ranges.reused
         for n, name in enumerate(order):
             if reused is None or name not in reused.blocks:
