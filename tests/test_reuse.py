@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -21,9 +22,11 @@ from toolchain.formats.manifest import Manifest
 from toolchain.formats.migrations import migrated
 from toolchain.formats.recipe_file import find_recipe, load_recipe
 from toolchain.formats.reuse import check_reuse, kept_after
+from toolchain.formats.sampling import RangeEntry
 from toolchain.formats.schedule import StaticLeap, plan_steps
 from toolchain.planning.loading.run import Call
 from toolchain.planning.plan import Plan
+from toolchain.player.residuals import Residuals
 
 TIMES = [1000.0, 800.0, 600.0, 400.0, 200.0, 100.0]
 
@@ -274,6 +277,21 @@ def test_what_a_rule_may_leave_out_is_planned_as_called() -> None:
         [n + o, *[o] * 5],
         [o, *[0] * 5],
     ]
+
+
+def test_the_conditional_half_takes_the_first_of_what_both_added() -> None:
+    own = RangeEntry(blocks=["a"], input="x.y", output="a.y", bytes=48)
+    kept = Residuals()
+    both = torch.arange(12.0).reshape(2, 3, 2)
+    kept.keep(own, {"x.y": both, "a.y": both * 3}, torch.float16)
+    one = torch.ones(1, 3, 2, dtype=torch.float16)
+    assert torch.equal(kept.applied(own, one), one + 2 * both[:1].half())
+    assert kept.applied(own, one).dtype == torch.float16
+    assert torch.equal(kept.applied(own, both), both * 3)
+    kept.drop(own)
+    kept.drop(own)
+    with pytest.raises(KeyError):
+        kept.applied(own, one)
 
 
 def rounds_of(planned: Plan) -> list[tuple[Call, ...]]:
