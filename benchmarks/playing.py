@@ -24,6 +24,7 @@ from toolchain.formats.recipe import Recipe, SamplerRecipe
 from toolchain.formats.recipe_file import parse_recipe
 from toolchain.ir.target import Engine
 from toolchain.models.family import find_family
+from toolchain.planning.sampling import sampling
 from toolchain.player import Player
 
 TOKENIZER = Path(__file__).parent.parent / "recipes/tiny/text_encoder/spiece.model"
@@ -80,7 +81,7 @@ def build(folder: Path, width: str, pairs: int, side: int, steps: int) -> tuple[
 def with_sampler(bundle: Bundle, recipe: Recipe, **sampler: Any) -> Bundle:
     """The bundle's artifacts with another sampler; its loading plan is then that of the old one."""
     other = recipe.model_copy(update={"sampler": SamplerRecipe.model_validate(sampler)})
-    entry = entries.sampler(other, find_family(recipe.model))
+    entry = entries.sampler(other, sampling(other, find_family(recipe.model)))
     return dataclasses.replace(bundle, manifest=bundle.manifest.model_copy(update={"sampler": entry}))
 
 

@@ -38,6 +38,7 @@ from toolchain.formats.manifest import Manifest
 from toolchain.formats.schedule import PRESETS, DynamicLeap, StaticLeap, Step
 from toolchain.models.family import find_family
 from toolchain.planning.resolve import load_pipeline
+from toolchain.planning.sampling import sampling
 from toolchain.player.sampler import initial_noise
 from toolchain.player.video import to_bytes
 from training.grammar import Scene, split
@@ -77,8 +78,9 @@ def with_setting(bundle: toolchain.Bundle, setting: Setting) -> Manifest:
     """A bundle's manifest with its recipe's steps under another setting; the player reads nothing else."""
     recipe = toolchain.load_recipe(bundle.path / RECIPE_FILE)
     own = recipe.sampler.model_copy(update={"leap": setting.leap, "merged_steps": setting.merged})
+    other = recipe.model_copy(update={"sampler": own})
     groups = load_pipeline(recipe, "transformer", find_family(recipe.model)).groups
-    entry = sampler(recipe.model_copy(update={"sampler": own}), find_family(recipe.model), groups)
+    entry = sampler(other, sampling(other, find_family(recipe.model), groups))
     return bundle.manifest.model_copy(update={"sampler": entry})
 
 

@@ -20,6 +20,7 @@ from toolchain.models.family import find_family
 from toolchain.models.open_sora_v1_2.stdit3 import STDiT3, STDiT3Config
 from toolchain.models.open_sora_v1_2.t5 import T5Config, T5Encoder
 from toolchain.models.open_sora_v1_2.vae import OpenSoraVAE, OpenSoraVAEConfig
+from toolchain.planning.sampling import sampling
 from toolchain.player.prompt import prepare_prompt
 from toolchain.player.sampler import initial_noise, sample
 from toolchain.player.tokenizer import T5Tokenizer
@@ -133,7 +134,7 @@ def test_video_is_the_latents_decoded(pipeline: EagerPipeline, vae: OpenSoraVAE)
 def test_denoising_follows_the_manifest(transformer: STDiT3) -> None:
     """The manifest's numbers and the model alone, written out as a device would."""
     pipeline = EagerPipeline(small_recipe("sampler.merged_steps=0", "sampler.leap=1"))
-    entry = describe.sampler(pipeline.recipe, find_family(pipeline.recipe.model))
+    entry = describe.sampler(pipeline.recipe, sampling(pipeline.recipe, find_family(pipeline.recipe.model)))
     y, mask = pipeline.encode(PROMPT)
     both = torch.cat((y, transformer.y_embedder.y_embedding[None]))
     z = torch.from_numpy(initial_noise(3, (1, 4, 7, 5, 6)))
@@ -177,7 +178,7 @@ SAMPLERS = {
 def test_manifest_has_the_steps_that_are_made(name: str) -> None:
     recipe = load_recipe("tiny", [*SMALL, *(f"sampler.{k}={v}" for k, v in SAMPLERS[name].items())])
     family = find_family(recipe.model)
-    entry = describe.sampler(recipe, family)
+    entry = describe.sampler(recipe, sampling(recipe, family))
     made: list[Step] = []
     calls: list[tuple[float, str]] = []
 
@@ -218,7 +219,7 @@ def test_playing_the_manifest_is_sampling_the_recipe(name: str) -> None:
     """A player has the manifest's steps and its resolved rule alone; velocities that turn, and then settle."""
     recipe = load_recipe("tiny", [*SMALL, *(f"sampler.{k}={v}" for k, v in SAMPLERS[name].items())])
     family, own = find_family(recipe.model), recipe.sampler
-    entry = describe.sampler(recipe, family)
+    entry = describe.sampler(recipe, sampling(recipe, family))
     generator = torch.Generator().manual_seed(0)
     first, second = (torch.randn(2, 4, 7, 5, 6, generator=generator) for _ in range(2))
     z = torch.zeros(1, 4, 7, 5, 6)
@@ -232,7 +233,7 @@ def test_playing_the_manifest_is_sampling_the_recipe(name: str) -> None:
         final = sample(turning, z, steps, guidance=3.0, leap=leap, on_step=lambda s, _: made.append(s))
         return final, made
 
-    played = tuple(Step(i, s.timestep, s.dt, s.function, s.leap) for i, s in enumerate(entry.steps))
+    played = entry.plan()
     planned = plan_steps(family.timesteps(recipe), own.leap, merged_steps=own.merged_steps)
     from_manifest, from_recipe = run(played, entry.leap), run(planned, own.leap)
     assert torch.equal(from_manifest[0], from_recipe[0])

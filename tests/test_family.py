@@ -38,20 +38,24 @@ PROMPT = "a wooden train"
 
 @pytest.fixture
 def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return made(tmp_path, monkeypatch)
+
+
+def made(folder: Path, patch: pytest.MonkeyPatch) -> Path:
     """A user's folder with a checkpoint of the toy, which is registered as an installed package would be."""
     groups = {"sora_compile.models": {"toy": "tests.toy_family.family:ToyFamily"}}
-    monkeypatch.syspath_prepend(str(registered(tmp_path / "site", "toy-family", groups)))
+    patch.syspath_prepend(str(registered(folder / "site", "toy-family", groups)))
     generator = torch.Generator().manual_seed(0)
     for component, shapes in checkpoint_shapes(CONFIGS).items():
-        folder = tmp_path / component
-        folder.mkdir()
-        (folder / "config.json").write_text(json.dumps(CONFIGS[component]))
+        own = folder / component
+        own.mkdir()
+        (own / "config.json").write_text(json.dumps(CONFIGS[component]))
         save_file(
             {n: torch.randn(s, generator=generator) / s[-1] ** 0.5 for n, s in shapes.items()},
-            folder / "model.safetensors",
+            own / "model.safetensors",
         )
-    shutil.copy(ROOT / "recipes/tiny/text_encoder/spiece.model", tmp_path / "text_encoder")
-    return tmp_path
+    shutil.copy(ROOT / "recipes/tiny/text_encoder/spiece.model", folder / "text_encoder")
+    return folder
 
 
 def recipe(target: str = "onnx", **changes: Any) -> Recipe:

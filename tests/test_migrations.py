@@ -48,7 +48,7 @@ def manifest(tmp_path: Path) -> Manifest:
 
 def test_it_is_of_todays_version(manifest: Manifest) -> None:
     assert OLD["format_version"] == 1
-    assert manifest.format_version == FORMAT_VERSION == 4
+    assert manifest.format_version == FORMAT_VERSION == 5
     assert Manifest.model_validate(manifest.model_dump(mode="json")) == manifest
 
 
@@ -135,7 +135,9 @@ def test_prompts_without_a_score(tmp_path: Path) -> None:
 
 def test_the_steps_are_the_samplers(manifest: Manifest) -> None:
     sampler, was = manifest.sampler, OLD["sampler"]
-    assert [s.model_dump() for s in sampler.steps] == was["steps"]
+    new = {"guidance": "both", "reuse": None}
+    assert [s.model_dump() for s in sampler.steps] == [s | new for s in was["steps"]]
+    assert (sampler.ranges, sampler.difference) == ({}, "none")
     assert [s.timestep for s in sampler.steps] == was["timesteps"][: len(sampler.steps)]
     g = manifest.geometry
     schedule = timesteps(30, height=g.height, width=g.width, frames=g.frames)

@@ -132,6 +132,42 @@ def test_static_leap_and_merged_steps() -> None:
     np.testing.assert_allclose(z, 0, atol=1e-6)
 
 
+@pytest.mark.parametrize("difference", ["none", "last"])
+@pytest.mark.parametrize("kind", [np.array, torch.tensor])
+def test_conditional_steps(kind: Any, difference: Any) -> None:
+    """Step by step with plain numbers: c is 3 less 0.1 a step, u is 1 less 0.2 a step."""
+    shown: list[int] = []
+
+    def denoiser(batch: Any, step: Step, x_mask: Any) -> Any:
+        shown.append(batch.shape[0])
+        halves = [3.0 - 0.1 * step.index, 1.0 - 0.2 * step.index][: batch.shape[0]]
+        return kind([[[[[v]]], [[[9.0]]]] for v in halves])
+
+    steps = plan_steps((1000.0, 750.0, 500.0, 250.0), conditional_steps=[1, 3])
+    z = sample(denoiser, kind([[[[[0.0]]]]]), steps, guidance=4.0, difference=difference)
+    velocities = []
+    d = 0.0
+    for i, both in enumerate((True, False, True, False)):
+        c, u = 3.0 - 0.1 * i, 1.0 - 0.2 * i
+        d = c - u if both else d
+        velocities.append(u + 4.0 * (c - u) if both else c + (3.0 * d if difference == "last" else 0.0))
+    assert shown == [2, 1, 2, 1]
+    assert z.item() == pytest.approx(sum(velocities) * 0.25, rel=1e-6)
+
+
+def test_conditional_steps_with_given_frames() -> None:
+    shapes: list[tuple[Any, Any]] = []
+
+    def denoiser(batch: Any, step: Step, x_mask: Any) -> Any:
+        shapes.append((batch.shape, x_mask.shape))
+        return np.zeros_like(batch)
+
+    z = np.zeros((3, 4, 2, 1, 1), np.float32)
+    steps = plan_steps((1000.0, 500.0), conditional_steps=[1])
+    sample(denoiser, z, steps, guidance=2.0, mask=np.ones((3, 2), np.float32), noise=lambda i: z)
+    assert shapes == [((6, 4, 2, 1, 1), (6, 2)), ((3, 4, 2, 1, 1), (3, 2))]
+
+
 def test_what_sample_refuses() -> None:
     z = np.zeros((2, 4, 3, 2, 2), np.float32)
 
@@ -146,6 +182,8 @@ def test_what_sample_refuses() -> None:
     ):
         with pytest.raises(RecipeError, match=message):
             attempt(**options)
+    with pytest.raises(ValueError, match="step 0 is conditional, and no step before it computed both halves"):
+        sample(lambda batch, *_: batch, z, plan_steps((9.0,), conditional_steps=[0]), guidance=7.0, difference="last")
     with pytest.raises(ValueError, match="the denoiser returned"):
         sample(lambda pair, *_: pair[:1], z, plan_steps((1000.0,)), guidance=7.0)
     for merged in (-1, 3):

@@ -25,6 +25,7 @@ from toolchain.models.family import find_family
 from toolchain.models.open_sora_v1_2.vae import OpenSoraVAE, OpenSoraVAEConfig
 from toolchain.planning.loading.predict import predict
 from toolchain.planning.loading.run import Phase, Run
+from toolchain.planning.sampling import sampling
 from toolchain.player import Player
 
 ROOT = Path(__file__).parents[2]
@@ -119,12 +120,15 @@ def variant(recipe: Recipe) -> Variant:
 
 
 @pytest.fixture(scope="session")
-def player(bundle: Bundle) -> Callable[..., Player]:
+def player(bundle: Bundle, source: Path) -> Callable[..., Player]:
     """A player of the bundle, or of its artifacts with the sampler of another recipe."""
 
     def make(recipe: Recipe | None = None, *, bundle: Bundle = bundle, **listeners: Any) -> Player:
         if recipe is not None:
-            bundle = edited(bundle, sampler=describe.sampler(recipe, find_family(recipe.model)))
+            # what there is to reuse, blocks say, and these are looked at where a recipe asks
+            own = toolchain.plan(recipe, base=source).sampling if recipe.sampler.reuse else None
+            own = own or sampling(recipe, find_family(recipe.model))
+            bundle = edited(bundle, sampler=describe.sampler(recipe, own))
         return Player(bundle, **listeners)
 
     return make

@@ -23,6 +23,7 @@ from toolchain.formats.recipe import Recipe
 from toolchain.formats.recipe_file import parse_recipe
 from toolchain.models.family import find_family
 from toolchain.models.open_sora_v1_2.vae import OpenSoraVAE
+from toolchain.planning.sampling import sampling
 from toolchain.player import Player
 from toolchain.player.video import to_bytes
 from toolchain.ui.report.timeline import predicted_timeline, trace_timelines
@@ -87,7 +88,7 @@ def test_samplers_make_different_videos(variant: Variant, player: Players, psnr:
 
 
 def test_built_manifest_has_the_recipes_sampler(bundle: Bundle, recipe: Recipe) -> None:
-    assert bundle.manifest.sampler == describe.sampler(recipe, find_family(recipe.model))
+    assert bundle.manifest.sampler == describe.sampler(recipe, sampling(recipe, find_family(recipe.model)))
 
 
 def test_stages_equal_the_eager_ones(recipe: Recipe, player: Players, eager: Eager, decoder: OpenSoraVAE) -> None:

@@ -9,15 +9,19 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import fx
 
+from toolchain.accuracy.ranges import ReusingGraph
 from toolchain.errors import RecipeError
 from toolchain.formats.recipe import Recipe
-from toolchain.formats.schedule import Step, plan_steps
+from toolchain.formats.schedule import Step
 from toolchain.ir.activations import unrounded, without_scales
-from toolchain.ir.blocks import materialise
+from toolchain.ir.blocks import extract_blocks, materialise
 from toolchain.ir.graph import output_values
-from toolchain.planning.plan import capture_forms
+from toolchain.planning.plan import lower_graph, rewritten_graphs
+from toolchain.planning.ranges import find_ranges
 from toolchain.planning.resolve import ResolvedBuild, find_tokenizer, resolve
+from toolchain.planning.sampling import sampling
 from toolchain.player.feeding import Fed, feed_inputs
 from toolchain.player.prompt import prepare_prompt
 from toolchain.player.sampler import initial_noise, sample
@@ -61,15 +65,22 @@ class EagerPipeline:
         self.geometry = family.geometry(self.recipe, configs)
         self._prompt = family.prompt(self.recipe, configs)
         self._models = family.eager(self.recipe, configs, weights)
-        own = self.recipe.sampler
-        groups = build.components["transformer"].passes.groups
-        self.steps = plan_steps(family.timesteps(self.recipe), own.leap, merged_steps=own.merged_steps, groups=groups)
-        graph = capture_forms(definitions["transformer"].forms[0])
-        for rewrite in build.components["transformer"].passes.rewrites:
-            graph = rewrite(graph)
+        part = build.components["transformer"]
+        graph = rewritten_graphs(definitions["transformer"], part.passes, part.target)[0]
+        ranges = []
+        if self.recipe.sampler.reuse:
+            lowered, graph = lower_graph(graph, part.passes, part.target)
+            ranges = find_ranges(self.recipe.sampler.reuse, extract_blocks(lowered), part.target)
+        self._sampling = sampling(self.recipe, family, part.passes.groups, ranges)
+        self._graph = graph
         read = weights["transformer"].__getitem__
         parameters = {name: w.source.value(read) for name, w in without_scales(graph.weights).items()}
-        self._functions = {name: materialise(unrounded(gm), parameters) for name, gm in graph.functions.items()}
+
+        def with_weights(gm: fx.GraphModule) -> fx.GraphModule:
+            return materialise(unrounded(gm), parameters)
+
+        self._functions = {name: with_weights(gm) for name, gm in graph.functions.items()}
+        self._materialise = with_weights
         self._inputs = {name: graph.inputs_of(name) for name in graph.functions}
         self._prediction = next(i for i, name in enumerate(graph.outputs) if graph.gives.get(name) == "prediction")
         # a table that is a tensor of the checkpoint as it is, such as the null prompt
@@ -78,6 +89,11 @@ class EagerPipeline:
             for name, node in zip(graph.outputs, output_values(graph.functions["base"]), strict=True)
             if node.op == "get_attr"
         }
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """The calls of the denoiser."""
+        return self._sampling.steps
 
     @torch.no_grad()
     def encode(self, prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,12 +110,19 @@ class EagerPipeline:
         shape = (1, g.latent_channels, g.latent_frames, g.latent_height, g.latent_width)
         given = {"text_embedding": y, "token_mask": mask, "frame_mask": torch.ones(1, g.latent_frames)}
 
-        def denoiser(z_pair: torch.Tensor, step: Step, _: torch.Tensor | None) -> torch.Tensor:
-            return self.predict(step.function, given | {"latents": z_pair, "timestep": torch.tensor(step.t)})
+        graph = ReusingGraph(self._graph, self._sampling, self._materialise)
+
+        def denoiser(batch: torch.Tensor, step: Step, _: torch.Tensor | None) -> torch.Tensor:
+            now = given | {"latents": batch, "timestep": torch.tensor(step.t)}
+            if self._sampling.ranges:
+                return graph(step, self._fed(step.function, now))[self._prediction]
+            return self.predict(step.function, now)
 
         own = self.recipe.sampler
         noise = torch.from_numpy(initial_noise(seed, shape))
-        latents: torch.Tensor = sample(denoiser, noise, self.steps, guidance=own.guidance, leap=own.leap)
+        latents: torch.Tensor = sample(
+            denoiser, noise, self.steps, guidance=own.guidance, difference=own.difference, leap=own.leap
+        )
         return latents
 
     def video(self, prompt: str, seed: int = 0) -> torch.Tensor:
@@ -109,8 +132,12 @@ class EagerPipeline:
 
     @torch.no_grad()
     def predict(self, function: str, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """One call of the denoiser ``[2, C or 2C, T, H, W]``; ``given`` as for the player, by kind of feed."""
+        """One call of the denoiser ``[B, C or 2C, T, H, W]``; ``given`` as for the player, by kind of feed."""
+        result: torch.Tensor = self._functions[function](*self._fed(function, given))[self._prediction]
+        return result
+
+    def _fed(self, function: str, given: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """A function's inputs, in order."""
         inputs = [Fed(i.name, i.shape, i.feed) for i in self._inputs[function]]
         fed = feed_inputs(inputs, given, self._tables)
-        result: torch.Tensor = self._functions[function](*(fed[i.name] for i in inputs))[self._prediction]
-        return result
+        return [fed[i.name] for i in inputs]

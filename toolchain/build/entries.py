@@ -11,18 +11,19 @@ import torch
 
 from toolchain.build.gate import Passed
 from toolchain.formats import manifest as m
+from toolchain.formats.calls import Rate
 from toolchain.formats.manifest import GateMode
 from toolchain.formats.recipe import Recipe
-from toolchain.formats.schedule import plan_steps
+from toolchain.formats.sampling import SamplerEntry, StepEntry
 from toolchain.ir.blocks import Block, Port
 from toolchain.ir.dtypes import PortType
 from toolchain.ir.feeds import Given
 from toolchain.ir.graph import Input
 from toolchain.ir.target import Target
-from toolchain.models.family import ModelFamily
 from toolchain.planning.memory import BlockMemory
 from toolchain.planning.plan import ComponentPlan, Plan
 from toolchain.planning.resolve import ResolvedBuild
+from toolchain.planning.sampling import Sampling
 from toolchain.version import VERSION
 
 
@@ -57,7 +58,7 @@ def block(
         name=block.name,
         artifact=f"{folder}/{block.name}{target.suffix}",
         files=list(files),
-        rate=cast(m.Rate, block.rate),
+        rate=cast(Rate, block.rate),
         functions=list(functions),
         inputs=[m.InputSpec(**_tensor(p, target), source=block.sources[p.name]) for p in block.inputs],
         outputs=[m.TensorSpec(**_tensor(p, target)) for p in block.outputs],
@@ -118,12 +119,12 @@ def component(
         config=plain(plan.definition.config),
         passes=str(plan.passes),
         inputs=[
-            m.ComponentInput(**_tensor(i, plan.target), rate=cast(m.Rate, i.rate), feed=i.feed)
+            m.ComponentInput(**_tensor(i, plan.target), rate=cast(Rate, i.rate), feed=i.feed)
             for graph in plan.graphs
             for i in graph.inputs
         ],
         outputs=[
-            m.ComponentOutput(source=f"{block.name}.{port}", rate=cast(m.Rate, block.rate), gives=gives[output])
+            m.ComponentOutput(source=f"{block.name}.{port}", rate=cast(Rate, block.rate), gives=gives[output])
             for block in plan.blocks
             for port, output in block.results.items()
             if output in gives
@@ -135,15 +136,19 @@ def component(
     )
 
 
-def sampler(recipe: Recipe, family: ModelFamily, groups: int = 1) -> m.SamplerEntry:
-    """The denoising plan, as the device runs it, with functions for so many ``groups`` of steps."""
+def sampler(recipe: Recipe, sampling: Sampling) -> SamplerEntry:
+    """The denoising plan, as the device runs it."""
     own = recipe.sampler
-    leap = own.leap.resolve(own.steps) if own.leap is not None else None
-    steps = plan_steps(family.timesteps(recipe), leap, merged_steps=own.merged_steps, groups=groups)
-    return m.SamplerEntry(
+    return SamplerEntry(
         guidance=own.guidance,
-        leap=leap,
-        steps=[m.StepEntry(timestep=s.t, dt=s.dt, function=s.function, leap=s.leap) for s in steps],
+        difference=own.difference,
+        leap=own.leap.resolve(own.steps) if own.leap is not None else None,
+        ranges=sampling.entries(),
+        rule=sampling.rule,
+        steps=[
+            StepEntry(timestep=s.t, dt=s.dt, function=s.function, leap=s.leap, guidance=s.guidance, reuse=s.reuse)
+            for s in sampling.steps
+        ],
     )
 
 
@@ -178,7 +183,7 @@ def manifest(
         geometry=build.family.geometry(recipe, build.configs),
         memory_budget_bytes=build.memory_budget,
         text=_text(build, tokenizer),
-        sampler=sampler(recipe, build.family, planned.groups),
+        sampler=sampler(recipe, planned.sampling),
         decoding=_decoding(build),
         components=dict(components),
         gate=m.Gate(

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
+from toolchain.formats.reuse import Reusing, kept_after
+
+Rate = Literal["prompt", "step", "chunk", "frames", "encode_chunk", "encode_frames"]
+"""How often something runs or changes: once for a prompt; at every denoising step; in the VAE for every micro
+chunk of latents and for every group of frames (``encode_…`` for the encoder's)."""
 PROMPT, STEP = "prompt", "step"
 
 
@@ -24,18 +29,90 @@ class Stage(Protocol):
     def pieces(self) -> Sequence[Piece]: ...
 
 
+class Step(Reusing, Protocol):
+    """A step of the sampler."""
+
+    @property
+    def function(self) -> str: ...
+
+
+class Range(Protocol):
+    """A range of blocks, and the bytes of what is kept of it."""
+
+    @property
+    def blocks(self) -> Sequence[str]: ...
+
+    @property
+    def bytes(self) -> int: ...
+
+
+class Rule(Protocol):
+    """A rule that chooses the steps that reuse a range, and the bytes of what it observes."""
+
+    @property
+    def range(self) -> str: ...
+
+    @property
+    def bytes(self) -> int: ...
+
+    def kept_after(self, steps: int) -> list[bool]: ...
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes that are held for a range beside the calls of a round: before block ``first``, and from it on.
+
+    While the range is computed that is what went into it, afterwards what it added.
+    """
+
+    first: str
+    before_bytes: int
+    then_bytes: int
+
+
+@dataclass(frozen=True)
+class StepCalls:
+    """A step's ``function``, the blocks that it leaves out, and what it keeps for others."""
+
+    function: str
+    skipped: frozenset[str] = frozenset()
+    kept: tuple[Kept, ...] = ()
+
+
 @dataclass(frozen=True)
 class Round:
-    """All blocks of a component's rate, once, in their order, asked for ``function``; None is the default one."""
+    """The blocks of a component's rate, once, in their order, asked for ``function``; None is the default one."""
 
     component: str
     rate: str
     function: str | None
+    skipped: frozenset[str] = frozenset()
+    kept: tuple[Kept, ...] = ()
+
+
+def step_calls(steps: Sequence[Step], ranges: Mapping[str, Range], rule: Rule | None = None) -> Iterator[StepCalls]:
+    """What each step calls, and keeps of the ranges of blocks that steps reuse.
+
+    With a rule that chooses the steps, these are the calls if it never leaves anything out, and what is kept if it may.
+    """
+    kept = kept_after(steps, {name: own.blocks for name, own in ranges.items()})
+    sizes = [(own.blocks[0], own.bytes, kept[name]) for name, own in ranges.items()]
+    if rule is not None:
+        first, bytes_ = ranges[rule.range].blocks[0], ranges[rule.range].bytes
+        observed = [True] * (len(steps) - 1) + [False]
+        sizes = [(first, bytes_, rule.kept_after(len(steps))), (first, rule.bytes, observed)]
+    for i, step in enumerate(steps):
+        held = (Kept(first, n * (i > 0 and after[i - 1]), n * after[i]) for first, n, after in sizes)
+        yield StepCalls(
+            step.function,
+            frozenset(ranges[step.reuse].blocks) if step.reuse is not None else frozenset(),
+            tuple(k for k in held if k.before_bytes or k.then_bytes),
+        )
 
 
 def rounds(
     components: Container[str],
-    steps: Iterable[str],
+    steps: Iterable[StepCalls],
     stages: Iterable[Stage],
     *,
     text: str = PROMPT,
@@ -45,8 +122,8 @@ def rounds(
     """The rounds of a video, for the components that there are.
 
     Args:
-        steps: function of each call of the denoiser. A static leap shortens them; with a dynamic one they are all
-            there are, and a player that leaps leaves out the rest.
+        steps: each call of the denoiser. A static leap shortens them; with a dynamic one they are all there are, and a
+            player that leaps leaves out the rest.
         stages: of decoding, in order.
         text, once, each: rates of the text encoder, of the denoiser before its first step, and at every step.
     """
@@ -54,8 +131,8 @@ def rounds(
         yield Round("text_encoder", text, None)
     if "transformer" in components:
         yield Round("transformer", once, None)
-        for function in steps:
-            yield Round("transformer", each, function)
+        for step in steps:
+            yield Round("transformer", each, step.function, step.skipped, step.kept)
     if "vae" in components:
         for stage in stages:
             for piece in stage.pieces:

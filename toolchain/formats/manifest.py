@@ -13,13 +13,14 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import AfterValidator, Field, model_validator
 
-from toolchain.formats.calls import rounds
+from toolchain.formats.calls import Rate, rounds, step_calls
 from toolchain.formats.loading import Entry, Loading, check_plan
-from toolchain.formats.schedule import BASE, Leap, StaticLeap
+from toolchain.formats.sampling import SamplerEntry, check_conditional, check_ranges
+from toolchain.formats.schedule import BASE
 from toolchain.ir.dtypes import PortType
 from toolchain.ir.feeds import Feed, Given
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 FILE_NAME = "manifest.json"
 
 
@@ -53,11 +54,6 @@ class InputSpec(TensorSpec):
     """An input of a block. ``source`` is ``inputs.NAME``, ``tables.NAME`` or ``BLOCK.OUTPUT``."""
 
     source: str
-
-
-Rate = Literal["prompt", "step", "chunk", "frames", "encode_chunk", "encode_frames"]
-"""How often something runs or changes: once for a prompt; at every denoising step; in the VAE for every micro
-chunk of latents and for every group of frames (``encode_…`` for the encoder's)."""
 
 
 class ComponentInput(TensorSpec):
@@ -219,43 +215,6 @@ class Component(Entry):
         return self
 
 
-class StepEntry(Entry):
-    """One call of the denoiser: at ``timestep``, with ``function``; then z += velocity · ``dt``."""
-
-    timestep: float
-    dt: float
-    function: str
-    leap: bool
-
-
-class SamplerEntry(Entry):
-    """Rectified flow. The velocity is the first half of the prediction's channels.
-
-    The batch is the conditional half, then the unconditional one; v = u + guidance · (c - u).
-    ``steps`` is the whole plan with a static leap taken; with a dynamic rule it is the plan without the
-    leap, which the rule takes when it says so: then dt is timestep / ``time_scale``.
-    """
-
-    kind: Literal["rectified-flow"] = "rectified-flow"
-    noise: Literal["philox4x32-10"] = Field(
-        default="philox4x32-10", description="Initial latents: Philox counter, Box-Muller; see docs/manifest.md."
-    )
-    once: Rate = Field(default="prompt", description="Rate of the blocks that run before the first step.")
-    each: Rate = Field(default="step", description="Rate of the blocks that run at every step.")
-    time_scale: int = Field(default=1000, ge=1, description="The timestep that is pure noise.")
-    guidance: float
-    leap: Leap | None
-    steps: list[StepEntry]
-
-    @model_validator(mode="after")
-    def _leap_agrees(self) -> SamplerEntry:
-        leaps = [i for i, step in enumerate(self.steps) if step.leap]
-        expected = [self.leap.after] if isinstance(self.leap, StaticLeap) else []
-        if leaps != expected or (leaps and leaps[0] != len(self.steps) - 1):
-            raise ValueError(f"steps leap at {leaps}, but the leap's rule says {expected}")
-        return self
-
-
 class Geometry(Entry):
     """The video, in frames and pixels, and its latents."""
 
@@ -356,7 +315,7 @@ class TargetEntry(Entry):
 class Manifest(Entry):
     """The whole bundle."""
 
-    format_version: Literal[4] = 4
+    format_version: Literal[5] = 5
     name: str
     model: str
     target: TargetEntry
@@ -393,6 +352,13 @@ class Manifest(Entry):
         return self
 
     @model_validator(mode="after")
+    def _steps_agree(self) -> Manifest:
+        if "transformer" in self.components:
+            check_ranges(self.sampler, self.components["transformer"])
+            check_conditional(self.sampler, self.components["transformer"])
+        return self
+
+    @model_validator(mode="after")
     def _loading_agrees(self) -> Manifest:
         check_plan(self.loading.plan, self.calls())
         return self
@@ -405,7 +371,7 @@ class Manifest(Entry):
     def rounds(self) -> Iterator[tuple[tuple[str, str], ...]]:
         """The same, by round: the calls of a component's rate, once."""
         s = self.sampler
-        steps, stages = [step.function for step in s.steps], self.decoding.stages if self.decoding else []
+        steps, stages = step_calls(s.steps, s.ranges, s.rule), self.decoding.stages if self.decoding else []
         text = self.text.rate if self.text else "prompt"
         for round_ in rounds(self.components, steps, stages, text=text, once=s.once, each=s.each):
             component = self.components[round_.component]
@@ -414,4 +380,5 @@ class Manifest(Entry):
             yield tuple(
                 (f"{round_.component}/{name}", component.own_function(blocks[name], asked))
                 for name in component.load_order.get(cast(Rate, round_.rate), [])
+                if name not in round_.skipped
             )

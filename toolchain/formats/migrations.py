@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import groupby
 from typing import Any
 
-from toolchain.formats.calls import Round, rounds
+from toolchain.formats.calls import Round, StepCalls, rounds
 from toolchain.formats.manifest import FORMAT_VERSION, DecodingEntry
 from toolchain.formats.schedule import BASE
 
@@ -80,7 +80,7 @@ def _from_3(data: Data) -> Data:
     for component in components.values():
         component.setdefault("default_function", BASE)
     text = data["text"].get("rate", "prompt") if data["text"] else "prompt"
-    steps = [s["function"] for s in sampler["steps"]]
+    steps = [StepCalls(s["function"]) for s in sampler["steps"]]
     stages = DecodingEntry.model_validate(data["decoding"]).stages if data["decoding"] else []
     once, each = sampler.get("once", "prompt"), sampler.get("each", "step")
     sections: list[Data] = []
@@ -96,6 +96,14 @@ def _from_3(data: Data) -> Data:
     budget = data["memory_budget_bytes"] or max(1, weights)
     plan = {"version": 1, "budget_bytes": budget, "sections": sections}
     return data | {"format_version": 4, "loading": {"plan": plan, "prediction": None, "made_from": None}}
+
+
+def _from_4(data: Data) -> Data:
+    """Until format 4 every step computed all blocks, for both halves of guidance."""
+    for step in data["sampler"]["steps"]:
+        step["guidance"], step["reuse"] = "both", None
+    data["sampler"] |= {"difference": "none", "ranges": {}, "rule": None}
+    return data | {"format_version": 5}
 
 
 def _loaded_when_needed(name: str, component: Data, group: Iterable[Round]) -> Iterator[Data]:
@@ -128,5 +136,5 @@ def _stages(decoding: Data, frames: int) -> list[Data]:
     ]
 
 
-_STEPS: Mapping[int, Callable[[Data], Data]] = {1: _from_1, 2: _from_2, 3: _from_3}
+_STEPS: Mapping[int, Callable[[Data], Data]] = {1: _from_1, 2: _from_2, 3: _from_3, 4: _from_4}
 """From each older version to the next."""

@@ -21,7 +21,8 @@ from pydantic import (
 from toolchain import plugins
 from toolchain.errors import RecipeError
 from toolchain.formats.pass_specs import Named, PassSpecs
-from toolchain.formats.schedule import PRESETS, Leap
+from toolchain.formats.reuse import Conditional, Difference, Reuse, check_reuse
+from toolchain.formats.schedule import PRESETS, Leap, plan_steps
 from toolchain.formats.yaml_text import QuotingDumper
 from toolchain.ir.dtypes import DTYPES, INT8_ACTIVATIONS
 from toolchain.validation import Bytes
@@ -98,8 +99,13 @@ class _LeapShorthands:
         return {"anyOf": [handler(core_schema), {"type": "integer", "minimum": 1}, {"enum": list(PRESETS)}]}
 
 
+def _listed(value: Any) -> Any:
+    """One entry stands for a list of one."""
+    return [value] if isinstance(value, dict | Reuse) else value
+
+
 class SamplerRecipe(Strict):
-    """How the video is denoised: rectified flow, with the two ways to do it in less time."""
+    """How the video is denoised: rectified flow, with the ways to do it in less time."""
 
     steps: int = Field(default=30, ge=1, le=1000)
     guidance: float = Field(default=7.0, ge=0, description="Scale of classifier-free guidance.")
@@ -108,20 +114,55 @@ class SamplerRecipe(Strict):
         description="Linear Proportional Leap: ordinary steps before the leap, a preset's name, or a rule.",
     )
     merged_steps: int = Field(default=0, ge=0, description="How many of the first steps run with merged tokens.")
+    reuse: Annotated[list[Reuse], BeforeValidator(_listed)] = Field(
+        default_factory=list, description="Steps that leave out blocks, and take what these added at an earlier step."
+    )
+    conditional: Conditional | None = Field(
+        default=None, description="Steps that compute the conditional half of guidance alone."
+    )
     discrete_timesteps: bool = Field(
         default=False, description="Round timesteps to whole numbers before the transform."
     )
+
+    @property
+    def conditional_steps(self) -> list[int]:
+        """Places of the steps that compute the conditional half alone."""
+        return self.conditional.steps if self.conditional is not None else []
+
+    @property
+    def difference(self) -> Difference:
+        """What stands for the difference of the halves at these steps."""
+        return self.conditional.difference if self.conditional is not None else "none"
 
     @model_validator(mode="after")
     def _fits(self) -> SamplerRecipe:
         if self.merged_steps > self.steps:
             raise ValueError(f"merged_steps {self.merged_steps} is more than steps {self.steps}")
-        if self.leap is not None:
-            try:
+        try:
+            if self.leap is not None:
                 self.leap.check(self.steps)
-            except RecipeError as e:
-                raise ValueError(str(e)) from e
+            self._check_reuse()
+        except RecipeError as e:
+            raise ValueError(str(e)) from e
         return self
+
+    def _check_reuse(self) -> None:
+        """As far as it can be without knowing which blocks there are: ranges are told apart by what they are called."""
+        ruled = [r.rule for r in self.reuse if r.rule is not None]
+        if ruled and len(self.reuse) > 1:
+            raise RecipeError("reuse: a rule chooses the steps of one range; list no other entry beside it")
+        names = [f"blocks {' to '.join(r.blocks)}" if r.blocks else "the longest range" for r in self.reuse]
+        if len(set(names)) < len(names):
+            raise RecipeError("reuse: two entries are for the same blocks; list their steps in one")
+        steps = plan_steps(
+            [float(self.steps - i) for i in range(self.steps)],
+            self.leap,
+            conditional_steps=self.conditional_steps,
+            reuse={name: own.steps or () for name, own in zip(names, self.reuse, strict=True)},
+        )
+        for rule in ruled:
+            rule.check(steps)
+        check_reuse(steps, {name: {name} for name in names}, self.difference)
 
 
 class ComponentRecipe(Strict):

@@ -1,5 +1,7 @@
 """When the denoiser is called, and with which function: steps as data, and the leap that ends sampling early (LPL).
 
+What a step may leave out (blocks, or half of the guidance) is in :mod:`toolchain.formats.reuse`.
+
 A ``t`` counts from 1000 (noise) down to 0 (video). Nothing here needs torch.
 
 Source: On-device Sora (arXiv 2502.04363) for LPL and TDTM.
@@ -8,7 +10,7 @@ Source: On-device Sora (arXiv 2502.04363) for LPL and TDTM.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import MappingProxyType
@@ -17,7 +19,7 @@ from typing import Annotated, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from toolchain.errors import RecipeError
-from toolchain.ir.functions import grouped
+from toolchain.ir.functions import conditional, grouped
 from toolchain.ir.rounding import float32
 
 NUM_TRAIN_TIMESTEPS: Final = 1000
@@ -25,6 +27,8 @@ BASE: Final = "base"
 """The function that every block has."""
 MERGED: Final = "merged"
 """The function that a recipe's ``merged_steps`` ask for."""
+Guidance = Literal["both", "conditional"]
+"""What a call of the denoiser computes: with the prompt and without it, or with it alone."""
 
 
 class StaticLeap(BaseModel):
@@ -126,6 +130,9 @@ class Step:
     """What the denoiser's blocks are asked for; those that lack it run their default function."""
     leap: bool = False
     """This step goes all the way to t = 0 and is the last."""
+    guidance: Guidance = "both"
+    reuse: str | None = None
+    """Name of a range of blocks that are left out; what the range added last stands for them."""
 
     def leaping(self, num_train_timesteps: int = NUM_TRAIN_TIMESTEPS) -> Step:
         """The same call followed by the leap: dt = t / 1000 (LPL: z = z_n + v(z_n, t)·t)."""
@@ -137,20 +144,25 @@ def plan_steps(
     leap: StaticLeap | DynamicLeap | None = None,
     *,
     merged_steps: int = 0,
+    conditional_steps: Collection[int] = (),
+    reuse: Mapping[str, Collection[int]] = MappingProxyType({}),
     groups: int = 1,
     num_train_timesteps: int = NUM_TRAIN_TIMESTEPS,
 ) -> tuple[Step, ...]:
     """The denoiser calls of a run: dt_i = (t_i - t_{i+1}) / 1000, the last one's t / 1000.
 
-    The first ``merged_steps`` of them ask for the function :data:`MERGED` (TDTM). A step asks for its function as it is
-    there for its group (:func:`groups_of`, :func:`toolchain.ir.functions.grouped`).
+    The first ``merged_steps`` of them ask for the function :data:`MERGED` (TDTM), those at the places
+    ``conditional_steps`` for that of the conditional half (:func:`toolchain.ir.functions.conditional`), and those at
+    the places in ``reuse`` leave out the range that is named there. A step asks for its function as it is there for its
+    group (:func:`groups_of`, :func:`toolchain.ir.functions.grouped`). Whether what is reused was computed is checked by
+    :func:`toolchain.formats.reuse.check_reuse`.
 
     A static leap cuts the list short. A dynamic one is decided while sampling, so the list is whole: the
     step for which the rule says so is replaced by its :meth:`Step.leaping` and is the last.
 
     Raises:
-        RecipeError: there are no timesteps, a static leap does not lie within them, or there are fewer than
-            ``merged_steps`` or ``groups``.
+        RecipeError: there are no timesteps, a static leap does not lie within them, there are fewer than
+            ``merged_steps`` or ``groups``, a place is of no step, or a step reuses two ranges.
     """
     if not timesteps:
         raise RecipeError("there are no timesteps; steps must be at least 1")
@@ -164,8 +176,22 @@ def plan_steps(
     if isinstance(leap, StaticLeap):
         leap.check(len(steps))
         steps = [*steps[: leap.after], steps[leap.after].leaping(num_train_timesteps)]
+    for i in _places("conditional", conditional_steps, len(steps)):
+        steps[i] = replace(steps[i], function=conditional(steps[i].function), guidance="conditional")
+    for name, asked in reuse.items():
+        for i in _places("reuse", asked, len(steps)):
+            if steps[i].reuse is not None:
+                raise RecipeError(f"reuse.steps: step {i} is in two lists; a step reuses one range of blocks")
+            steps[i] = replace(steps[i], reuse=name)
     places = enumerate(groups_of(steps, groups))
     return tuple(replace(step, function=grouped(step.function, k)) for k, own in places for step in own)
+
+
+def _places(key: str, asked: Iterable[int], count: int) -> Iterable[int]:
+    for i in asked:
+        if not 0 <= i < count:
+            raise RecipeError(f"{key}.steps: there is no step {i}; of {count} denoiser calls, choose 0 to {count - 1}")
+        yield i
 
 
 def groups_of(steps: Sequence[Step], groups: int) -> list[Sequence[Step]]:

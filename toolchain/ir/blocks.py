@@ -209,6 +209,13 @@ def table_nodes(graph: Graph) -> dict[str, fx.Node]:
     return found
 
 
+def value_of(graph: Graph, function: str, source: str) -> fx.Node:
+    """The node of a partitioned graph's function that gives what is called ``BLOCK.OUTPUT`` between blocks."""
+    block, _, port = source.partition(".")
+    names = _Cut(graph, graph.functions[function]).output_names(block)
+    return next(node for node, name in names.items() if name == port)
+
+
 class _Cut:
     """One function's nodes sorted into blocks."""
 

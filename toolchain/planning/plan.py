@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from toolchain.errors import RecipeError
+from toolchain.formats.calls import STEP
 from toolchain.formats.recipe import Recipe
-from toolchain.formats.schedule import Step, groups_of, plan_steps
+from toolchain.formats.schedule import Step, groups_of
 from toolchain.formats.times import TimesFile, load_times
 from toolchain.ir.activations import scale_sources
 from toolchain.ir.blocks import Block, BlockPair, extract_blocks
@@ -26,7 +27,9 @@ from toolchain.listener import Listener
 from toolchain.models.family import Definition, Forms
 from toolchain.planning.loading.predict import Predicted
 from toolchain.planning.memory import BlockMemory, block_memory
+from toolchain.planning.ranges import find_ranges
 from toolchain.planning.resolve import ResolvedBuild, ResolvedComponent, resolve
+from toolchain.planning.sampling import Sampling, sampling
 from toolchain.planning.video import predict_video
 
 PRINTED = ("capture", "legalise")
@@ -95,14 +98,29 @@ class Plan:
         return self.components["transformer"].passes.groups
 
     @functools.cached_property
-    def steps(self) -> tuple[Step, ...]:
-        """The calls of the denoiser.
+    def sampling(self) -> Sampling:
+        """The calls of the denoiser, and the ranges of blocks that they reuse.
 
         Raises:
-            RecipeError: there are fewer than groups.
+            RecipeError: there are fewer calls than groups, a range is none, or a step needs what no earlier one
+                computed, or a function that there is not.
         """
-        own, times = self.recipe.sampler, self.resolved.family.timesteps(self.recipe)
-        return plan_steps(times, own.leap, merged_steps=own.merged_steps, groups=self.groups)
+        own = self.components["transformer"]
+        ranges = find_ranges(self.recipe.sampler.reuse, own.blocks, own.target)
+        found = sampling(self.recipe, self.resolved.family, self.groups, ranges)
+        have = {function for block in own.blocks if block.rate == STEP for function in block.functions}
+        missing = next((s for s in found.steps if s.function not in have), None)
+        if missing is not None:
+            raise RecipeError(
+                f"transformer.passes: step {missing.index} asks for the function '{missing.function}', which they do "
+                f"not provide in this order; there are {', '.join(sorted(have))}"
+            )
+        return found
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """The calls of the denoiser; raises as :attr:`sampling`."""
+        return self.sampling.steps
 
     @functools.cached_property
     def loading(self) -> Predicted:
@@ -161,7 +179,7 @@ def plan_resolved(build: ResolvedBuild, listener: Listener | None = None, measur
     listener = listener or Listener()
     definitions = build.family.define(build.recipe, build.configs)
     found = Plan(build, {n: _component(build.components[n], d, listener) for n, d in definitions.items()}, measured)
-    groups_of(found.steps, found.groups)  # refused now, not when all is built
+    _ = found.sampling  # refused now, not when all is built
     return found
 
 

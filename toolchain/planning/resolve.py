@@ -14,7 +14,8 @@ from typing import Any
 from toolchain.errors import CheckpointError, RecipeError
 from toolchain.formats.device import UNSPECIFIED, Device, load_device
 from toolchain.formats.recipe import ComponentRecipe, Recipe
-from toolchain.formats.schedule import MERGED
+from toolchain.formats.schedule import BASE, MERGED
+from toolchain.ir.functions import conditional
 from toolchain.ir.passes import Pipeline, find_pass, passes_providing
 from toolchain.ir.pipeline_text import parse_pipeline
 from toolchain.ir.target import Target, find_target
@@ -129,9 +130,12 @@ def load_pipeline(recipe: Recipe, component: str, family: ModelFamily) -> Pipeli
             raise RecipeError(
                 f"{key}: '{late[0].name}' adds a function that '{grouping.name}' would know nothing of; list it before"
             )
-    if component == "transformer" and recipe.sampler.merged_steps and MERGED not in pipeline.provides:
-        known = ", ".join(passes_providing(MERGED)) or "none"
-        raise RecipeError(f"sampler.merged_steps: needs a pass in {key} that provides '{MERGED}'; installed: {known}")
+    wanted = {"merged_steps": MERGED} if recipe.sampler.merged_steps else {}
+    wanted |= {"conditional": conditional(BASE)} if recipe.sampler.conditional_steps else {}
+    for asking, function in wanted.items() if component == "transformer" else ():
+        if function not in pipeline.provides:
+            known = ", ".join(passes_providing(function)) or "none"
+            raise RecipeError(f"sampler.{asking}: needs a pass in {key} that provides '{function}'; installed: {known}")
     return pipeline
 
 

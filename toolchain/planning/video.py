@@ -55,7 +55,7 @@ def video_run(planned: Plan, device: Device | None) -> Run:
     stages: Sequence[Stage] = build.family.stages(build.recipe, build.configs) if "vae" in planned.components else ()
     parts = {name: [_part(c, b, device) for b in c.blocks] for name, c in planned.components.items()}
     beside: dict[tuple[str, str], int] = {("vae", s.rate): _frames_bytes(planned.components["vae"], s) for s in stages}
-    order = rounds(planned.components, (s.function for s in planned.steps), stages)
+    order = rounds(planned.components, planned.sampling.calls(), stages)
     return whole_run(parts, order, beside)
 
 

@@ -12,6 +12,7 @@ import torch
 from toolchain.errors import BundleError
 from toolchain.formats.bundle import Bundle, load_bundle
 from toolchain.formats.manifest import Stage
+from toolchain.formats.sampling import RangeEntry
 from toolchain.formats.schedule import Step
 from toolchain.ir.feeds import Given
 from toolchain.ir.target import Engine
@@ -19,6 +20,7 @@ from toolchain.player.following import Figures, followed
 from toolchain.player.loader import Loader
 from toolchain.player.opening import load_engine, target_of
 from toolchain.player.prompt import prepare_prompt
+from toolchain.player.residuals import step_ranges
 from toolchain.player.runner import ComponentRunner
 from toolchain.player.sampler import initial_noise, sample
 from toolchain.player.tokenizer import T5Tokenizer
@@ -140,21 +142,29 @@ class Player:
         z = torch.from_numpy(
             initial_noise(seed, (1, g.latent_channels, g.latent_frames, g.latent_height, g.latent_width))
         )
-        steps = [Step(i, e.timestep, e.dt, e.function, e.leap) for i, e in enumerate(s.steps)]
+        steps = s.plan()
         given = {"text_embedding": y, "token_mask": mask, "frame_mask": torch.ones(1, g.latent_frames)}
+
+        def leave_out(own: RangeEntry) -> None:
+            assert self._loader is not None  # while a component runs
+            self._loader.leave_out([f"transformer/{name}" for name in own.blocks])
+
+        ranges = step_ranges(s, leave_out)
         with self._component("transformer") as transformer:
             transformer.run(s.once, given, transformer.entry.default_function)
 
-            def denoiser(z_pair: torch.Tensor, step: Step, _: torch.Tensor | None) -> torch.Tensor:
+            def denoiser(batch: torch.Tensor, step: Step, _: torch.Tensor | None) -> torch.Tensor:
                 self.progress("denoise", step.index, len(steps))
-                now = {"latents": z_pair, "timestep": torch.tensor(step.t)}
-                return transformer.result(transformer.run(s.each, given | now, step.function), "prediction")
+                now = {"latents": batch, "timestep": torch.tensor(step.t)}
+                results = transformer.run(s.each, given | now, step.function, ranges[step.index])
+                return transformer.result(results, "prediction")
 
             latents: torch.Tensor = sample(
                 denoiser,
                 z,
                 steps,
                 guidance=s.guidance,
+                difference=s.difference,
                 leap=s.leap,
                 on_step=on_step,
                 num_train_timesteps=s.time_scale,

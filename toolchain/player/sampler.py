@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from toolchain.errors import RecipeError
+from toolchain.formats.reuse import Difference
 from toolchain.formats.schedule import NUM_TRAIN_TIMESTEPS, DynamicLeap, StaticLeap, Step
 from toolchain.ir.rounding import float32
 from toolchain.player.leap import LeapState
@@ -25,18 +26,19 @@ Array: TypeAlias = Any
 
 
 class Denoiser(Protocol):
-    """The model with its prompt bound: predicts for the conditional and the unconditional half at once."""
+    """The model with its prompt bound: predicts for the halves of guidance that a step asks for."""
 
-    def __call__(self, z_pair: Array, step: Step, x_mask: Array | None, /) -> Array:
+    def __call__(self, batch: Array, step: Step, x_mask: Array | None, /) -> Array:
         """One call.
 
         Args:
-            z_pair: latents ``[2n, C, T, H, W]``: n videos with their prompt, then the same without.
-            step: says the timestep, the same for all of the batch, and the function to run.
-            x_mask: bool ``[2n, T]``, False for frames that are given and clean; None without conditions.
+            batch: latents ``[B, C, T, H, W]``. B = 2n: n videos with their prompt, then the same without; at a step
+                whose guidance is ``conditional`` B = n, those with their prompt.
+            step: says the timestep, the same for all of the batch, the function to run, and what to leave out.
+            x_mask: bool ``[B, T]``, False for frames that are given and clean; None without conditions.
 
         Returns:
-            ``[2n, C or 2C, T, H, W]``; the first C channels are the velocity.
+            ``[B, C or 2C, T, H, W]``; the first C channels are the velocity.
         """
 
 
@@ -46,6 +48,7 @@ def sample(
     steps: Sequence[Step],
     *,
     guidance: float,
+    difference: Difference = "none",
     leap: StaticLeap | DynamicLeap | None = None,
     mask: Array | None = None,
     noise: Callable[[int], Array] | None = None,
@@ -59,6 +62,8 @@ def sample(
         z: noise ``[n, C, T, H, W]``; given frames hold their clean latents. float32; not changed.
         steps: the calls, as from :func:`toolchain.formats.schedule.plan_steps`: with a static leap taken, or whole.
         guidance: classifier-free guidance scale s.
+        difference: what stands for c - u at conditional steps: nothing (v = c), or that of the last step with both
+            halves (v = c + (s - 1)·(c - u)).
         leap: when to end early (LPL); a dynamic rule is judged after every call.
         mask: ``[n, T]``: 1 for frames to make, 0 for given ones, m between for given frames that are
             noised and denoised along once t <= 1000·m.
@@ -72,20 +77,22 @@ def sample(
 
     Raises:
         RecipeError: the leap does not fit the steps or the batch; a mask has the wrong shape or comes without noise.
-        ValueError: the denoiser's prediction has the wrong shape.
+        ValueError: the denoiser's prediction has the wrong shape, or a conditional step wants the difference of an
+            earlier step that there is not.
     """
     n, z = z.shape[0], _like(z, z)
     if isinstance(leap, DynamicLeap) and n > 1:
         raise RecipeError(f"a dynamic leap ends each video at its own step; sample one at a time, not {n}")
     state = LeapState(leap, len(steps))
     conditions = None if mask is None else _Conditions(mask, noise, z, num_train_timesteps)
+    guided = _Guidance(float(guidance), difference)
     for step in steps:
         x0, x_mask, shown = z, None, None
         if conditions is not None:
             z, shown = conditions.before(step, z)
-            x_mask = _join(shown, shown)
-        prediction = denoiser(_join(z, z), step, x_mask)
-        velocity = _guided(_like(z, prediction), z, float(guidance))
+            x_mask = guided.batch(step, shown)
+        prediction = denoiser(guided.batch(step, z), step, x_mask)
+        velocity = guided.velocity(step, _like(z, prediction), z)
         if state.observe(step.index, velocity[0]):
             step = step.leaping(num_train_timesteps)
         z = z + velocity * step.dt
@@ -98,14 +105,39 @@ def sample(
     return z
 
 
-def _guided(prediction: Array, z: Array, guidance: float) -> Array:
-    """v = u + s·(c - u) from the conditional half c and the unconditional half u."""
-    n, channels = z.shape[:2]
-    wanted = [(2 * n, c, *z.shape[2:]) for c in (channels, 2 * channels)]
-    if tuple(prediction.shape) not in wanted:
-        raise ValueError(f"the denoiser returned {tuple(prediction.shape)}; wanted {wanted[0]} or {wanted[1]}")
-    conditional, unconditional = prediction[:n, :channels], prediction[n:, :channels]
-    return unconditional + guidance * (conditional - unconditional)
+class _Guidance:
+    """Classifier-free guidance, with the halves that each step asks for.
+
+    v = u + s·(c - u) from the conditional half c and the unconditional half u; where c is alone it is c, or, with a
+    difference d = c - u kept from an earlier step, c + (s - 1)·d, which for d of the same step is the same v.
+    """
+
+    def __init__(self, scale: float, difference: Difference) -> None:
+        self.scale, self.keeps = scale, difference == "last"
+        self.difference: Array | None = None
+
+    def batch(self, step: Step, values: Array) -> Array:
+        """What goes into the denoiser of ``values`` ``[n, …]``."""
+        return values if step.guidance == "conditional" else _join(values, values)
+
+    def velocity(self, step: Step, prediction: Array, z: Array) -> Array:
+        """``[n, C, T, H, W]`` of what the denoiser gave."""
+        n, channels = z.shape[:2]
+        alone = step.guidance == "conditional"
+        wanted = [(n if alone else 2 * n, c, *z.shape[2:]) for c in (channels, 2 * channels)]
+        if tuple(prediction.shape) not in wanted:
+            raise ValueError(f"the denoiser returned {tuple(prediction.shape)}; wanted {wanted[0]} or {wanted[1]}")
+        conditional, unconditional = prediction[:n, :channels], prediction[n:, :channels]
+        if not alone:
+            difference = conditional - unconditional
+            if self.keeps:
+                self.difference = difference
+            return unconditional + self.scale * difference
+        if not self.keeps:
+            return conditional
+        if self.difference is None:
+            raise ValueError(f"step {step.index} is conditional, and no step before it computed both halves")
+        return conditional + (self.scale - 1.0) * self.difference
 
 
 class _Conditions:

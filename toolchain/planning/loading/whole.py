@@ -53,14 +53,27 @@ def whole_run(
         beside: bytes that are held all along the calls of a component's rate, by both.
     """
     phases = []
-    for (component, rate, function), group in groupby((r.component, r.rate, r.function) for r in rounds):
-        held = beside.get((component, rate), 0)
-        calls = tuple(p.call(function, held) for p in parts[component] if p.rate == rate)
+    for round_, group in groupby(rounds):
+        held = beside.get((round_.component, round_.rate), 0)
+        own = [p for p in parts[round_.component] if p.rate == round_.rate]
+        names = [p.name.partition("/")[2] for p in own]
+        calls = tuple(
+            part.call(round_.function, held + _kept_bytes(round_, names, place))
+            for place, part in enumerate(own)
+            if names[place] not in round_.skipped
+        )
         if calls:
-            phases.append(Phase(f"{component}, {rate}: {function or 'default'}", calls, len(list(group))))
+            less = f", without {len(round_.skipped)} blocks" if round_.skipped else ""
+            name = f"{round_.component}, {round_.rate}: {round_.function or 'default'}{less}"
+            phases.append(Phase(name, calls, len(list(group))))
     called = {call.block for phase in phases for call in phase.calls}
     blocks = tuple(Block(p.name, p.weight_bytes, p.load_s) for own in parts.values() for p in own if p.name in called)
     return Run(blocks, tuple(phases))
+
+
+def _kept_bytes(round_: Round, names: Sequence[str], place: int) -> int:
+    """What is held at the call in that place of a round for ranges that steps reuse."""
+    return sum(k.before_bytes if place < names.index(k.first) else k.then_bytes for k in round_.kept)
 
 
 def retimed(run: Run, structures: Mapping[str, str], measured: TimesFile) -> Run:

@@ -13,7 +13,8 @@ from toolchain.build.entries import bytes_by_storage, sampler
 from toolchain.errors import BundleError
 from toolchain.formats.bundle import Bundle
 from toolchain.formats.loading import Loading, loads_of
-from toolchain.formats.manifest import Accuracy, BlockEntry, Component, File, Gate, Geometry, GoldenVideo, SamplerEntry
+from toolchain.formats.manifest import Accuracy, BlockEntry, Component, File, Gate, Geometry, GoldenVideo
+from toolchain.formats.sampling import SamplerEntry
 from toolchain.formats.yaml_text import UniqueKeyLoader
 from toolchain.ir.blocks import Block
 from toolchain.ir.target import distinct_functions
@@ -230,7 +231,7 @@ def plan_facts(planned: Plan) -> Facts:
         target_options=planned.target.config.model_dump(mode="json"),
         geometry=build.family.geometry(recipe, build.configs),
         memory_budget_bytes=build.memory_budget,
-        sampler=sampler(recipe, build.family, planned.groups),
+        sampler=sampler(recipe, planned.sampling),
         components=tuple(_planned_component(c, loads_of(loading.plan)) for c in planned.components.values()),
         loading=loading,
         checkpoints=tuple(_checkpoints(text, list(planned.components))),

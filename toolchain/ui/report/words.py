@@ -10,6 +10,7 @@ from toolchain.formats.schedule import StaticLeap
 from toolchain.system.disk import readable_size
 from toolchain.ui.report.facts import ErrorOf, Facts, Measured
 from toolchain.ui.report.timeline import COMPUTE, LOADER, Timeline
+from toolchain.ui.tables import merged_calls
 
 GATES: Mapping[GateMode, tuple[str, str]] = {
     "every": ("every", "each artifact was executed"),
@@ -70,8 +71,15 @@ def _predicted(facts: Facts) -> list[Card]:
 
 def _calls(facts: Facts) -> list[Card]:
     steps = facts.sampler.steps
-    merged = sum(s.function == "merged" for s in steps)
-    return [Card("Calls of the denoiser", str(len(steps)), f"{merged} with merged tokens; {_leap(facts)}")]
+    merged = merged_calls(steps)
+    said = [f"{merged} with merged tokens"]
+    if reusing := sum(s.reuse is not None for s in steps):
+        said.append(f"{reusing} that leave out blocks")
+    if halves := sum(s.guidance == "conditional" for s in steps):
+        said.append(f"{halves} without the unconditional half")
+    if facts.sampler.rule is not None:
+        said.append("a rule leaves out more")
+    return [Card("Calls of the denoiser", str(len(steps)), "; ".join([*said, _leap(facts)]))]
 
 
 def _leap(facts: Facts) -> str:
