@@ -71,7 +71,9 @@ class GuidanceSplit(Pass):
             raise LoweringError(f"no input that changes from step to step has the batch B={batch} first")
         for spec in graph.inputs:
             if isinstance(spec.feed, TextEmbedding) and not _once(spec.rate):
-                raise LoweringError(f"the text embedding '{spec.name}' changes at every {spec.rate}; needed is a prompt's")
+                raise LoweringError(
+                    f"the text embedding '{spec.name}' must change with the prompt, not every {spec.rate}"
+                )
 
     def call(self, graph: Graph) -> Graph:
         added = {conditional(name): _half(graph, gm) for name, gm in graph.functions.items()}
@@ -86,15 +88,15 @@ class GuidanceSplit(Pass):
             half.graph.lint()
             for output, a, b in zip(graph.outputs, output_values(whole), output_values(half), strict=True):
                 both, one = a.meta["val"], b.meta["val"]
-                if not _once(a.meta.get("rate", "build")) and not _has_batch(both, one, batch):
+                if not _once(a.meta["rate"]) and not _has_batch(both, one, batch):
                     raise LoweringError(
-                        f"'{conditional(name)}' gives {list(one.shape)} for '{output}', and '{name}' {list(both.shape)}; "
-                        f"needed is half of the batch B={batch}, which is first"
+                        f"'{conditional(name)}' gives {list(one.shape)} for '{output}', and '{name}' gives "
+                        f"{list(both.shape)}; needed is half of the batch B={batch}, which is first"
                     )
 
 
 def _once(rate: str) -> bool:
-    return RATES.index(rate) <= ONCE  # type: ignore[arg-type]
+    return RATES.index(rate) <= ONCE
 
 
 def _is_halved(spec: Input, batch: int) -> bool:
@@ -142,7 +144,7 @@ def _batched(graph: Graph, whole: fx.GraphModule) -> set[str]:
     used = {i.name for n in compute_nodes(gm) if not _once(n.meta["rate"]) for i in n.all_input_nodes}
     found = set()
     for a, b in zip(whole.graph.nodes, gm.graph.nodes, strict=True):
-        if a.name not in used or not _once(a.meta.get("rate", "build")) or _alike(a.meta["val"], b.meta["val"]):
+        if a.name not in used or not _once(a.meta["rate"]) or _alike(a.meta["val"], b.meta["val"]):
             continue
         if not _has_batch(a.meta["val"], b.meta["val"], batch):
             raise LoweringError(f"'{a.name}' is known once a prompt, and does not have the batch B={batch} first")
