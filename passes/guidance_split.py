@@ -71,9 +71,7 @@ class GuidanceSplit(Pass):
             raise LoweringError(f"no input that changes from step to step has the batch B={batch} first")
         for spec in graph.inputs:
             if isinstance(spec.feed, TextEmbedding) and not _once(spec.rate):
-                raise LoweringError(
-                    f"the text embedding '{spec.name}' must change with the prompt, not every {spec.rate}"
-                )
+                raise LoweringError(f"the text embedding '{spec.name}' has the rate '{spec.rate}'; needed is 'prompt'")
 
     def call(self, graph: Graph) -> Graph:
         added = {conditional(name): _half(graph, gm) for name, gm in graph.functions.items()}

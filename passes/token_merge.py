@@ -153,7 +153,7 @@ class TokenMerge(Pass):
             raise LoweringError(f"the graph has a function '{FUNCTION}' already; list the pass once")
         if (taken := conditional("base")) in graph.functions:
             raise LoweringError(
-                f"there would be a '{taken}' and no '{conditional(FUNCTION)}'; list '{self.name}' before"
+                f"it has '{taken}' already, and would have no '{conditional(FUNCTION)}'; list it before"
             )
         if "T" not in graph.dims:
             raise LoweringError("the component has no frames to merge")
