@@ -30,19 +30,19 @@ TARGETS: dict[str, dict[str, Any]] = {
     "executorch": {"name": "executorch"},
     "onnx": {"name": "onnx"},
 }
-FUNCTIONS = ("base", "base_conditional", "merged", "merged_conditional")
 CALLS = 2
 """Timed calls of a function in a round, after one that is not."""
 ADDITIONS = 50
 """Timed additions in a round: one is too short to be measured alone."""
 
 
-def pair_of(target: dict[str, Any], frames: int) -> tuple[Any, Any]:
+def pair_of(target: dict[str, Any], frames: int, merged: bool) -> tuple[Any, Any]:
     """The pair as it is lowered, and its target."""
     from toolchain.formats.recipe_file import parse_recipe
     from toolchain.planning.plan import plan
 
-    part = {"checkpoint": "none", "config": {"depth": 1}, "passes": ["token-merge", "guidance-split", "partition"]}
+    passes = [*(["token-merge"] if merged else []), "guidance-split", "partition"]
+    part = {"checkpoint": "none", "config": {"depth": 1}, "passes": passes}
     recipe = {
         "name": "full-width",
         "model": "open-sora-v1.2",
@@ -64,15 +64,15 @@ def seconds(call: Callable[[], Any], times: int) -> list[float]:
     return found
 
 
-def measured(target: dict[str, Any], frames: int, rounds: int) -> dict[str, float]:
+def measured(target: dict[str, Any], frames: int, rounds: int, merged: bool) -> dict[str, float]:
     """Seconds by function, and of a reused step of both halves (``reused``)."""
-    block, own = pair_of(target, frames)
+    block, own = pair_of(target, frames, merged)
     generator = torch.Generator().manual_seed(0)
     tensors = {n: value(n, w.shape, generator) for n, w in tensor_shapes(block).items()}
     weights = {n: w.source.value(tensors.__getitem__) for n, w in block.weights.items()}
     inputs = {p.name: torch.randn(p.shape, generator=generator) for p in block.inputs}
-    given = {f: {p.name: inputs[p.name][: p.shape[0]] for p in block.signatures[f].inputs} for f in FUNCTIONS}
-    taken: dict[str, list[float]] = {name: [] for name in (*FUNCTIONS, "reused")}
+    given = {f: {p.name: inputs[p.name][: p.shape[0]] for p in block.signatures[f].inputs} for f in block.functions}
+    taken: dict[str, list[float]] = {name: [] for name in (*block.functions, "reused")}
     with tempfile.TemporaryDirectory() as tmp:
         engine = own.engine(
             own.lower(block, weights, Path(tmp) / f"pair{own.suffix}").path, block.inputs, block.outputs
@@ -81,7 +81,7 @@ def measured(target: dict[str, Any], frames: int, rounds: int) -> dict[str, floa
         kept = own.port_dtype(block.outputs[0]).torch
         stream, residual = stream.to(kept), torch.randn(stream.shape, generator=generator).to(kept)
         for _ in range(rounds):
-            for function in FUNCTIONS:
+            for function in block.functions:
                 engine(function, given[function])  # loads it
                 taken[function] += seconds(lambda f=function: engine(f, given[f]), CALLS)
             taken["reused"] += seconds(lambda: (stream.float() + residual.float()).to(kept), ADDITIONS)
@@ -93,15 +93,19 @@ def main() -> None:
     parser.add_argument("--targets", default=",".join(TARGETS))
     parser.add_argument("--frames", type=int, default=17)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--base-only", action="store_true", help="without merged functions: half of the lowering")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    print("| target | both, s | conditional, s | ratio | merged, s | its conditional, s | ratio | reused, s | ratio |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    kinds = ("base",) if args.base_only else ("base", "merged")
+    heads = [f"{kind}, s | its conditional, s | ratio" for kind in kinds]
+    print(f"| target | {' | '.join(heads)} | reused, s | ratio |")
+    print("|---" * (3 + 3 * len(kinds)) + "|")
     for target in args.targets.split(","):
-        found = measured(TARGETS[target], args.frames, args.rounds)
-        cells = [f"{found['base']:.3f}", f"{found['base_conditional']:.3f}"]
-        cells += [f"{found['base_conditional'] / found['base']:.3f}", f"{found['merged']:.3f}"]
-        cells += [f"{found['merged_conditional']:.3f}", f"{found['merged_conditional'] / found['merged']:.3f}"]
+        found = measured(TARGETS[target], args.frames, args.rounds, not args.base_only)
+        cells = []
+        for kind in kinds:
+            both, half = found[kind], found[f"{kind}_conditional"]
+            cells += [f"{both:.3f}", f"{half:.3f}", f"{half / both:.3f}"]
         cells += [f"{found['reused']:.5f}", f"{found['reused'] / found['base']:.4f}"]
         print(f"| {target} | {' | '.join(cells)} |", flush=True)
 
