@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from replay import replay
 
 import toolchain
 from tests import test_family as third_party
@@ -19,8 +19,6 @@ from toolchain.formats.recipe import Recipe, SamplerRecipe
 from toolchain.planning.loading.run import Run
 from toolchain.planning.loading.unrolled import unroll
 from toolchain.player import Player
-from toolchain.player.opening import open_engine
-from toolchain.player.sampler import initial_noise
 
 pytestmark = pytest.mark.slow
 
@@ -59,70 +57,6 @@ LAYERS: dict[str, dict[str, Any]] = {
 Players = Callable[..., Player]
 Variant = Callable[..., Recipe]
 Eager = Callable[[Recipe], EagerPipeline]
-
-
-def replay(
-    bundle: Bundle, y: torch.Tensor, mask: torch.Tensor, seed: int, log: list[str | None] | None = None
-) -> torch.Tensor:
-    """Latents: the manifest's steps, done one by one with nothing but what it says of them; logs what each reuses."""
-    m, s, denoiser = bundle.manifest, bundle.manifest.sampler, bundle.manifest.components["transformer"]
-    g = m.geometry
-    tables = load_file(bundle.path / denoiser.tables_file.path) if denoiser.tables_file else {}
-    blocks = {b.name: b for b in denoiser.blocks}
-    engines = {name: open_engine(bundle, "transformer", block) for name, block in blocks.items()}
-    z = torch.from_numpy(initial_noise(seed, (1, g.latent_channels, g.latent_frames, g.latent_height, g.latent_width)))
-    values: dict[str, torch.Tensor] = {f"tables.{name}": table for name, table in tables.items()}
-    added: dict[str, torch.Tensor] = {}
-    total, previous = 0.0, torch.zeros(0)
-    log = [] if log is None else log
-
-    def call(name: str, function: str) -> None:
-        own = function if function in blocks[name].functions else denoiser.default_function
-        taken = {i.name: values[i.source] for i in blocks[name].inputs}
-        values.update({f"{name}.{k}": v for k, v in engines[name](own, taken).items()})
-
-    for at, step in enumerate([None, *s.steps], -1):
-        for i in denoiser.inputs:
-            value: Any = {
-                "latents": z,
-                "timestep": torch.tensor(0.0 if step is None else step.timestep),
-                "token_mask": mask,
-                "text_embedding": torch.cat((y, tables[i.feed.unconditional][None]))
-                if i.feed.kind == "text_embedding"
-                else None,
-                "constant": torch.tensor(getattr(i.feed, "value", 0.0)),
-            }[i.feed.kind]
-            values[f"inputs.{i.name}"] = value.expand(*i.shape)
-        if step is None:
-            for name in denoiser.load_order.get("prompt", []):
-                call(name, denoiser.default_function)
-            continue
-        reuse = step.reuse
-        for name in denoiser.load_order["step"]:
-            if s.rule and name == s.ranges[s.rule.range].blocks[0]:
-                value = values[s.rule.observes].double()
-                if at:
-                    change = (value - previous).abs().mean() / previous.abs().mean()
-                    total += sum(c * change.item() ** n for n, c in enumerate(reversed(s.rule.polynomial)))
-                previous = value
-                if s.rule.first <= at < len(s.steps) - s.rule.last and total < s.rule.threshold:
-                    reuse = s.rule.range
-                else:
-                    total = 0.0
-            left_out = s.ranges[reuse].blocks if reuse else []
-            if name not in left_out:
-                call(name, step.function)
-            elif name == left_out[-1]:
-                own = s.ranges[reuse]
-                values[own.output] = values[own.input] + added[reuse]
-        log.append(reuse)
-        for name, own in s.ranges.items():
-            if not set(own.blocks) & set(left_out):
-                added[name] = values[own.output] - values[own.input]
-        (prediction,) = [values[o.source] for o in denoiser.outputs if o.gives == "prediction"]
-        c, u = prediction[:, : g.latent_channels]
-        z = z + (u + s.guidance * (c - u))[None] * step.dt
-    return z
 
 
 # --- the published model -----------------------------------------------------------------------------
