@@ -20,6 +20,7 @@ def replay(
     g = m.geometry
     tables = load_file(bundle.path / denoiser.tables_file.path) if denoiser.tables_file else {}
     blocks = {b.name: b for b in denoiser.blocks}
+    types = {f"{b.name}.{o.name}": getattr(torch, o.dtype) for b in denoiser.blocks for o in b.outputs}
     engines = {name: open_engine(bundle, "transformer", block) for name, block in blocks.items()}
     z = torch.from_numpy(initial_noise(seed, (1, g.latent_channels, g.latent_frames, g.latent_height, g.latent_width)))
     values: dict[str, torch.Tensor] = {f"tables.{name}": table for name, table in tables.items()}
@@ -67,11 +68,12 @@ def replay(
             elif name == left_out[-1]:
                 own = s.ranges[reuse]
                 now = values[own.input]  # the sum is of float32, whatever crosses between blocks
-                values[own.output] = (now.float() + added[reuse][: len(now)]).to(now.dtype)
+                values[own.output] = (now.float() + added[reuse][: len(now)].float()).to(types[own.output])
         log.append(reuse)
         for name, own in s.ranges.items():
             if not set(own.blocks) & set(left_out):
-                added[name] = values[own.output].float() - values[own.input].float()
+                kept = values[own.output].float() - values[own.input].float()
+                added[name] = kept.to(types[own.output])
         (prediction,) = [values[o.source] for o in denoiser.outputs if o.gives == "prediction"]
         c, *unconditional = prediction[:, : g.latent_channels]
         if unconditional:

@@ -53,7 +53,7 @@ MODES: dict[str, dict[str, Any]] = {
     "rule-conditional": RULE | LAST,
     "rule-merged": RULE | MERGED,
     "dynamic-leap-reuse": DYNAMIC | REUSE,
-    "dynamic-leap-conditional": DYNAMIC | LAST,
+    "dynamic-leap-conditional": DYNAMIC | NONE,
     "all": {"merged_steps": 4} | LEAP | LAST | REUSE,
 }
 
