@@ -15,6 +15,7 @@ import yaml
 from safetensors.torch import save_file
 
 from benchmarks import synthetic
+from passes.guidance_split import GuidanceSplit
 from passes.partition import Partition, PartitionConfig
 from passes.token_merge import TokenMerge
 from toolchain.formats.recipe import Recipe
@@ -116,6 +117,7 @@ class Cut:
         frames: int,
         conditions: bool = False,
         merged: bool = True,
+        split: bool = False,
         height: int = 4,
         **partition: Any,
     ) -> None:
@@ -125,6 +127,7 @@ class Cut:
         with torch.device("meta"):
             graph = capture(LoweredSTDiT3(STDiT3(model.config), **sizes, frame_conditions=conditions))
         graph = TokenMerge()(graph) if merged else graph
+        graph = GuidanceSplit()(graph) if split else graph
         cut = Partition(PartitionConfig.model_validate(partition))
         self._weights = weights
         self.references = extract_blocks(cut(graph))
@@ -152,16 +155,17 @@ class Cut:
     def weights(self, block: Block) -> dict[str, torch.Tensor]:
         return own_weights(block, self._weights)
 
-    def inputs(self, name: str) -> dict[str, torch.Tensor]:
-        """A block's inputs, by port, as the blocks before it give them."""
+    def inputs(self, name: str, function: str = "base") -> dict[str, torch.Tensor]:
+        """A block's inputs, by port, as the blocks before it give them; the first of a function's smaller batch."""
         block = self.block(name)
-        return {p.name: self._values[block.sources[p.name]] for p in block.inputs}
+        ports = block.signatures[function].inputs
+        return {p.name: self._values[block.sources[p.name]][: p.shape[0]] for p in ports}
 
     def expected(self, name: str, function: str) -> dict[str, torch.Tensor]:
         """The eager results of a block's function, by port."""
         block = next(b for b in self.references if b.name == name)
         with torch.no_grad():
-            results = block.module(function, self.weights(block))(*self.inputs(name).values())
+            results = block.module(function, self.weights(block))(*self.inputs(name, function).values())
         return {p.name: r for p, r in zip(block.outputs, results, strict=True)}
 
 

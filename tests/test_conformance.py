@@ -13,6 +13,7 @@ import pytest
 import torch
 from fake_target import FakeConfig, FakeTarget
 
+from passes.guidance_split import GuidanceSplit
 from passes.partition import Partition, PartitionConfig
 from passes.token_merge import TokenMerge, TokenMergeConfig
 from targets.coreml import CoreMLConfig, CoreMLTarget
@@ -38,11 +39,26 @@ from toolchain.testing.targets import check_target
 # --- what we ship ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("where", [("self_attention",), ("self_attention", "cross_attention")])
-def test_token_merge(where: Any) -> None:
-    merge = TokenMerge(TokenMergeConfig(where=where))
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"where": "self_attention"},
+        {},
+        {"unmerge": "linear", "pairs": "alternating"},
+        {"layers": {"first": 1, "last": 1}},
+    ],
+    ids=str,
+)
+def test_token_merge(options: Any) -> None:
+    merge = TokenMerge(TokenMergeConfig.read(options))
     refuses = [sample_graph(layers=0), sample_graph(merged=True)]
     assert not check_pass(merge, [sample_graph(), sample_graph(frames=2)], keeps_base=True, refuses=refuses).skipped
+
+
+def test_guidance_split() -> None:
+    twice = GuidanceSplit()(sample_graph())
+    graphs = [sample_graph(), sample_graph(merged=True, frames=2)]
+    assert not check_pass(GuidanceSplit(), graphs, keeps_base=True, refuses=[twice]).skipped
 
 
 @pytest.mark.parametrize("options", [{}, {"layers_per_block": 2}, {"blocks": 3}, {"max_bytes": "3KB"}], ids=str)
@@ -64,7 +80,11 @@ def test_partition(options: Any) -> None:
     ids=["onnx", "executorch", "coreml-float16", "coreml-float32"],
 )
 def test_targets(target: Target, limit: float, converters: tuple[str, ...], tmp_path: Path) -> None:
-    pairs = sample_pairs(target)
+    merge = TokenMerge(TokenMergeConfig(unmerge="linear", pairs="alternating"))
+    graph = GuidanceSplit()(merge(sample_graph()))
+    functions = {name: graph.functions[name] for name in ("base", "merged_conditional")}
+    pairs = sample_pairs(target, dataclasses.replace(graph, functions=functions))
+    pairs = tuple(p for p in pairs if p.name != "layer_0")  # its pairs of frames are the plain ones
     assert not check_target(target, pairs, tmp_path, relative_error=limit, converters=converters).skipped
 
 

@@ -1,8 +1,16 @@
-"""How functions are called that are there once for each group of denoising steps. Nothing here needs torch."""
+"""How functions are called that passes make of others: of both halves of guidance, of all denoising steps.
+
+Nothing here needs torch.
+"""
 
 from __future__ import annotations
 
 import re
+
+
+def conditional(function: str) -> str:
+    """The name of what ``function`` computes, for the conditional half of guidance alone."""
+    return f"{function}_conditional"
 
 
 def grouped(function: str, group: int) -> str:

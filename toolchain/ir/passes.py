@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -37,7 +37,11 @@ class Pass(abc.ABC):
     phase: ClassVar[Phase] = "rewrite"
     """``partition`` for a pass that gives every node its block; a component has one such pass, and it is the last."""
     provides: ClassVar[tuple[str, ...]] = ()
-    """Names of the functions that the pass adds to a graph, as ``merged``."""
+    """Names of the functions that the pass adds to every graph, as ``merged``."""
+
+    def adds_to(self, functions: Collection[str]) -> tuple[str, ...]:
+        """Names of the functions that the pass adds to a graph with ``functions``: what it provides, or more."""
+        return self.provides
 
     @property
     def groups(self) -> int | None:
@@ -71,7 +75,7 @@ class Pass(abc.ABC):
             result = self.call(graph)
             if _everything(graph) != before:
                 raise LoweringError("changed its argument; work on graph.copy()")
-            self._keeps_its_word(result)
+            self._keeps_its_word(graph, result)
             self.ensures(result)
         except LoweringError as e:
             raise LoweringError(f"pass '{self.name}' on {graph.component}: {e}") from e
@@ -104,8 +108,8 @@ class Pass(abc.ABC):
         """The pass as a recipe may have it, with the options that are not as by default."""
         return pipeline_text([(self.name, self.config.written(short=True))])
 
-    def _keeps_its_word(self, result: Graph) -> None:
-        for function in self.provides:
+    def _keeps_its_word(self, graph: Graph, result: Graph) -> None:
+        for function in self.adds_to(graph.functions):
             if function not in result.functions:
                 raise LoweringError(f"says that it provides '{function}' and did not add this function")
         for function, gm in result.functions.items() if self.phase == "partition" else ():
@@ -142,8 +146,11 @@ class Pipeline:
 
     @property
     def provides(self) -> set[str]:
-        """Names of the functions that the passes add."""
-        return {function for p in self for function in p.provides}
+        """Names of the functions that the passes add to a graph with ``base``."""
+        found = ["base"]
+        for p in self:
+            found += p.adds_to(found)
+        return set(found[1:])
 
 
 def find_pass(name: str, options: dict[str, Any], key: str) -> Pass:

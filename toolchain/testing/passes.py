@@ -10,7 +10,7 @@ def test_my_pass():
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import fx
 from toolchain.errors import LoweringError
 from toolchain.ir.activations import without_scales
 from toolchain.ir.blocks import extract_blocks, materialise, table_nodes
+from toolchain.ir.dtypes import dtype_of
 from toolchain.ir.graph import Graph, compute_nodes, copy_module, output_values, propagate_shapes
 from toolchain.ir.graph_text import definition_text, value_text
 from toolchain.ir.passes import Pass
@@ -155,24 +156,32 @@ def _check_interface(made: Pass, graph: Graph, result: Graph) -> None:
     require(result.outputs == graph.outputs, f"outputs were {list(graph.outputs)} and are {list(result.outputs)}")
     require(result.gives == graph.gives, "what outputs stand for (gives) is not what it was")
     require(result.inputs == graph.inputs, "inputs are not what they were")
-    for name in (*graph.functions, *made.provides):
+    for name in (*graph.functions, *made.adds_to(graph.functions)):
         require(name in result.functions, f"function '{name}' is missing")
     for name, gm in result.functions.items():
-        before = graph.functions.get(name, graph.functions["base"])
+        before, shown = graph.functions.get(name), value_text
+        if before is None:  # what is new may be for another size
+            before, shown = graph.functions["base"], _kind
         for what, values in (("takes", _taken), ("gives", _given)):
-            was, now = values(before), values(gm)
+            was, now = values(before, shown), values(gm, shown)
             require(was == now, f"function '{name}' {what} {now}; needed is {was}")
     if made.phase == "partition":
         missing = [n.name for gm in result.functions.values() for n in compute_nodes(gm) if "block" not in n.meta]
         require(not missing, f"'{missing[0] if missing else ''}' has no block")
 
 
-def _taken(gm: fx.GraphModule) -> list[str]:
-    return [f"{n.target} {value_text(n)}" for n in gm.graph.nodes if n.op == "placeholder"]
+def _taken(gm: fx.GraphModule, shown: Callable[[fx.Node], str]) -> list[str]:
+    return [f"{n.target} {shown(n)}" for n in gm.graph.nodes if n.op == "placeholder"]
 
 
-def _given(gm: fx.GraphModule) -> list[str]:
-    return [value_text(n) for n in output_values(gm)]
+def _given(gm: fx.GraphModule, shown: Callable[[fx.Node], str]) -> list[str]:
+    return [shown(n) for n in output_values(gm)]
+
+
+def _kind(node: fx.Node) -> str:
+    """Type and number of dimensions of a node's value."""
+    value = node.meta["val"]
+    return f"{dtype_of(value.dtype).short} of {value.dim()} dimensions"
 
 
 def _inputs(graph: Graph, function: str) -> list[torch.Tensor]:
