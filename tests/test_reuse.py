@@ -148,6 +148,38 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         "sampler.reuse.blocks: pair_1 to final cannot be reused: one value has to go into 'pair_1' that is alike "
         "'final.out', which comes out, in shape and type, and there is none",
     ),
+    "neither steps nor a rule": (
+        ["sampler.reuse={blocks: [pair_0, pair_1]}"],
+        "sampler.reuse.0: give the steps that reuse, or a rule that chooses them",
+    ),
+    "steps and a rule": (
+        ["sampler.reuse={steps: [1], rule: {threshold: 0.1}}"],
+        "sampler.reuse.0: give the steps that reuse, or a rule that chooses them",
+    ),
+    "steps that observe": (
+        ["sampler.reuse={steps: [1], observes: embed.t}"],
+        "sampler.reuse.0: observes: steps that are listed observe nothing; give a rule, or leave it out",
+    ),
+    "a rule beside steps": (
+        ["sampler.reuse=[{rule: {threshold: 0.1}}, {steps: [1], blocks: [pair_1, pair_2]}]"],
+        "sampler: reuse: a rule chooses the steps of one range; list no other entry beside it",
+    ),
+    "a rule that saves nothing": (
+        ["sampler.reuse={rule: {threshold: 0.1, first: 2, last: 2}}", "sampler.leap=3"],
+        "sampler: reuse.rule: the first 2 and the last 2 of 4 denoiser calls compute all",
+    ),
+    "a rule without a threshold": (
+        ["sampler.reuse={rule: {treshold: 0.1}}"],
+        "sampler.reuse.0.rule.treshold: unknown key; did you mean 'threshold'?",
+    ),
+    "a rule that observes nothing": (
+        ["sampler.reuse={rule: {threshold: 0.1}, observes: embed.z}"],
+        "sampler.reuse.observes: 'embed.z' comes out of no block of a step before the range; there are embed.t, embed.",
+    ),
+    "a rule that observes what comes later": (
+        ["sampler.reuse={rule: {threshold: 0.1}, observes: pair_0.x_out}"],
+        "sampler.reuse.observes: 'pair_0.x_out' comes out of no block of a step before the range; there are embed.t",
+    ),
     "both halves of one": (
         ["sampler.conditional={steps: [1]}", "sampler.reuse={steps: [2]}"],
         "sampler: reuse.steps: step 2 computes both halves of guidance, but the last step that computed",
@@ -221,6 +253,27 @@ def test_what_is_left_out_is_not_called_and_what_is_kept_is_held() -> None:
     assert all(c.activation_bytes == usual[c.block].activation_bytes for calls in called for c in calls)
     assert planned.loading.timeline.peak_bytes >= plain.loading.timeline.peak_bytes
     assert planned.loading.run.compute_s < plain.loading.run.compute_s
+
+
+def test_what_a_rule_may_leave_out_is_planned_as_called() -> None:
+    plain = tiny("sampler.steps=4")
+    planned = tiny("sampler.steps=4", "sampler.reuse={rule: {threshold: 0.1}, observes: embed.t_mlp}")
+    rule = planned.sampling.rule
+    assert rule is not None
+    (own,) = planned.sampling.entries().values()
+    assert (rule.range, rule.observes, rule.bytes) == ("pair_0-pair_3", "embed.t_mlp", 2 * 6 * 128 * 4)
+    assert all(s.reuse is None for s in planned.steps)
+    n, o = own.bytes, rule.bytes
+    extra = [
+        [b.live_bytes - a.live_bytes for a, b in zip(*calls, strict=True)]
+        for calls in zip(rounds_of(plain), rounds_of(planned), strict=True)
+    ]
+    assert extra == [
+        [0, *[n + o] * 5],
+        [n + o] * 6,
+        [n + o, *[o] * 5],
+        [o, *[0] * 5],
+    ]
 
 
 def rounds_of(planned: Plan) -> list[tuple[Call, ...]]:
@@ -351,6 +404,34 @@ DAMAGES: dict[str, tuple[Change, str]] = {
         "difference is 'last', but no step is conditional",
     ),
 }
+
+
+def ruled(data: dict[str, Any]) -> None:
+    """Of all the steps a rule decides."""
+    for step in data["sampler"]["steps"]:
+        step |= {"reuse": None, "guidance": "both", "function": "base"}
+    rule = {"threshold": 0.1, "polynomial": [2.0, 0.5], "first": 2, "last": 1, "range": "pairs"}
+    data["sampler"] |= {"difference": "none", "rule": rule | {"observes": "embed.t_mlp", "bytes": 2 * 768 * 4}}
+
+
+def _rule(**changes: Any) -> Change:
+    return lambda d: (ruled(d), d["sampler"]["rule"].update(changes))
+
+
+DAMAGES |= {
+    "a rule beside steps": (lambda d: (ruled(d), _step(1, reuse="pairs")(d)), "rule: it chooses the steps of 'pairs'"),
+    "a rule for no range": (_rule(range="others"), "rule: it chooses the steps of 'others'"),
+    "a rule that saves nothing": (_rule(first=6), "reuse.rule: the first 6 and the last 1 of 6 denoiser calls"),
+    "a rule that observes nothing": (_rule(observes="embed.z"), "sampler.rule: 'embed.z' comes out of no block of a"),
+    "a rule that observes the range": (_rule(observes="pair_0.x_out"), "sampler.rule: 'pair_0.x_out' comes out of no"),
+    "other bytes of a rule": (_rule(bytes=3), "sampler.rule: bytes are 3, but what it observes has 6144"),
+}
+
+
+def test_a_manifest_with_a_rule() -> None:
+    manifest = Manifest.model_validate(alone(ruled))
+    assert Manifest.model_validate_json(manifest.model_dump_json()) == manifest
+    assert len(list(manifest.calls())) == 1 + 3 * 6
 
 
 @pytest.mark.parametrize("name", DAMAGES)

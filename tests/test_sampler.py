@@ -152,7 +152,7 @@ def test_conditional_steps(kind: Any, difference: Any) -> None:
         d = c - u if both else d
         velocities.append(u + 4.0 * (c - u) if both else c + (3.0 * d if difference == "last" else 0.0))
     assert shown == [2, 1, 2, 1]
-    assert float(z) == pytest.approx(sum(velocities) * 0.25, rel=1e-6)
+    assert z.item() == pytest.approx(sum(velocities) * 0.25, rel=1e-6)
 
 
 def test_conditional_steps_with_given_frames() -> None:

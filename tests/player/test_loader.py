@@ -305,6 +305,48 @@ def test_steps_that_are_left_out(budget: int, steps: int, load_s: float) -> None
     assert played.loads == len(storage.opened) <= sum(isinstance(e, Load) for e in plan.events())
 
 
+@pytest.mark.parametrize("budget", [13, 23, 33, 43, 110])
+@pytest.mark.parametrize("left_out", [{1}, {1, 2}, {2, 3}, {1, 3}, {0, 1, 2, 3}], ids=str)
+@pytest.mark.parametrize("load_s", [0.0, 0.003])
+def test_blocks_of_steps_that_are_left_out(budget: int, left_out: set[int], load_s: float) -> None:
+    """As a rule does that looks at each step: all but the first and the last block."""
+    run, storage, trace = small(steps=4), Storage(load_s), Trace()
+    plan = plan_loading(run, budget).plan
+    loader = Loader(run, plan, storage.open, trace)
+    with loader:
+        loader.enter("text")
+        loader.call("text/t", "base", NOTHING)
+        loader.enter("net")
+        for step in range(4):
+            loader.call("net/b0", "base", NOTHING)
+            if step in left_out:
+                loader.leave_out([f"net/b{i}" for i in range(1, 6)])
+            else:
+                for i in range(1, 6):
+                    loader.call(f"net/b{i}", "base", NOTHING)
+            loader.call("net/b6", "base", NOTHING)
+        loader.enter("vae")
+        for call in run.phases[-1].calls * 2:
+            loader.call(call.block, call.function, NOTHING)
+    assert storage.alive == set()
+    assert max(b for _, b in trace.memory) <= budget
+    assert trace.memory[-1][1] == 0
+    played = loader.played()
+    assert played.calls == 1 + 7 * 4 - 5 * len(left_out) + 4
+    planned = sum(isinstance(e, Load) for e in plan.events())
+    assert played.loads == len(storage.opened) <= planned
+    if budget == 13:
+        assert played.loads < planned, "loads for these alone that have not begun are left out"
+
+
+def test_other_calls_than_the_plans_are_not_left_out() -> None:
+    run = small()
+    with Loader(run, plan_loading(run, 110).plan, Storage().open, Trace()) as loader:
+        loader.enter("net")
+        with pytest.raises(BundleError, match=r"the next calls are of \['net/b0'\], not of \['net/b1'\], to leave out"):
+            loader.leave_out(["net/b1"])
+
+
 def test_loads_for_calls_that_are_left_out_are_left_out() -> None:
     run, storage = small(steps=6), Storage()
     loader = Loader(run, plan_loading(run, 13).plan, storage.open, Trace())

@@ -35,6 +35,17 @@ SAMPLERS: dict[str, dict[str, Any]] = {
 LAYERS: dict[str, dict[str, Any]] = {
     "all": {"reuse": {"steps": [1, 2, 4]}},
     "two": {"reuse": {"steps": [1, 4], "blocks": ["layer_1", "layer_2"]}, "leap": 4},
+    "rule": {"steps": 12, "reuse": {"rule": {"threshold": 1.0}}},
+    "rule and leap": {
+        "steps": 12,
+        "leap": 9,
+        "merged_steps": 4,
+        "reuse": {
+            "rule": {"threshold": 2.0, "polynomial": [3.0, 1.0, 0.01], "first": 2, "last": 2},
+            "observes": "start.stream",
+            "blocks": ["layer_1", "layer_2"],
+        },
+    },
     "several": {
         "merged_steps": 2,
         "reuse": [
@@ -50,8 +61,10 @@ Variant = Callable[..., Recipe]
 Eager = Callable[[Recipe], EagerPipeline]
 
 
-def replay(bundle: Bundle, y: torch.Tensor, mask: torch.Tensor, seed: int) -> torch.Tensor:
-    """Latents: the manifest's steps, done one by one with nothing but what it says of them."""
+def replay(
+    bundle: Bundle, y: torch.Tensor, mask: torch.Tensor, seed: int, log: list[str | None] | None = None
+) -> torch.Tensor:
+    """Latents: the manifest's steps, done one by one with nothing but what it says of them; logs what each reuses."""
     m, s, denoiser = bundle.manifest, bundle.manifest.sampler, bundle.manifest.components["transformer"]
     g = m.geometry
     tables = load_file(bundle.path / denoiser.tables_file.path) if denoiser.tables_file else {}
@@ -60,13 +73,15 @@ def replay(bundle: Bundle, y: torch.Tensor, mask: torch.Tensor, seed: int) -> to
     z = torch.from_numpy(initial_noise(seed, (1, g.latent_channels, g.latent_frames, g.latent_height, g.latent_width)))
     values: dict[str, torch.Tensor] = {f"tables.{name}": table for name, table in tables.items()}
     added: dict[str, torch.Tensor] = {}
+    total, previous = 0.0, torch.zeros(0)
+    log = [] if log is None else log
 
     def call(name: str, function: str) -> None:
         own = function if function in blocks[name].functions else denoiser.default_function
         taken = {i.name: values[i.source] for i in blocks[name].inputs}
         values.update({f"{name}.{k}": v for k, v in engines[name](own, taken).items()})
 
-    for step in [None, *s.steps]:
+    for at, step in enumerate([None, *s.steps], -1):
         for i in denoiser.inputs:
             value: Any = {
                 "latents": z,
@@ -82,13 +97,25 @@ def replay(bundle: Bundle, y: torch.Tensor, mask: torch.Tensor, seed: int) -> to
             for name in denoiser.load_order.get("prompt", []):
                 call(name, denoiser.default_function)
             continue
-        left_out = s.ranges[step.reuse].blocks if step.reuse else []
+        reuse = step.reuse
         for name in denoiser.load_order["step"]:
+            if s.rule and name == s.ranges[s.rule.range].blocks[0]:
+                value = values[s.rule.observes].double()
+                if at:
+                    change = (value - previous).abs().mean() / previous.abs().mean()
+                    total += sum(c * change.item() ** n for n, c in enumerate(reversed(s.rule.polynomial)))
+                previous = value
+                if s.rule.first <= at < len(s.steps) - s.rule.last and total < s.rule.threshold:
+                    reuse = s.rule.range
+                else:
+                    total = 0.0
+            left_out = s.ranges[reuse].blocks if reuse else []
             if name not in left_out:
                 call(name, step.function)
             elif name == left_out[-1]:
-                own = s.ranges[step.reuse]
-                values[own.output] = values[own.input] + added[step.reuse]
+                own = s.ranges[reuse]
+                values[own.output] = values[own.input] + added[reuse]
+        log.append(reuse)
         for name, own in s.ranges.items():
             if not set(own.blocks) & set(left_out):
                 added[name] = values[own.output] - values[own.input]
@@ -167,7 +194,14 @@ def test_ranges_of_layers(
     y, mask = playing.encode(PROMPT)
     latents = playing.denoise(y, mask, 3)
     torch.testing.assert_close(latents, model.denoise(y, mask, 3), rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(latents, replay(bundle, y, mask, 3), rtol=1e-4, atol=1e-4)
+    log: list[str | None] = []
+    torch.testing.assert_close(latents, replay(bundle, y, mask, 3, log), rtol=1e-4, atol=1e-4)
+    assert playing.played is not None
+    left_out = sum(len(bundle.manifest.sampler.ranges[n].blocks) for n in log if n)
+    assert left_out
+    assert playing.played.calls == 5 * len(log) - left_out
+    if bundle.manifest.sampler.rule:
+        assert None in log[1:-1], "some are left out, and some are not"
     assert psnr(playing.video(PROMPT, 3), model.video(PROMPT, 3)) >= ALIKE
 
 

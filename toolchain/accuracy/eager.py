@@ -110,7 +110,7 @@ class EagerPipeline:
         shape = (1, g.latent_channels, g.latent_frames, g.latent_height, g.latent_width)
         given = {"text_embedding": y, "token_mask": mask, "frame_mask": torch.ones(1, g.latent_frames)}
 
-        graph = ReusingGraph(self._graph, self._sampling.ranges, self._materialise)
+        graph = ReusingGraph(self._graph, self._sampling, self._materialise)
 
         def denoiser(batch: torch.Tensor, step: Step, _: torch.Tensor | None) -> torch.Tensor:
             now = given | {"latents": batch, "timestep": torch.tensor(step.t)}

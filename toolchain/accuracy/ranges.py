@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import fx
@@ -13,6 +14,8 @@ from toolchain.formats.schedule import Step
 from toolchain.ir.blocks import value_of
 from toolchain.ir.graph import Graph, copy_module, output_node
 from toolchain.planning.ranges import Range
+from toolchain.planning.sampling import Sampling
+from toolchain.player.accumulated import AccumulatedState
 
 Materialise = Callable[[fx.GraphModule], fx.GraphModule]
 """Gives a function its weights."""
@@ -24,13 +27,17 @@ class ReusingGraph:
     Keeps what ranges added; make a new one for every video.
     """
 
-    def __init__(self, graph: Graph, ranges: Mapping[str, Range], materialise: Materialise) -> None:
-        self._graph, self._ranges, self._materialise = graph, ranges, materialise
+    def __init__(self, graph: Graph, sampling: Sampling, materialise: Materialise) -> None:
+        self._graph, self._ranges, self._rule, self._materialise = graph, sampling.ranges, sampling.rule, materialise
+        self._state = None if sampling.rule is None else AccumulatedState(sampling.rule, len(sampling.steps))
         self._modules: dict[tuple[str, str | None], fx.GraphModule] = {}
+        self._observing: dict[str, fx.GraphModule] = {}
         self._kept: dict[str, torch.Tensor] = {}
 
     def __call__(self, step: Step, arguments: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """The results of a step's function for its inputs."""
+        if self._leaves_out(step, arguments):
+            step = replace(step, reuse=next(iter(self._ranges)))
         blocks = {name: own.blocks for name, own in self._ranges.items()}
         computed = [name for name in self._ranges if computes(step, name, blocks)]
         key = step.function, step.reuse
@@ -43,6 +50,19 @@ class ReusingGraph:
         count = len(self._graph.outputs)
         self._kept |= dict(zip(computed, results[count:], strict=True))
         return results[:count]
+
+    def _leaves_out(self, step: Step, arguments: Sequence[torch.Tensor]) -> bool:
+        """What the rule says, if there is one, which looks at what is computed before the range."""
+        if self._rule is None or self._state is None:
+            return False
+        if step.function not in self._observing:
+            gm = copy_module(self._graph.functions[step.function])
+            node = value_of(self._graph, step.function, self._rule.observes)
+            output_node(gm).args = ((next(n for n in gm.graph.nodes if n.name == node.name),),)
+            gm.graph.eliminate_dead_code()
+            gm.recompile()
+            self._observing[step.function] = self._materialise(gm)
+        return self._state.leaves_out(step.index, self._observing[step.function](*arguments)[0])
 
 
 def with_ranges(graph: Graph, function: str, computed: Sequence[Range], reused: Range | None) -> fx.GraphModule:

@@ -144,6 +144,7 @@ def sampler(recipe: Recipe, sampling: Sampling) -> SamplerEntry:
         difference=own.difference,
         leap=own.leap.resolve(own.steps) if own.leap is not None else None,
         ranges=sampling.entries(),
+        rule=sampling.rule,
         steps=[
             StepEntry(timestep=s.t, dt=s.dt, function=s.function, leap=s.leap, guidance=s.guidance, reuse=s.reuse)
             for s in sampling.steps

@@ -46,6 +46,18 @@ class Range(Protocol):
     def bytes(self) -> int: ...
 
 
+class Rule(Protocol):
+    """A rule that chooses the steps that reuse a range, and the bytes of what it observes."""
+
+    @property
+    def range(self) -> str: ...
+
+    @property
+    def bytes(self) -> int: ...
+
+    def kept_after(self, steps: int) -> list[bool]: ...
+
+
 @dataclass(frozen=True)
 class Kept:
     """Bytes that are held for a range beside the calls of a round: before block ``first``, and from it on.
@@ -78,14 +90,19 @@ class Round:
     kept: tuple[Kept, ...] = ()
 
 
-def step_calls(steps: Sequence[Step], ranges: Mapping[str, Range]) -> Iterator[StepCalls]:
-    """What each step calls, and keeps of the ranges of blocks that steps reuse."""
+def step_calls(steps: Sequence[Step], ranges: Mapping[str, Range], rule: Rule | None = None) -> Iterator[StepCalls]:
+    """What each step calls, and keeps of the ranges of blocks that steps reuse.
+
+    With a rule that chooses the steps, these are the calls if it never leaves anything out, and what is kept if it may.
+    """
     kept = kept_after(steps, {name: own.blocks for name, own in ranges.items()})
+    sizes = [(own.blocks[0], own.bytes, kept[name]) for name, own in ranges.items()]
+    if rule is not None:
+        first, bytes_ = ranges[rule.range].blocks[0], ranges[rule.range].bytes
+        observed = [True] * (len(steps) - 1) + [False]
+        sizes = [(first, bytes_, rule.kept_after(len(steps))), (first, rule.bytes, observed)]
     for i, step in enumerate(steps):
-        held = (
-            Kept(own.blocks[0], own.bytes * (i > 0 and kept[name][i - 1]), own.bytes * kept[name][i])
-            for name, own in ranges.items()
-        )
+        held = (Kept(first, n * (i > 0 and after[i - 1]), n * after[i]) for first, n, after in sizes)
         yield StepCalls(
             step.function,
             frozenset(ranges[step.reuse].blocks) if step.reuse is not None else frozenset(),

@@ -371,7 +371,7 @@ class Manifest(Entry):
     def rounds(self) -> Iterator[tuple[tuple[str, str], ...]]:
         """The same, by round: the calls of a component's rate, once."""
         s = self.sampler
-        steps, stages = step_calls(s.steps, s.ranges), self.decoding.stages if self.decoding else []
+        steps, stages = step_calls(s.steps, s.ranges, s.rule), self.decoding.stages if self.decoding else []
         text = self.text.rate if self.text else "prompt"
         for round_ in rounds(self.components, steps, stages, text=text, once=s.once, each=s.each):
             component = self.components[round_.component]

@@ -102,7 +102,7 @@ def _from_4(data: Data) -> Data:
     """Until format 4 every step computed all blocks, for both halves of guidance."""
     for step in data["sampler"]["steps"]:
         step["guidance"], step["reuse"] = "both", None
-    data["sampler"] |= {"difference": "none", "ranges": {}}
+    data["sampler"] |= {"difference": "none", "ranges": {}, "rule": None}
     return data | {"format_version": 5}
 
 

@@ -154,6 +154,9 @@ class SamplerRecipe(Strict):
 
     def _check_reuse(self) -> None:
         """As far as it can be without knowing which blocks there are: ranges are told apart by what they are called."""
+        ruled = [r.rule for r in self.reuse if r.rule is not None]
+        if ruled and len(self.reuse) > 1:
+            raise RecipeError("reuse: a rule chooses the steps of one range; list no other entry beside it")
         names = [f"blocks {' to '.join(r.blocks)}" if r.blocks else "the longest range" for r in self.reuse]
         if len(set(names)) < len(names):
             raise RecipeError("reuse: two entries are for the same blocks; list their steps in one")
@@ -161,8 +164,10 @@ class SamplerRecipe(Strict):
             [float(self.steps - i) for i in range(self.steps)],
             self.leap,
             conditional_steps=self.conditional_steps,
-            reuse={name: own.steps for name, own in zip(names, self.reuse, strict=True)},
+            reuse={name: own.steps or () for name, own in zip(names, self.reuse, strict=True)},
         )
+        for rule in ruled:
+            rule.check(steps)
         check_reuse(steps, {name: {name} for name in names}, self.difference)
 
 

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from toolchain.errors import RecipeError
 from toolchain.formats.calls import Rate
 from toolchain.formats.loading import Entry
-from toolchain.formats.reuse import Difference, check_reuse, computes
+from toolchain.formats.reuse import Accumulated, Difference, check_reuse, computes
 from toolchain.formats.schedule import Guidance, Leap, StaticLeap, Step
 from toolchain.ir.dtypes import DTYPES
 
@@ -45,6 +45,17 @@ class RangeEntry(Entry):
     bytes: int = Field(ge=0, description="The most that is kept of it between steps.")
 
 
+class RuleEntry(Accumulated):
+    """A rule that chooses, while a video is made, the steps that reuse a range.
+
+    In the manifest's plan they compute it; a step that leaves it out makes none of its blocks' calls.
+    """
+
+    range: str
+    observes: str = Field(description="What the rule observes: BLOCK.OUTPUT, of a block before the range.")
+    bytes: int = Field(ge=0, description="Of what it observes, which is kept from step to step.")
+
+
 class SamplerEntry(Entry):
     """Rectified flow. The velocity is the first half of the prediction's channels.
 
@@ -66,6 +77,7 @@ class SamplerEntry(Entry):
     difference: Difference
     leap: Leap | None
     ranges: dict[str, RangeEntry] = Field(description="What steps reuse, by name.")
+    rule: RuleEntry | None
     steps: list[StepEntry]
 
     def plan(self) -> tuple[Step, ...]:
@@ -87,9 +99,15 @@ class SamplerEntry(Entry):
         reused = {step.reuse for step in self.steps if step.reuse is not None}
         if unknown := reused - self.ranges.keys():
             raise ValueError(f"a step reuses '{min(unknown)}', which is no range")
+        if self.rule is not None:
+            if reused or self.rule.range not in self.ranges:
+                raise ValueError(f"rule: it chooses the steps of '{self.rule.range}', and there must be no other")
+            reused.add(self.rule.range)
         if idle := self.ranges.keys() - reused:
             raise ValueError(f"ranges: no step reuses '{min(idle)}'")
         try:
+            if self.rule is not None:
+                self.rule.check(self.steps)
             check_reuse(self.steps, {name: own.blocks for name, own in self.ranges.items()}, self.difference)
         except RecipeError as e:
             raise ValueError(str(e)) from e
@@ -124,9 +142,20 @@ def check_ranges(sampler: SamplerEntry, component: Component) -> None:
         shapes = [[_port(component, blocks, source, f) for source in (own.input, own.output)] for f in functions]
         if any(goes_in != comes_out for goes_in, comes_out in shapes):
             raise ValueError(f"{where}: input and output differ in their shape or type")
-        expected = max(math.prod(shape) * DTYPES[dtype].bytes for _, (shape, dtype) in shapes)
+        expected = max(_bytes(*comes_out) for _, comes_out in shapes)
         if own.bytes != expected:
             raise ValueError(f"{where}: bytes are {own.bytes}, but what is kept has {expected}")
+        if sampler.rule is not None:
+            observed = sampler.rule.observes
+            if observed not in before:
+                raise ValueError(f"sampler.rule: '{observed}' comes out of no block of a step before the range")
+            expected = max(_bytes(*_port(component, blocks, observed, f)) for f in functions)
+            if sampler.rule.bytes != expected:
+                raise ValueError(f"sampler.rule: bytes are {sampler.rule.bytes}, but what it observes has {expected}")
+
+
+def _bytes(shape: list[int], dtype: str) -> int:
+    return math.prod(shape) * DTYPES[dtype].bytes
 
 
 def check_conditional(sampler: SamplerEntry, component: Component) -> None:

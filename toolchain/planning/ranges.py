@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from toolchain.errors import RecipeError
 from toolchain.formats.calls import STEP
 from toolchain.formats.reuse import Reuse
 from toolchain.ir.blocks import Block, Port
 from toolchain.ir.target import Target
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What a rule observes: ``source`` is ``BLOCK.OUTPUT``; ``bytes`` are by function."""
+
+    source: str
+    bytes: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -21,6 +29,8 @@ class Range:
     input: str
     output: str
     bytes: Mapping[str, int]
+    observed: Observed | None = None
+    """For a rule that chooses the steps which reuse it."""
 
     @property
     def name(self) -> str:
@@ -48,8 +58,26 @@ def find_ranges(asked: Sequence[Reuse], blocks: Sequence[Block], target: Target)
             raise RecipeError(
                 f"sampler.reuse: two entries are for the blocks {' to '.join(_ends(range_))}; list their steps in one"
             )
-        found.append(range_)
+        found.append(range_ if own.rule is None else _observing(own.observes or range_.input, range_, blocks, target))
     return found
+
+
+def _observing(source: str, range_: Range, blocks: Sequence[Block], target: Target) -> Range:
+    own = [b for b in blocks if b.rate == STEP]
+    before = own[: [b.name for b in own].index(range_.blocks[0])]
+    ports = {f"{b.name}.{p.name}": (b, p.name) for b in before for p in b.outputs}
+    if source not in ports:
+        raise RecipeError(
+            f"sampler.reuse.observes: '{source}' comes out of no block of a step before the range; there are "
+            f"{', '.join(ports)}"
+        )
+    return replace(range_, observed=Observed(source, _bytes(*ports[source], own, target)))
+
+
+def _bytes(giver: Block, port: str, blocks: Sequence[Block], target: Target) -> dict[str, int]:
+    """Bytes of an output by the function that is asked for, of all that ``blocks`` have."""
+    functions = dict.fromkeys(f for b in blocks for f in b.functions)
+    return {f: target.value_bytes(_given(giver, port, f)) for f in functions}
 
 
 def _ends(range_: Range) -> tuple[str, str]:
@@ -111,8 +139,7 @@ def _range(blocks: Sequence[Block], names: Sequence[str], target: Target) -> Ran
             f"one value has to go into '{first.name}' that is alike '{giver.name}.{output}', which comes out, in shape "
             f"and type, and {'there is none' if not alike else 'there are several'}"
         )
-    functions = dict.fromkeys(f for b in blocks if b.rate == STEP for f in b.functions)
-    bytes_ = {f: target.value_bytes(_given(giver, output, f)) for f in functions}
+    bytes_ = _bytes(giver, output, [b for b in blocks if b.rate == STEP], target)
     before, stream = alike[0]
     return Range(tuple(names), f"{before.name}.{stream}", f"{giver.name}.{output}", bytes_)
 

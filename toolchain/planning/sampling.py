@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from toolchain.errors import RecipeError
 from toolchain.formats.calls import StepCalls, step_calls
 from toolchain.formats.recipe import Recipe
-from toolchain.formats.reuse import check_reuse, computes
-from toolchain.formats.sampling import RangeEntry
+from toolchain.formats.reuse import Accumulated, check_reuse, computes
+from toolchain.formats.sampling import RangeEntry, RuleEntry
 from toolchain.formats.schedule import Step, plan_steps
 from toolchain.models.family import ModelFamily
 from toolchain.planning.ranges import Range
@@ -17,10 +17,11 @@ from toolchain.planning.ranges import Range
 
 @dataclass(frozen=True)
 class Sampling:
-    """``ranges`` are by name, and each is reused by one step or more."""
+    """``ranges`` are by name; each is reused by one step or more, or by those that the ``rule`` chooses."""
 
     steps: tuple[Step, ...]
     ranges: Mapping[str, Range]
+    rule: RuleEntry | None = None
 
     def entries(self) -> dict[str, RangeEntry]:
         """The ranges as a manifest has them."""
@@ -38,7 +39,7 @@ class Sampling:
 
     def calls(self) -> Iterator[StepCalls]:
         """What each step calls, and keeps for others."""
-        return step_calls(self.steps, self.entries())
+        return step_calls(self.steps, self.entries(), self.rule)
 
 
 def sampling(recipe: Recipe, family: ModelFamily, groups: int = 1, ranges: Sequence[Range] = ()) -> Sampling:
@@ -57,12 +58,21 @@ def sampling(recipe: Recipe, family: ModelFamily, groups: int = 1, ranges: Seque
         own.leap,
         merged_steps=own.merged_steps,
         conditional_steps=own.conditional_steps,
-        reuse={r.name: asked.steps for r, asked in zip(ranges, own.reuse, strict=True)},
+        reuse={r.name: asked.steps or () for r, asked in zip(ranges, own.reuse, strict=True)},
         groups=groups,
     )
     by_name = {r.name: r for r in ranges}
     try:
+        ruled = [(asked.rule, r) for r, asked in zip(ranges, own.reuse, strict=True) if asked.rule is not None]
+        rule = _rule(*ruled[0], steps) if ruled else None
         check_reuse(steps, {name: r.blocks for name, r in by_name.items()}, own.difference)
     except RecipeError as e:
         raise RecipeError(f"sampler.{e}") from e
-    return Sampling(steps, by_name)
+    return Sampling(steps, by_name, rule)
+
+
+def _rule(rule: Accumulated, own: Range, steps: Sequence[Step]) -> RuleEntry:
+    rule.check(steps)
+    assert own.observed is not None  # every range of an entry with a rule has it
+    bytes_ = max(own.observed.bytes[s.function] for s in steps)
+    return RuleEntry(**rule.model_dump(), range=own.name, observes=own.observed.source, bytes=bytes_)

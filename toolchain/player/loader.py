@@ -7,7 +7,7 @@ takes. A video may need fewer calls than its plan has (a dynamic leap): see :met
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 
 import torch
@@ -98,18 +98,37 @@ class Loader:
             end = upto
             while end < len(runs) and (not alone or runs[end].call.block.startswith(f"{component}/")):
                 end += 1
-            self._left_out |= {
-                i
-                for i, load in enumerate(self._jobs.loads)
-                if i >= self._begun and not any(upto <= use < end for use in load.uses)
-            }
             if self._thread.ident is None:
                 self._began = self._trace.now()
                 self._thread.start()
-            while self._ran < upto:
-                run = runs[self._ran]
-                self._wait_for(run.after_loads)
-                self._end_call(run.call.live_bytes, run.freed)
+            self._go_on(upto, end)
+
+    def leave_out(self, blocks: Sequence[str]) -> None:
+        """Leave out the next calls of the plan, which are of these blocks; as :meth:`enter` leaves out calls.
+
+        Raises:
+            BundleError: they are not the plan's next.
+            SoraCompileError: a load failed.
+        """
+        with self._changed:
+            upto = self._ran + len(blocks)
+            planned = [run.call.block for run in self._jobs.runs[self._ran : upto]]
+            if planned != list(blocks):
+                raise BundleError(f"loading plan: the next calls are of {planned}, not of {list(blocks)}, to leave out")
+            self._go_on(upto, len(self._jobs.runs))
+
+    def _go_on(self, upto: int, end: int) -> None:
+        """Leave out the calls before ``upto``, and loads that are for none from there to before ``end``."""
+        self._left_out |= {
+            i
+            for i, load in enumerate(self._jobs.loads)
+            if i >= self._begun and not any(upto <= use < end for use in load.uses)
+        }
+        self._changed.notify_all()
+        while self._ran < upto:
+            run = self._jobs.runs[self._ran]
+            self._wait_for(run.after_loads)
+            self._end_call(run.call.live_bytes, run.freed)
 
     def call(self, block: str, function: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Run the next call of the plan, which is this one, as soon as its block is loaded; then free what is due.

@@ -12,6 +12,7 @@ import torch
 from toolchain.errors import BundleError
 from toolchain.formats.bundle import Bundle, load_bundle
 from toolchain.formats.manifest import Stage
+from toolchain.formats.sampling import RangeEntry
 from toolchain.formats.schedule import Step
 from toolchain.ir.feeds import Given
 from toolchain.ir.target import Engine
@@ -141,8 +142,14 @@ class Player:
         z = torch.from_numpy(
             initial_noise(seed, (1, g.latent_channels, g.latent_frames, g.latent_height, g.latent_width))
         )
-        steps, ranges = s.plan(), step_ranges(s)
+        steps = s.plan()
         given = {"text_embedding": y, "token_mask": mask, "frame_mask": torch.ones(1, g.latent_frames)}
+
+        def leave_out(own: RangeEntry) -> None:
+            assert self._loader is not None  # while a component runs
+            self._loader.leave_out([f"transformer/{name}" for name in own.blocks])
+
+        ranges = step_ranges(s, leave_out)
         with self._component("transformer") as transformer:
             transformer.run(s.once, given, transformer.entry.default_function)
 

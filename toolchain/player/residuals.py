@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from toolchain.formats.reuse import kept_after
-from toolchain.formats.sampling import RangeEntry, SamplerEntry
+from toolchain.formats.sampling import RangeEntry, RuleEntry, SamplerEntry
+from toolchain.player.accumulated import AccumulatedState
 
 
 @dataclass(frozen=True)
 class StepRanges:
-    """What a step does about ranges: which one it reuses, and of which it keeps what they add."""
+    """What a step does about ranges: which one it reuses, and of which it keeps what they add.
+
+    With ``leaves_out``, which is asked when the value ``observed`` is there, ``reused`` is reused if it says so.
+    """
 
     reused: RangeEntry | None = None
     computed: Sequence[RangeEntry] = ()
     dropped: Sequence[RangeEntry] = ()
     """What these added is not needed once the step is done."""
+    observed: str | None = None
+    leaves_out: Callable[[torch.Tensor], bool] | None = None
 
 
 NO_RANGES = StepRanges()
 
 
-def step_ranges(sampler: SamplerEntry) -> list[StepRanges]:
-    """What every step of a sampler does about ranges."""
+def step_ranges(sampler: SamplerEntry, leave_out: Callable[[RangeEntry], None]) -> list[StepRanges]:
+    """What every step of a sampler does about ranges; for one video.
+
+    Args:
+        leave_out: is told of a range that a rule leaves out.
+    """
+    if sampler.rule is not None:
+        return _ruled(sampler, sampler.rule, leave_out)
     kept = kept_after(sampler.steps, {name: own.blocks for name, own in sampler.ranges.items()})
     found = []
     for i, step in enumerate(sampler.steps):
@@ -39,6 +51,25 @@ def step_ranges(sampler: SamplerEntry) -> list[StepRanges]:
             )
         )
     return found
+
+
+def _ruled(sampler: SamplerEntry, rule: RuleEntry, leave_out: Callable[[RangeEntry], None]) -> list[StepRanges]:
+    own, count = sampler.ranges[rule.range], len(sampler.steps)
+    state = AccumulatedState(rule, count)
+
+    def asked(step: int) -> Callable[[torch.Tensor], bool]:
+        def leaves_out(value: torch.Tensor) -> bool:
+            found = state.leaves_out(step, value)
+            if found:
+                leave_out(own)
+            return found
+
+        return leaves_out
+
+    return [
+        StepRanges(own, [own] if kept else [], [] if kept else [own], rule.observes, asked(step))
+        for step, kept in enumerate(rule.kept_after(count))
+    ]
 
 
 class Residuals:

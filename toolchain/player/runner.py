@@ -62,13 +62,18 @@ class ComponentRunner:
         for own in ranges.computed:  # what went in is needed until the residual is made
             last_use[own.input] = max(last_use[own.input], order.index(own.blocks[-1]))
         reused = ranges.reused
+        if reused is not None and ranges.observed is not None:
+            last_use[ranges.observed] = max(last_use[ranges.observed], order.index(reused.blocks[0]))
         for n, name in enumerate(order):
+            if reused is not None and name == reused.blocks[0]:
+                if ranges.leaves_out is not None and not ranges.leaves_out(self._values[str(ranges.observed)]):
+                    reused = None
+                else:
+                    self._values[reused.output] = self._residuals.applied(reused, self._values[reused.input])
             if reused is None or name not in reused.blocks:
                 self._run_block(self._blocks[name], function)
-            elif name == reused.blocks[0]:
-                self._values[reused.output] = self._residuals.applied(reused, self._values[reused.input])
             for own in ranges.computed:
-                if name == own.blocks[-1]:
+                if name == own.blocks[-1] and own is not reused:
                     self._residuals.keep(own, self._values, self._dtypes[own.output])
             for source in [s for s, at in last_use.items() if at == n and s in passing]:
                 self._values.pop(source, None)  # what a block that was left out gives is not there

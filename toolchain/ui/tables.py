@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -15,9 +15,11 @@ from rich.text import Text
 
 from toolchain.build.entries import bytes_by_storage
 from toolchain.formats.bundle import Bundle
+from toolchain.formats.calls import Step
 from toolchain.formats.loading import loads_of
 from toolchain.formats.manifest import BlockEntry, Component, Manifest
-from toolchain.formats.schedule import MERGED
+from toolchain.formats.sampling import SamplerEntry
+from toolchain.formats.schedule import MERGED, conditional
 from toolchain.ir.functions import ungrouped
 from toolchain.ir.target import distinct_functions
 from toolchain.planning.plan import ComponentPlan, Plan
@@ -46,7 +48,9 @@ def plan_json(planned: Plan) -> dict[str, Any]:
         "name": planned.recipe.name,
         "target": planned.target.name,
         "denoiser_calls": len(steps),
-        "merged_calls": sum(ungrouped(s.function) == MERGED for s in steps),
+        "merged_calls": merged_calls(steps),
+        "reusing_calls": sum(s.reuse is not None for s in steps),
+        "conditional_calls": sum(s.guidance == "conditional" for s in steps),
         "loading": loading_json(loading, planned.loading.budget_bytes),
         "components": {name: _component_json(c, loads) for name, c in planned.components.items()},
     }
@@ -214,17 +218,38 @@ def bundle_table(bundle: Bundle) -> RenderableType:
         )
     g, s = m.geometry, m.sampler
     leap = f", leap: {s.leap.kind}" if s.leap is not None else ""
-    merged = sum(ungrouped(step.function) == MERGED for step in s.steps)
     lines = [
         f"{m.name} ({m.model}), {m.target.name}, {readable_size(sum(f.bytes for f in bundle.files()))}",
         f"{g.frames} frames of {g.width}×{g.height} at {g.fps}/s, "
         f"latents {g.latent_frames}×{g.latent_height}×{g.latent_width}",
-        f"{len(s.steps)} denoiser calls, {merged} of them merged, guidance {s.guidance}{leap}",
+        f"{len(s.steps)} denoiser calls, {merged_calls(s.steps)} of them merged, guidance {s.guidance}{leap}",
+        *_left_out(s),
         *_int8_inputs(m),
         loading_text(m.loading, m.memory_budget_bytes),
         f"gate: {m.gate.mode}; built with {', '.join(f'{k} {v}' for k, v in m.tools.items())}",
     ]
     return Group(*groups, Text("\n".join(lines)))
+
+
+def merged_calls(steps: Iterable[Step]) -> int:
+    """How many steps run with merged tokens."""
+    return sum(ungrouped(s.function) in (MERGED, conditional(MERGED)) for s in steps)
+
+
+def _left_out(s: SamplerEntry) -> list[str]:
+    """What steps leave out, for people."""
+    said = []
+    for name, own in s.ranges.items():
+        steps = [str(i) for i, step in enumerate(s.steps) if step.reuse == name]
+        which = f"steps {', '.join(steps)}" if steps else "steps that a rule chooses"
+        blocks = own.blocks[0] if len(own.blocks) == 1 else f"{own.blocks[0]} to {own.blocks[-1]}"
+        said.append(f"{which}, from 0, leave out {blocks}, of which {readable_size(own.bytes)} are kept")
+    halves = [str(i) for i, step in enumerate(s.steps) if step.guidance == "conditional"]
+    if halves:
+        said.append(
+            f"steps {', '.join(halves)}, from 0, compute the conditional half alone; difference: {s.difference}"
+        )
+    return said
 
 
 def _int8_inputs(m: Manifest) -> list[str]:

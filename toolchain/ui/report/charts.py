@@ -204,7 +204,9 @@ def sampler_chart(facts: Facts, look: Look) -> Spec:
             "call": number,
             "timestep": step.timestep,
             "after": step.timestep - step.dt * facts.sampler.time_scale,
-            "what": f"{step.function}, leap" if step.leap else step.function,
+            "what": ", ".join(
+                [step.function, *(["reuse"] if step.reuse is not None else []), *(["leap"] if step.leap else [])]
+            ),
         }
         for number, step in enumerate(steps, 1)
         if math.isfinite(step.timestep) and math.isfinite(step.dt)

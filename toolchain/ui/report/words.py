@@ -71,7 +71,14 @@ def _predicted(facts: Facts) -> list[Card]:
 def _calls(facts: Facts) -> list[Card]:
     steps = facts.sampler.steps
     merged = sum(s.function == "merged" for s in steps)
-    return [Card("Calls of the denoiser", str(len(steps)), f"{merged} with merged tokens; {_leap(facts)}")]
+    said = [f"{merged} with merged tokens"]
+    if reusing := sum(s.reuse is not None for s in steps):
+        said.append(f"{reusing} that leave out blocks")
+    if halves := sum(s.guidance == "conditional" for s in steps):
+        said.append(f"{halves} without the unconditional half")
+    if facts.sampler.rule is not None:
+        said.append("a rule leaves out more")
+    return [Card("Calls of the denoiser", str(len(steps)), "; ".join([*said, _leap(facts)]))]
 
 
 def _leap(facts: Facts) -> str:
