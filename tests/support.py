@@ -5,6 +5,7 @@ Fixtures are in conftest.py; there is more than one module of that name, so noth
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -105,6 +106,7 @@ class Decoded(Mapping[str, torch.Tensor]):
 class Cut:
     """A model cut into blocks for one target, with activations and results of the eager model.
 
+    ``functions`` are those to keep of what guidance-split gives, which is not asked without them.
     ``blocks`` have the target's legal forms, ``references`` are as captured; the two stand side by side.
     """
 
@@ -117,7 +119,7 @@ class Cut:
         frames: int,
         conditions: bool = False,
         merged: bool = True,
-        split: bool = False,
+        functions: tuple[str, ...] | None = None,
         height: int = 4,
         **partition: Any,
     ) -> None:
@@ -127,7 +129,9 @@ class Cut:
         with torch.device("meta"):
             graph = capture(LoweredSTDiT3(STDiT3(model.config), **sizes, frame_conditions=conditions))
         graph = TokenMerge()(graph) if merged else graph
-        graph = GuidanceSplit()(graph) if split else graph
+        if functions is not None:
+            graph = GuidanceSplit()(graph)
+            graph = dataclasses.replace(graph, functions={name: graph.functions[name] for name in functions})
         cut = Partition(PartitionConfig.model_validate(partition))
         self._weights = weights
         self.references = extract_blocks(cut(graph))

@@ -43,7 +43,7 @@ def split(one_pair_graph: Graph) -> Graph:
 # --- numbers -----------------------------------------------------------------------------------------
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(frames=st.integers(1, 4), function=st.sampled_from(["base", "merged"]), conditions=st.booleans())
 def test_it_is_the_first_half_of_both(small_model: Any, frames: int, function: str, conditions: bool) -> None:
     graph = GuidanceSplit()(TokenMerge()(captured(small_model.config, frames=frames, frame_conditions=conditions)))

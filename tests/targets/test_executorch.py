@@ -19,6 +19,7 @@ from toolchain.ir.blocks import Block, extract_blocks
 from toolchain.ir.feeds import Given, Latents
 from toolchain.ir.graph import Input, LoweredForm, capture, wire
 from toolchain.ir.leaves import Leaf
+from toolchain.ir.target import distinct_functions
 
 pytestmark = pytest.mark.slow
 
@@ -43,11 +44,11 @@ def odd(target: ExecuTorchTarget, cut_small: Any, executorch_bundle: Any) -> tup
 def even(
     target: ExecuTorchTarget, cut_small: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Any, dict[str, Path]]:
-    """Two frames, the first given as condition; lowered here."""
-    cut = cut_small(target.forms, frames=2, conditions=True)
+    """Two frames, the first given as condition, merged for half of the batch; lowered here."""
+    cut = cut_small(target.forms, frames=2, conditions=True, functions=("base", "merged_conditional"))
     folder = tmp_path_factory.mktemp("even")
     artifacts = {b.name: target.lower(b, cut.weights(b), folder / f"{b.name}.pte") for b in cut.blocks}
-    assert {n: a.functions for n, a in artifacts.items() if "pair" in n} == {"pair_0": ("base", "merged")}
+    assert artifacts["pair_0"].functions == ("base", "merged_conditional")
     return cut, {n: a.path for n, a in artifacts.items()}
 
 
@@ -58,9 +59,8 @@ def test_every_function_of_every_block(target: ExecuTorchTarget, case: str, requ
     for block in cut.blocks:
         target.check(paths[block.name], block)
         engine = target.engine(paths[block.name], block.inputs, block.outputs)
-        functions = ("base", "merged") if block.name.startswith("pair") else ("base",)
-        for function in functions:
-            results = engine(function, cut.inputs(block.name))
+        for function in distinct_functions(block):
+            results = engine(function, cut.inputs(block.name, function))
             expected = cut.expected(block.name, function)
             assert results.keys() == expected.keys()
             for port, want in expected.items():
