@@ -22,7 +22,7 @@ from toolchain.ir.functions import conditional
 from toolchain.listener import Listener
 from toolchain.planning.plan import plan_resolved
 from toolchain.planning.resolve import resolve
-from toolchain.planning.schedule_costs import UNITS_PER_S, ScheduleCosts, as_sampler
+from toolchain.planning.schedule_costs import UNITS_PER_S, ScheduleCosts, as_sampler, schedule_name
 from toolchain.planning.step_search import Found, Mode, Objective, search
 from toolchain.system.store import Store
 
@@ -188,7 +188,7 @@ class _Tuning:
     def front(self, latency_s: float | None, quality_db: float | None) -> tuple[Tried, ...]:
         """The best schedules of those that are looked at, the full one first."""
         self._announce()
-        self._listener.start("steps", [_name(b.sampler) for b in self._bases])
+        self._listener.start("steps", [schedule_name(b.sampler) for b in self._bases])
         bases = [self._searched(base) for base in self._bases]
         dearest = self._costs.seconds(self.full)
         least = min(found[-1].cost for b in bases for _, found in b.fronts) / UNITS_PER_S
@@ -219,7 +219,7 @@ class _Tuning:
 
     def _searched(self, base: _Base) -> _Base:
         """The base with the fronts that its steps' errors give."""
-        self._listener.working("steps", _name(base.sampler), "measure")
+        self._listener.working("steps", schedule_name(base.sampler), "measure")
         measured = self._runs.steps(base.sampler)
         costs = self._costs.of_steps(base.sampler, base.modes, base.calls)
         differences: tuple[Difference, ...] = ("none", "last") if "conditional" in base.modes else ("none",)
@@ -229,7 +229,7 @@ class _Tuning:
             for d in differences
             for grown, o in kinds
         )
-        self._listener.finished("steps", _name(base.sampler), None)
+        self._listener.finished("steps", schedule_name(base.sampler), None)
         return _Base(base.sampler, base.calls, base.modes, fronts)
 
     def _looked(self, bases: Sequence[_Base], levels: Sequence[float]) -> tuple[Tried, ...]:
@@ -239,23 +239,23 @@ class _Tuning:
         def beaten(seconds: float, db: float) -> bool:
             return any(s <= seconds and d >= db for _, s, d in seen.values())
 
-        self._listener.start("first video", [_name(b.sampler) for b in bases])
+        self._listener.start("first video", [schedule_name(b.sampler) for b in bases])
         for base in bases:
-            self._listener.working("first video", _name(base.sampler), "try")
+            self._listener.working("first video", schedule_name(base.sampler), "try")
             most = self._runs.psnr_db(base.sampler, 0)
             for sampler in (base.sampler, *self._at(base, levels)):
                 key, seconds = sampler.model_dump_json(), self._costs.seconds(sampler)
                 # leaving out steps of a base makes it no better
                 if key not in seen and not beaten(seconds, most):
                     seen[key] = sampler, seconds, self._runs.psnr_db(sampler, 0)
-            self._listener.finished("first video", _name(base.sampler), None)
+            self._listener.finished("first video", schedule_name(base.sampler), None)
         near = [sampler for sampler, s, db in seen.values() if not beaten(s, db + MARGIN_DB)]
-        self._listener.start("all videos", [_name(s) for s in near])
+        self._listener.start("all videos", [schedule_name(s) for s in near])
         found = []
         for sampler in near:
-            self._listener.working("all videos", _name(sampler), "try")
+            self._listener.working("all videos", schedule_name(sampler), "try")
             found.append(self.tried(sampler))
-            self._listener.finished("all videos", _name(sampler), None)
+            self._listener.finished("all videos", schedule_name(sampler), None)
         return front_of(found)
 
     def _at(self, base: _Base, levels: Sequence[float]) -> Iterator[SamplerRecipe]:
@@ -270,7 +270,8 @@ class _Tuning:
 def front_of(tried: Sequence[Tried]) -> tuple[Tried, ...]:
     """Those that no other is better than in both time and quality, the slowest first."""
     front: list[Tried] = []
-    for one in sorted(tried, key=lambda t: (t.seconds, -t.psnr_db)):
+    # predictions that differ by rounding alone are the same
+    for one in sorted(tried, key=lambda t: (round(t.seconds * UNITS_PER_S), -t.psnr_db)):
         if not front or one.psnr_db > front[-1].psnr_db:
             front.append(one)
     return tuple(reversed(front))
@@ -293,10 +294,3 @@ def _bases(own: SamplerRecipe, full: SamplerRecipe, provided: set[str]) -> Itera
                 alone: tuple[Mode, ...] = ("conditional", "reuse conditional") if functions <= provided else ()
                 update = {"steps": steps, "merged_steps": merged, "leap": leap}
                 yield _Base(full.model_copy(update=update), calls, ("both", "reuse", *alone))
-
-
-def _name(sampler: SamplerRecipe) -> str:
-    parts = [f"{sampler.steps} steps"]
-    parts += [f"{sampler.merged_steps} merged"] if sampler.merged_steps else []
-    parts += [f"leap after {sampler.leap.after}"] if isinstance(sampler.leap, StaticLeap) else []
-    return ", ".join(parts)

@@ -8,6 +8,7 @@ from typing import Final
 
 from toolchain.formats.recipe import SamplerRecipe
 from toolchain.formats.reuse import Conditional, Difference, Reuse
+from toolchain.formats.schedule import StaticLeap
 from toolchain.planning.loading.predict import Predicted
 from toolchain.planning.plan import Plan
 from toolchain.planning.step_search import Mode
@@ -33,6 +34,21 @@ def as_sampler(
         }
     )
     return SamplerRecipe.model_validate(found.model_dump())
+
+
+def schedule_name(sampler: SamplerRecipe) -> str:
+    """A schedule in a few words, such as "30 steps, 14 reuse, leap after 20"."""
+    reused = sum(len(r.steps or ()) for r in sampler.reuse)
+    parts = [f"{sampler.steps} steps"]
+    parts += [f"{sampler.merged_steps} merged"] if sampler.merged_steps else []
+    parts += [f"{reused} reuse"] if reused else []
+    parts += ["reuse by a rule"] if any(r.rule is not None for r in sampler.reuse) else []
+    parts += [f"{len(sampler.conditional_steps)} conditional"] if sampler.conditional_steps else []
+    if isinstance(sampler.leap, StaticLeap):
+        parts += [f"leap after {sampler.leap.after}"]
+    elif sampler.leap is not None:
+        parts += ["leap by a rule"]
+    return ", ".join(parts)
 
 
 class ScheduleCosts:
