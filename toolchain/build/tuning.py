@@ -106,7 +106,7 @@ def tune(
     recipe = recipe.model_copy(update=given)
     found = _Tuning(recipe, where, _videos(recipe, prompts, seed), points, listener, store)
     front = found.front(latency_s, quality_db)
-    chosen = _chosen(front, latency_s, quality_db)
+    chosen = choose(front, latency_s, quality_db)
     store.evict()
     with_it = recipe if chosen is None else recipe.model_copy(update={"sampler": chosen.sampler})
     return Tuned(with_it, found.tried(found.full), found.tried(recipe.sampler), front, chosen, found.videos)
@@ -125,8 +125,12 @@ def _videos(recipe: Recipe, prompts: Sequence[str] | None, seed: int) -> tuple[T
     return tuple(TuningVideo(prompt, seed + i) for i, prompt in enumerate(prompts))
 
 
-def _chosen(front: Sequence[Tried], latency_s: float | None, quality_db: float | None) -> Tried | None:
-    """The best of a front, dearest first."""
+def choose(front: Sequence[Tried], latency_s: float | None, quality_db: float | None) -> Tried | None:
+    """What a goal asks for of a front, the slowest first; None if there is no goal.
+
+    Raises:
+        RecipeError: nothing meets it; says what comes nearest.
+    """
     if latency_s is not None:
         if fits := [t for t in front if t.seconds <= latency_s]:
             return fits[0]
