@@ -9,10 +9,12 @@ def calls_of(manifest: dict[str, Any]) -> list[tuple[str, str]]:
     """What a player calls for a whole video, in order, read off the manifest's plain data as docs/manifest.md says."""
     found: list[tuple[str, str]] = []
 
-    def run(name: str, rate: str, asked: str | None) -> None:
+    def run(name: str, rate: str, asked: str | None, left_out: list[str] | None = None) -> None:
         component = manifest["components"][name]
         functions = {b["name"]: b["functions"] for b in component["blocks"]}
         for block in component["load_order"].get(rate, []):
+            if block in (left_out or []):
+                continue
             has = asked in functions[block]
             found.append((f"{name}/{block}", str(asked) if has else component["default_function"]))
 
@@ -20,7 +22,8 @@ def calls_of(manifest: dict[str, Any]) -> list[tuple[str, str]]:
         run("text_encoder", manifest["text"]["rate"], None)
     run("transformer", manifest["sampler"]["once"], None)
     for step in manifest["sampler"]["steps"]:
-        run("transformer", manifest["sampler"]["each"], step["function"])
+        reused = manifest["sampler"]["ranges"].get(step.get("reuse"), {"blocks": []})
+        run("transformer", manifest["sampler"]["each"], step["function"], reused["blocks"])
     if "vae" in manifest["components"]:
         for stage in manifest["decoding"]["stages"]:
             for piece in stage["pieces"]:

@@ -25,8 +25,10 @@ def as_format_1(data: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     data["format_version"] = 1
     del data["loading"]
     sampler, text, stages = data["sampler"], data["text"], data["decoding"]["stages"]
-    for new in ("once", "each", "time_scale"):
+    for new in ("once", "each", "time_scale", "difference", "ranges", "rule"):
         del sampler[new]
+    for step in sampler["steps"]:
+        del step["guidance"], step["reuse"]
     timesteps = find_family(recipe.model).timesteps(recipe)
     sampler |= {"merged_steps": recipe.sampler.merged_steps, "timesteps": list(timesteps), "model_fps": 8.0}
     del text["suffixes"], text["rate"]

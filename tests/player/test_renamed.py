@@ -94,8 +94,13 @@ def renamed(bundle: Bundle, root: Path) -> Bundle:
             output["source"] = new.source(output["source"])
         component["load_order"] = {rate: [new(b) for b in names] for rate, names in component["load_order"].items()}
         component["default_function"] = new(component["default_function"])
-    for step in data["sampler"]["steps"]:
-        step["function"] = new(step["function"])
+    sampler = data["sampler"]
+    for step in sampler["steps"]:
+        step |= {"function": new(step["function"]), "reuse": step["reuse"] and new(step["reuse"])}
+    sampler["ranges"] = {new(name): own for name, own in sampler["ranges"].items()}
+    for own in sampler["ranges"].values():
+        ends = {"input": new.source(own["input"]), "output": new.source(own["output"])}
+        own |= {"blocks": [new(b) for b in own["blocks"]]} | ends
     for stage in data["decoding"]["stages"]:
         for piece in stage["pieces"]:
             piece["function"] = new(piece["function"])
@@ -118,6 +123,7 @@ def test_a_bundle_of_other_names_gives_the_same_video(
     whole = {
         **recipe_data,
         "target": "onnx",
+        "sampler": recipe_data["sampler"] | {"reuse": {"steps": [1]}},
         "gate": {"mode": "none"},
         "transformer": recipe_data["transformer"] | {"frame_conditions": True},
     }

@@ -19,7 +19,7 @@ from typing import Annotated, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from toolchain.errors import RecipeError
-from toolchain.ir.functions import grouped
+from toolchain.ir.functions import conditional, grouped
 from toolchain.ir.rounding import float32
 
 NUM_TRAIN_TIMESTEPS: Final = 1000
@@ -29,11 +29,6 @@ MERGED: Final = "merged"
 """The function that a recipe's ``merged_steps`` ask for."""
 Guidance = Literal["both", "conditional"]
 """What a call of the denoiser computes: with the prompt and without it, or with it alone."""
-
-
-def conditional(function: str) -> str:
-    """The name of a function that computes the conditional half alone of what ``function`` computes."""
-    return f"{function}_conditional"
 
 
 class StaticLeap(BaseModel):
@@ -157,9 +152,9 @@ def plan_steps(
     """The denoiser calls of a run: dt_i = (t_i - t_{i+1}) / 1000, the last one's t / 1000.
 
     The first ``merged_steps`` of them ask for the function :data:`MERGED` (TDTM), those at the places
-    ``conditional_steps`` for the :func:`conditional` of their function, and those at the places in ``reuse`` leave out
-    the range that is named there. A step asks for its function as it is there for its group (:func:`groups_of`,
-    :func:`toolchain.ir.functions.grouped`). Whether what is reused was computed is asked by
+    ``conditional_steps`` for that of the conditional half (:func:`toolchain.ir.functions.conditional`), and those at
+    the places in ``reuse`` leave out the range that is named there. A step asks for its function as it is there for its
+    group (:func:`groups_of`, :func:`toolchain.ir.functions.grouped`). Whether what is reused was computed is checked by
     :func:`toolchain.formats.reuse.check_reuse`.
 
     A static leap cuts the list short. A dynamic one is decided while sampling, so the list is whole: the

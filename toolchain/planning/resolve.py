@@ -14,7 +14,8 @@ from typing import Any
 from toolchain.errors import CheckpointError, RecipeError
 from toolchain.formats.device import UNSPECIFIED, Device, load_device
 from toolchain.formats.recipe import ComponentRecipe, Recipe
-from toolchain.formats.schedule import BASE, MERGED, conditional
+from toolchain.formats.schedule import BASE, MERGED
+from toolchain.ir.functions import conditional
 from toolchain.ir.passes import Pipeline, find_pass, passes_providing
 from toolchain.ir.pipeline_text import parse_pipeline
 from toolchain.ir.target import Target, find_target

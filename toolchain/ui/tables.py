@@ -19,8 +19,8 @@ from toolchain.formats.calls import Step
 from toolchain.formats.loading import loads_of
 from toolchain.formats.manifest import BlockEntry, Component, Manifest
 from toolchain.formats.sampling import SamplerEntry
-from toolchain.formats.schedule import MERGED, conditional
-from toolchain.ir.functions import ungrouped
+from toolchain.formats.schedule import MERGED
+from toolchain.ir.functions import conditional, ungrouped
 from toolchain.ir.target import distinct_functions
 from toolchain.planning.plan import ComponentPlan, Plan
 from toolchain.system.disk import readable_size

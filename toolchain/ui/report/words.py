@@ -10,6 +10,7 @@ from toolchain.formats.schedule import StaticLeap
 from toolchain.system.disk import readable_size
 from toolchain.ui.report.facts import ErrorOf, Facts, Measured
 from toolchain.ui.report.timeline import COMPUTE, LOADER, Timeline
+from toolchain.ui.tables import merged_calls
 
 GATES: Mapping[GateMode, tuple[str, str]] = {
     "every": ("every", "each artifact was executed"),
@@ -70,7 +71,7 @@ def _predicted(facts: Facts) -> list[Card]:
 
 def _calls(facts: Facts) -> list[Card]:
     steps = facts.sampler.steps
-    merged = sum(s.function == "merged" for s in steps)
+    merged = merged_calls(steps)
     said = [f"{merged} with merged tokens"]
     if reusing := sum(s.reuse is not None for s in steps):
         said.append(f"{reusing} that leave out blocks")
