@@ -24,7 +24,8 @@ _CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_trans
 @operator("linear")
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x […, D_in]``, ``weight [D_out, D_in]``, ``bias [D_out]``."""
-    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    # of a view that is turned round torch makes a product for each of its first dimension, at four times the cost
+    return F.linear(x.contiguous(), weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 @operator("matmul")
