@@ -134,9 +134,17 @@ def test_quality_is_what_the_pipeline_makes(tuned: Tuned, split: Recipe, source:
     assert one.psnr_db == pytest.approx(sum(each) / len(each))
 
 
-def test_a_stopped_search_goes_on_to_the_same_end(tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    few: dict[str, Any] = {"prompts": PROMPTS[:1], "points": 2}
-    tuned = tune(**few)
+def test_a_stopped_search_goes_on_to_the_same_end(
+    recipe_data: dict[str, Any], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bare = parse_recipe(
+        recipe_data | {"sampler": {"steps": STEPS}, "transformer": {"checkpoint": "transformer", "passes": []}}
+    )
+
+    def tune(store: Store) -> Tuned:
+        return toolchain.tune(bare, base=source, prompts=PROMPTS[:1], points=2, store=store)
+
+    tuned = tune(Store(tmp_path / "other"))
     made = 0
     plain = EagerPipeline.denoise
 
