@@ -18,8 +18,10 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors.numpy import load_file
 
 from toolchain.errors import RecipeError
+from toolchain.formats.recipe_file import load_recipe
 from toolchain.formats.schedule import PRESETS, DynamicLeap, Leap, StaticLeap, plan_steps
-from toolchain.models.open_sora_v1_2.timesteps import timesteps
+from toolchain.models.open_sora_v1_2.family import OpenSoraV12
+from toolchain.models.open_sora_v1_2.timesteps import timesteps, transform_ratio
 from toolchain.player.leap import LeapState
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -57,7 +59,9 @@ def test_timesteps_of_the_phone_app(resolution: str) -> None:
     assert timesteps(30, height=height, width=width, frames=51, discrete=True) == tuple(SWIFT[resolution])
 
 
-def torch_timesteps(steps: int, h: int, w: int, frames: int, dtype: torch.dtype, discrete: bool) -> list[float]:
+def torch_timesteps(
+    steps: int, h: int, w: int, frames: int, dtype: torch.dtype, discrete: bool, scale: float = 1.0
+) -> list[float]:
     """The same formula in torch's own arithmetic, but for the square root.
 
     torch's float32 ``sqrt`` (MKL) is not always correctly rounded: of 95 x 181 / 512^2 it is an ulp off.
@@ -68,7 +72,7 @@ def torch_timesteps(steps: int, h: int, w: int, frames: int, dtype: torch.dtype,
 
     height, width, count = (torch.tensor([v], dtype=dtype) for v in (h, w, frames))
     latent = torch.ones_like(count) if frames == 1 else count // 17 * 5
-    ratio = sqrt(height * width / 512**2) * sqrt(latent)
+    ratio = sqrt(height * width / 512**2) * sqrt(latent) * scale
     out = []
     for i in range(steps):
         t = (1.0 - i / steps) * 1000
@@ -85,15 +89,29 @@ def torch_timesteps(steps: int, h: int, w: int, frames: int, dtype: torch.dtype,
     frames=st.one_of(st.just(1), st.integers(17, 500)),
     dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
     discrete=st.booleans(),
+    scale=st.one_of(st.just(1.0), st.floats(0.01, 100)),
 )
-def test_rounding_is_torch_rounding(steps: int, h: int, w: int, frames: int, dtype: str, discrete: bool) -> None:
-    wanted = torch_timesteps(steps, h, w, frames, getattr(torch, dtype), discrete)
+def test_rounding_is_torch_rounding(
+    steps: int, h: int, w: int, frames: int, dtype: str, discrete: bool, scale: float
+) -> None:
+    wanted = torch_timesteps(steps, h, w, frames, getattr(torch, dtype), discrete, scale)
     try:
-        ours = timesteps(steps, height=h, width=w, frames=frames, dtype=dtype, discrete=discrete)
+        ours = timesteps(steps, height=h, width=w, frames=frames, dtype=dtype, discrete=discrete, scale=scale)
     except RecipeError:
         assert dtype == "float16" and math.isnan(wanted[0])
     else:
         assert list(ours) == wanted
+
+
+def test_scale_gives_the_ratio_of_another_geometry() -> None:
+    """64 x 64 pixels and 17 frames, scaled to the ratio of 192 x 192 and 68 frames."""
+    small, large = transform_ratio(64, 64, 17), transform_ratio(192, 192, 68)
+    assert (small, large) == pytest.approx((0.125 * 5**0.5, 0.375 * 20**0.5))
+    scaled = timesteps(30, height=64, width=64, frames=17, scale=large / small)
+    assert scaled == pytest.approx(timesteps(30, height=192, width=192, frames=68), rel=1e-6)
+    recipes = load_recipe("tiny", ["sampler.transform_scale=6"]), load_recipe("open-sora-v1.2-iphone-15-pro")
+    ratios = [OpenSoraV12().transform_ratio(r) for r in recipes]
+    assert ratios == pytest.approx([large, large], rel=1e-6)
 
 
 def test_timesteps_without_transform() -> None:

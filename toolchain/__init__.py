@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from toolchain.accuracy.verify import verify
     from toolchain.build.compile import compile_recipe
     from toolchain.build.quantizing import quantize
+    from toolchain.build.tuning import tune
     from toolchain.errors import SoraCompileError
     from toolchain.formats.bundle import Bundle, load_bundle
     from toolchain.formats.recipe import Recipe
@@ -37,6 +38,7 @@ _HOMES = {
     "plan": "planning.plan",
     "play": "player",
     "quantize": "build.quantizing",
+    "tune": "build.tuning",
     "verify": "accuracy.verify",
 }
 
@@ -53,6 +55,7 @@ __all__ = [
     "plan",
     "play",
     "quantize",
+    "tune",
     "verify",
 ]
 

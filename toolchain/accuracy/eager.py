@@ -5,15 +5,17 @@ Whole components in memory; for small models, and for those who have the memory.
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import fx
 
-from toolchain.accuracy.ranges import ReusingGraph
+from toolchain.accuracy.ranges import Made, ReusingGraph
 from toolchain.errors import RecipeError
-from toolchain.formats.recipe import Recipe
+from toolchain.formats.recipe import Recipe, SamplerRecipe
 from toolchain.formats.schedule import Step
 from toolchain.ir.activations import unrounded, without_scales
 from toolchain.ir.blocks import extract_blocks, materialise
@@ -24,7 +26,7 @@ from toolchain.planning.resolve import ResolvedBuild, find_tokenizer, resolve
 from toolchain.planning.sampling import sampling
 from toolchain.player.feeding import Fed, feed_inputs
 from toolchain.player.prompt import prepare_prompt
-from toolchain.player.sampler import initial_noise, sample
+from toolchain.player.sampler import Denoiser, initial_noise, sample
 from toolchain.player.tokenizer import T5Tokenizer
 from toolchain.weights.block_weights import read_named
 
@@ -54,25 +56,23 @@ class EagerPipeline:
         tokenizer = find_tokenizer(build)
         if tokenizer is None or "vae" not in build.components:
             raise RecipeError(f"'{build.recipe.name}': a video needs a text_encoder and a vae; add them to the recipe")
-        self.recipe = build.recipe
-        family, configs = build.family, build.configs
-        definitions = family.define(self.recipe, configs)
+        recipe, family, configs = build.recipe, build.family, build.configs
+        definitions = family.define(recipe, configs)
         weights = {
             name: read_named(build.components[name].checkpoint, d.expected, d.aliases)
             for name, d in definitions.items()
         }
         self.tokenizer = T5Tokenizer(tokenizer)
-        self.geometry = family.geometry(self.recipe, configs)
-        self._prompt = family.prompt(self.recipe, configs)
-        self._models = family.eager(self.recipe, configs, weights)
+        self.geometry = family.geometry(recipe, configs)
+        self._prompt = family.prompt(recipe, configs)
+        self._models = family.eager(recipe, configs, weights)
         part = build.components["transformer"]
         graph = rewritten_graphs(definitions["transformer"], part.passes, part.target)[0]
-        ranges = []
-        if self.recipe.sampler.reuse:
-            lowered, graph = lower_graph(graph, part.passes, part.target)
-            ranges = find_ranges(self.recipe.sampler.reuse, extract_blocks(lowered), part.target)
-        self._sampling = sampling(self.recipe, family, part.passes.groups, ranges)
-        self._graph = graph
+        self._family, self._part = family, part
+        # what ranges there are, blocks say, which are cut when a sampler asks for one
+        self._cut = functools.cache(lambda: lower_graph(graph, part.passes, part.target))
+        self._made: dict[Made, fx.GraphModule] = {}
+        self._take(recipe)
         read = weights["transformer"].__getitem__
         parameters = {name: w.source.value(read) for name, w in without_scales(graph.weights).items()}
 
@@ -90,10 +90,37 @@ class EagerPipeline:
             if node.op == "get_attr"
         }
 
+    def _take(self, recipe: Recipe) -> None:
+        asked, part = recipe.sampler.reuse, self._part
+        ranges = find_ranges(asked, extract_blocks(self._cut()[0]), part.target) if asked else []
+        self.recipe = recipe
+        self._sampling = sampling(recipe, self._family, part.passes.groups, ranges)
+
+    def under(self, sampler: SamplerRecipe) -> EagerPipeline:
+        """The same models, shared, with another sampler.
+
+        Raises:
+            RecipeError: the model does not have what the sampler asks for.
+        """
+        other = copy.copy(self)
+        other._take(self.recipe.model_copy(update={"sampler": sampler}))
+        return other
+
+    @property
+    def ranges(self) -> tuple[str, ...]:
+        """Names of the ranges of blocks that the sampler reuses."""
+        return tuple(self._sampling.ranges)
+
     @property
     def steps(self) -> tuple[Step, ...]:
         """The calls of the denoiser."""
         return self._sampling.steps
+
+    @property
+    def whole_steps(self) -> tuple[Step, ...]:
+        """The calls of the denoiser, if none of them left anything out."""
+        bare = self.recipe.sampler.model_copy(update={"reuse": [], "conditional": None})
+        return sampling(self.recipe.model_copy(update={"sampler": bare}), self._family, self._part.passes.groups).steps
 
     @torch.no_grad()
     def encode(self, prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -103,32 +130,45 @@ class EagerPipeline:
         ids, mask = torch.tensor([tokens.ids]), torch.tensor([tokens.mask], dtype=torch.float32)
         return self._models.encode(ids, mask), mask
 
+    def noise(self, seed: int) -> torch.Tensor:
+        """The latents that a video starts from ``[1, C, T, H, W]``."""
+        g = self.geometry
+        shape = (1, g.latent_channels, g.latent_frames, g.latent_height, g.latent_width)
+        return torch.from_numpy(initial_noise(seed, shape))
+
     @torch.no_grad()
     def denoise(self, y: torch.Tensor, mask: torch.Tensor, seed: int) -> torch.Tensor:
         """Latents ``[1, C, T, H, W]``."""
-        g = self.geometry
-        shape = (1, g.latent_channels, g.latent_frames, g.latent_height, g.latent_width)
-        given = {"text_embedding": y, "token_mask": mask, "frame_mask": torch.ones(1, g.latent_frames)}
+        own, noise = self.recipe.sampler, self.noise(seed)
+        latents: torch.Tensor = sample(
+            self.denoiser(y, mask), noise, self.steps, guidance=own.guidance, difference=own.difference, leap=own.leap
+        )
+        return latents
 
-        graph = ReusingGraph(self._graph, self._sampling, self._materialise)
+    def denoiser(self, y: torch.Tensor, mask: torch.Tensor) -> Denoiser:
+        """The denoiser for one video of a prompt; it keeps what ranges of blocks added."""
+        given = {"text_embedding": y, "token_mask": mask, "frame_mask": torch.ones(1, self.geometry.latent_frames)}
+        graph = None
+        if self._sampling.ranges:
+            graph = ReusingGraph(self._cut()[1], self._sampling, self._materialise, self._made)
 
-        def denoiser(batch: torch.Tensor, step: Step, _: torch.Tensor | None) -> torch.Tensor:
+        def call(batch: torch.Tensor, step: Step, _: torch.Tensor | None) -> torch.Tensor:
             now = given | {"latents": batch, "timestep": torch.tensor(step.t)}
-            if self._sampling.ranges:
+            if graph is not None:
                 return graph(step, self._fed(step.function, now))[self._prediction]
             return self.predict(step.function, now)
 
-        own = self.recipe.sampler
-        noise = torch.from_numpy(initial_noise(seed, shape))
-        latents: torch.Tensor = sample(
-            denoiser, noise, self.steps, guidance=own.guidance, difference=own.difference, leap=own.leap
-        )
-        return latents
+        return call
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pixels ``[F, 3, H, W]``, -1 … 1, of latents ``[1, C, T, H, W]``."""
+        return self._models.decode(latents)
 
     def video(self, prompt: str, seed: int = 0) -> torch.Tensor:
         """Pixels ``[F, 3, H, W]``, -1 … 1, of a video of ``prompt``."""
         y, mask = self.encode(prompt)
-        return self._models.decode(self.denoise(y, mask, seed))
+        return self.decode(self.denoise(y, mask, seed))
 
     @torch.no_grad()
     def predict(self, function: str, given: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -19,18 +19,25 @@ from toolchain.player.accumulated import AccumulatedState
 
 Materialise = Callable[[fx.GraphModule], fx.GraphModule]
 """Gives a function its weights."""
+Made = tuple[str, tuple[str, ...], str | None]
+"""A function with the ranges that it computes, and the one that it reuses."""
 
 
 class ReusingGraph:
     """A partitioned graph's functions, called as steps of a video ask for them.
 
     Keeps what ranges added; make a new one for every video.
+
+    Args:
+        made: where functions with their weights are kept, for other videos too.
     """
 
-    def __init__(self, graph: Graph, sampling: Sampling, materialise: Materialise) -> None:
+    def __init__(
+        self, graph: Graph, sampling: Sampling, materialise: Materialise, made: dict[Made, fx.GraphModule]
+    ) -> None:
         self._graph, self._ranges, self._rule, self._materialise = graph, sampling.ranges, sampling.rule, materialise
         self._state = None if sampling.rule is None else AccumulatedState(sampling.rule, len(sampling.steps))
-        self._modules: dict[tuple[str, str | None], fx.GraphModule] = {}
+        self._modules = made
         self._observing: dict[str, fx.GraphModule] = {}
         self._kept: dict[str, torch.Tensor] = {}
 
@@ -40,7 +47,7 @@ class ReusingGraph:
             step = replace(step, reuse=next(iter(self._ranges)))
         blocks = {name: own.blocks for name, own in self._ranges.items()}
         computed = [name for name in self._ranges if computes(step, name, blocks)]
-        key = step.function, step.reuse
+        key = step.function, tuple(computed), step.reuse
         if key not in self._modules:
             reused = None if step.reuse is None else self._ranges[step.reuse]
             gm = with_ranges(self._graph, step.function, [self._ranges[n] for n in computed], reused)

@@ -123,6 +123,12 @@ class SamplerRecipe(Strict):
     discrete_timesteps: bool = Field(
         default=False, description="Round timesteps to whole numbers before the transform."
     )
+    transform_scale: float = Field(
+        default=1.0,
+        gt=0,
+        le=1000,
+        description="Scale of the transform of timesteps: more than 1 spends more steps at high noise.",
+    )
 
     @property
     def conditional_steps(self) -> list[int]:

@@ -48,3 +48,18 @@ def whole_file(path: Path, option: str = "-o") -> Iterator[Path]:
         raise ResourceError(f"{option} {path}: cannot be written: {e.strerror or e}") from e
     finally:
         partial.unlink(missing_ok=True)
+
+
+def read_lines(option: str, path: Path) -> list[str]:
+    """A text file's lines without those that are empty.
+
+    Raises:
+        RecipeError: it cannot be read, or is no text in UTF-8.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as e:
+        raise RecipeError(f"{option} {path}: cannot be read: {e.strerror}") from e
+    except UnicodeDecodeError as e:
+        raise RecipeError(f"{option} {path}: is no text in UTF-8") from e
+    return [line.strip() for line in text.splitlines() if line.strip()]

@@ -43,8 +43,8 @@ def _drawn(settled: Settled) -> Image.Image:
     sizes, worths = [p.bytes / unit for p in shown], [min(p.sqnr_db, 150.0) for p in shown]
     # the last steps of the curve, where next to nothing is quantized, would leave no room for the others
     highest = max(70.0, measured.sqnr_db + 5, *(p.sqnr_db for p in alike)) if alike else max(worths)
-    low, high = _wide(min(worths), min(highest, max(worths)))
-    least, most = _wide(min(sizes), max(sizes))
+    low, high = wide(min(worths), min(highest, max(worths)))
+    least, most = wide(min(sizes), max(sizes))
 
     def place(point: Point) -> tuple[float, float]:
         x = LEFT + (point.bytes / unit - least) / (most - least) * (WIDTH - LEFT - RIGHT)
@@ -53,11 +53,11 @@ def _drawn(settled: Settled) -> Image.Image:
 
     picture = Image.new("RGB", (WIDTH, HEIGHT), "white")
     pen = ImageDraw.Draw(picture)
-    for db in _ticks(low, high):
+    for db in ticks(low, high):
         y = TOP + (high - db) / (high - low) * (HEIGHT - TOP - BOTTOM)
         pen.line([(LEFT, y), (WIDTH - RIGHT, y)], fill=GRID)
         pen.text((LEFT - 8, y), f"{db:g}", fill="black", font_size=13, anchor="rm")
-    for size in _ticks(least, most):
+    for size in ticks(least, most):
         x = LEFT + (size - least) / (most - least) * (WIDTH - LEFT - RIGHT)
         pen.line([(x, TOP), (x, HEIGHT - BOTTOM)], fill=GRID)
         pen.text((x, HEIGHT - BOTTOM + 8), f"{size:g}", fill="black", font_size=13, anchor="mt")
@@ -83,13 +83,13 @@ def _unit(largest: float) -> tuple[float, str]:
     return next(((u, n) for u, n in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if largest >= u), (1.0, "bytes"))
 
 
-def _wide(low: float, high: float) -> tuple[float, float]:
+def wide(low: float, high: float) -> tuple[float, float]:
     """A range with a little room at both ends."""
     room = 0.05 * (high - low) or 1.0
     return low - room, high + room
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def ticks(low: float, high: float) -> list[float]:
     """Round numbers, from five to ten or so."""
     step = 10 ** math.floor(math.log10((high - low) / 5))
     step *= next(m for m in (1, 2, 5, 10) if (high - low) / (step * m) <= 10)

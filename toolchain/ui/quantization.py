@@ -14,10 +14,8 @@ from rich.text import Text
 
 from toolchain.build.budget import Chosen, Point, Settled
 from toolchain.build.quantizing import Quantized
-from toolchain.build.tasks import NOT_LOCAL
-from toolchain.formats.recipe import Recipe
 from toolchain.system.disk import readable_size
-from toolchain.weights.checkpoint import local_path
+from toolchain.ui.recipe_text import recipe_text
 
 NUMBER = re.compile(r"(?<![\w])\d+(?![\w])")
 
@@ -100,16 +98,9 @@ def rules_file(quantized: Quantized, base: Path, out: Path) -> str:
         base: folder that the recipe's relative checkpoints were looked for in.
         out: where the file is to be; relative checkpoints become absolute if they would not be found from there.
     """
-    recipe = quantized.recipe
-    data = recipe.model_dump(mode="json")
-    for name, part in recipe.components().items():
-        if not part.checkpoint.startswith(NOT_LOCAL):
-            found = local_path(part.checkpoint, base).absolute()
-            if not (out.absolute().parent / part.checkpoint).exists():
-                data[name]["checkpoint"] = str(found)
     lines = [
         f"# Chosen by 'sora-compile quantize' for {', '.join(s.components)}, {s.budget}: {s.bytes} bytes, "
         + ", ".join(f"{n} {m.sqnr_db:.2f} dB" for n, m in s.measured.items())
         for s in quantized.settled
     ]
-    return "\n".join([*lines, Recipe.model_validate(data).to_yaml()])
+    return "\n".join([*lines, recipe_text(quantized.recipe, base, out)])

@@ -10,7 +10,7 @@ from toolchain.errors import RecipeError
 from toolchain.formats.manifest import Geometry, Piece, Stage
 from toolchain.models.family import Configs, Definition, EagerModels, ModelFamily, PromptPreparation
 from toolchain.models.open_sora_v1_2.prompts import suffixes
-from toolchain.models.open_sora_v1_2.timesteps import timesteps
+from toolchain.models.open_sora_v1_2.timesteps import timesteps, transform_ratio
 from toolchain.models.open_sora_v1_2.vae_config import OpenSoraVAEConfig, chunk_functions
 
 if TYPE_CHECKING:
@@ -44,7 +44,13 @@ class OpenSoraV12(ModelFamily):
             width=video.width,
             frames=video.frames,
             discrete=sampler.discrete_timesteps,
+            scale=sampler.transform_scale,
         )
+
+    def transform_ratio(self, recipe: Recipe) -> float:
+        """The ratio by which a recipe's timesteps are transformed, its ``transform_scale`` included."""
+        v = recipe.video
+        return transform_ratio(v.height, v.width, v.frames, scale=recipe.sampler.transform_scale)
 
     def geometry(self, recipe: Recipe, configs: Configs) -> Geometry:
         video, vae = recipe.video, _vae_config(configs)

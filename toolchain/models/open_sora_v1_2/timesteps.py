@@ -21,6 +21,7 @@ def timesteps(
     dtype: str = "float32",
     discrete: bool = False,
     transform: bool = True,
+    scale: float = 1.0,
     num_train_timesteps: int = NUM_TRAIN_TIMESTEPS,
 ) -> tuple[float, ...]:
     """The official sampler's timesteps, newest noise first: ``steps`` float32 values from 1000 down.
@@ -33,6 +34,7 @@ def timesteps(
             width and frames, the model's. It shifts the values slightly.
         discrete: round to whole timesteps before the transform (the phone app does; official default: no).
         transform: spend more steps at high noise for large videos (official default).
+        scale: of the transform's ratio (official default: 1); see :func:`transform_ratio`.
         num_train_timesteps: the timestep that is pure noise.
 
     Raises:
@@ -47,7 +49,7 @@ def timesteps(
     linear = [float32(round(t) if discrete else t) for t in linear]
     if not transform:
         return tuple(linear)
-    ratio = _transform_ratio(height, width, frames, dtype)
+    ratio = transform_ratio(height, width, frames, dtype, scale)
     slope = round_to(ratio - 1.0, FORMATS[dtype])
     shifted = []
     for t in linear:
@@ -57,8 +59,14 @@ def timesteps(
     return tuple(shifted)
 
 
-def _transform_ratio(height: int, width: int, frames: int, dtype: str) -> float:
-    """r of the transform t' = r·t / (1 + (r - 1)·t), computed in ``dtype``: √(h·w / 512²) · √(latent frames)."""
+def transform_ratio(height: int, width: int, frames: int, dtype: str = "float32", scale: float = 1.0) -> float:
+    """r of the transform t' = r·t / (1 + (r - 1)·t), in ``dtype``: √(h·w / 512²) · √(latent frames) · ``scale``.
+
+    More than 1 spends more steps at high noise, less than 1 at low noise.
+
+    Raises:
+        RecipeError: the official ratio is not a number for this geometry.
+    """
     if 2 <= frames <= 16:
         raise RecipeError(
             f"frames is {frames}: the official timesteps are not a number for 2 to 16 frames; use 1 or at least 17"
@@ -73,4 +81,5 @@ def _transform_ratio(height: int, width: int, frames: int, dtype: str) -> float:
         )
     space = round_to(math.sqrt(round_to(pixels / BASE_PIXELS, to)), to)
     latent_frames = 1.0 if f == 1 else round_to(round_to(f // 17, to) * 5, to)
-    return round_to(space * round_to(math.sqrt(latent_frames), to), to)
+    ratio = round_to(space * round_to(math.sqrt(latent_frames), to), to)
+    return round_to(float32(ratio * float32(scale)), to)
