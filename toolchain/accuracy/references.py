@@ -48,9 +48,13 @@ class _Watched(fx.Interpreter):
 
 def run_eager(block: Block, function: str, weights: Weights, inputs: Mapping[str, torch.Tensor]) -> Case:
     """A function of ``block`` in PyTorch; ``inputs`` by port."""
-    watched = _Watched(block.module(block.own_function(function), weights))
+    module = block.module(block.own_function(function), weights)
+    watched = _Watched(module)
     with torch.no_grad():
         results = watched.run(*(inputs[p.name] for p in block.inputs))
+    for part in module.modules():  # it is in cycles, and would hold its weights until these are looked for
+        part._parameters.clear()
+        part._buffers.clear()
     outputs = dict(zip((p.name for p in block.outputs), results, strict=True))
     return Case(function, dict(inputs), outputs, watched.ranges)
 

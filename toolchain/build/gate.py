@@ -170,7 +170,7 @@ class ComponentGate:
         cases = [stored_case(plain, case, weights) for case in exact] if block.quantized else exact
         every = self._recipe.gate.mode == "every"
         if not every:
-            weights = {}  # the engine expands the same ones, half a gigabyte of a table of words
+            weights = {}  # the engine expands the same ones: half a gigabyte of a table of words
         accuracy = measure(block, functions, engine, cases, limit)
         if every:
             chosen = goldens.golden_cases(block, plain, functions, cases, weights)
