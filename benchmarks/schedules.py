@@ -6,7 +6,7 @@ Searches on prompts that the model was trained on (`sora-compile tune`), and mak
 ``benchmarks/quality.py``, with each seed. All in PyTorch in float32: a bundle plays the same schedule to 80 dB or so.
 Times are the planner's, of a whole video, on a device whose calls and loads have no overhead: the miniature's blocks
 are so small that overheads would make a step that reuses them cost a fifth of one that does not, where at Open-Sora's
-sizes it is a hundredth (``--device`` names another). PSNR is against the same seed's full schedule; what a
+sizes it costs next to nothing (``--device`` names another). PSNR is against the same seed's full schedule; what a
 video shows is read off its frames.
 
 At 64 x 64 the official transform of timesteps has the ratio 0.28, which flatters everything that is left out late. At

@@ -30,7 +30,7 @@ GOLDEN_VIDEOS: Final = 4
 """How many videos of the golden prompt are made where no other prompts are given."""
 SHARES: Final = (1.0, 2 / 3, 0.5)
 """Bases have so many of the recipe's steps."""
-MARGIN_DB: Final = 1.0
+MARGIN_DB: Final = 3.0
 """What one video says may be so far from what all say."""
 BETWEEN: Final = 3
 """How many more schedules are looked for about a goal."""
