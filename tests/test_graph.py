@@ -7,7 +7,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -54,6 +56,26 @@ def graph(small_config: STDiT3Config) -> Graph:
 
 
 # --- capture -----------------------------------------------------------------------------------------
+
+
+def test_other_threads_run_modules_and_capture_meanwhile(graph: Graph, small_config: STDiT3Config) -> None:
+    """torch.fx replaces the call of every module while it traces."""
+    expected, done = graph_text(graph), threading.Event()
+    linear, x = nn.Linear(2, 2), torch.ones(2)
+    wanted = linear(x)
+
+    def run() -> None:
+        while not done.is_set():
+            assert torch.equal(linear(x), wanted)
+
+    with ThreadPoolExecutor(3) as threads:
+        running = threads.submit(run)
+        captures = [threads.submit(captured, small_config) for _ in range(8)]
+        try:
+            assert [graph_text(c.result()) for c in captures] == [expected] * 8
+        finally:
+            done.set()
+        running.result()
 
 
 def test_every_module_call_is_a_leaf(graph: Graph) -> None:

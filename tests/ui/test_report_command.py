@@ -97,12 +97,12 @@ def endless(bundle: Path, trace: Path) -> None:
 
 
 def damage(bundle: Path, trace: Path) -> None:
-    with (bundle / "transformer/final.pte").open("ab") as file:
+    with (bundle / "transformer/final/weights.bin").open("ab") as file:
         file.write(b"x")
 
 
 WRONG: dict[str, tuple[Callable[[Path, Path], None], int, str]] = {
-    "damaged": (damage, 2, "'b': 'transformer/final.pte' is not what was built (checksum)"),
+    "damaged": (damage, 2, "'b': 'transformer/final/weights.bin' is not what was built (checksum)"),
     "no bundle": (lambda bundle, trace: shutil.rmtree(bundle), 2, "'b' is not a bundle"),
     "no trace": (lambda bundle, trace: trace.unlink(), 6, "--trace t.json: cannot be read: No such file"),
     "not JSON": (write("{"), 2, "--trace t.json: is not a trace"),

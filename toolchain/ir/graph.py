@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar, cast, get_args
@@ -158,8 +159,21 @@ class LoweredForm(nn.Module):
         raise NotImplementedError
 
 
+_one_at_a_time = threading.Lock()
+"""While it traces, torch.fx replaces how modules are called, in all threads; two tracers would undo one another."""
+
+
 class _LeafTracer(fx.Tracer):
     proxy_buffer_attributes = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self._thread:  # another thread's module, which is being run
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, Leaf) or super().is_leaf_module(m, module_qualified_name)
@@ -176,7 +190,8 @@ def capture(form: LoweredForm) -> Graph:
         raise LoweringError(f"{form.component}: build the model under torch.device('meta') to capture it")
     tracer = _LeafTracer()
     tracer.traced_func_name = form.entry
-    graph = tracer.trace(form)
+    with _one_at_a_time:
+        graph = tracer.trace(form)
     gm = fx.GraphModule(form, graph, class_name=type(form).__name__)
     inputs = form.inputs()
     output = output_node(gm)
