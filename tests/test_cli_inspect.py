@@ -45,19 +45,22 @@ def spoil_manifest(change: Callable[[dict[str, Any]], object]) -> Ruin:
 
 
 def tamper(bundle: Path) -> None:
-    path = bundle / "transformer" / "final.pte"
+    path = bundle / "transformer" / "final" / "weights.bin"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
 
 
 DAMAGES: dict[str, tuple[Ruin, str]] = {
-    "one bit": (tamper, r"'transformer/final\.pte' is not what was built \(checksum\)"),
+    "one bit": (tamper, r"'transformer/final/weights\.bin' is not what was built \(checksum\)"),
     "longer": (
-        lambda b: (b / "transformer" / "final.pte").open("ab").write(b"x"),
-        r"'transformer/final\.pte' is not w",
+        lambda b: (b / "transformer" / "final" / "weights.bin").open("ab").write(b"x"),
+        r"'transformer/final/weights\.bin' is not w",
     ),
-    "missing block": (lambda b: (b / "transformer" / "embed.pte").unlink(), r"'transformer/embed\.pte' is missing"),
+    "missing block": (
+        lambda b: (b / "transformer" / "embed" / "base.onnx").unlink(),
+        r"'transformer/embed/base\.onnx' is missing",
+    ),
     "missing recipe": (lambda b: (b / "recipe.yaml").unlink(), r"'recipe\.yaml' is missing"),
     "no manifest": (lambda b: (b / "manifest.json").unlink(), r"is not a bundle: no readable manifest\.json"),
     "empty manifest": (lambda b: (b / "manifest.json").write_text(""), r"manifest\.json' is damaged: "),

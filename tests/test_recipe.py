@@ -319,7 +319,7 @@ def recipe_file(tmp_path: Path, recipe_data: dict[str, Any]) -> Path:
         ("sampler.leap=null", "sampler.leap", None),
         ("name=a = b", "name", "a = b"),
         ("target=coreml", "target", "coreml"),
-        ("target.precision=float32", "target", {"name": "executorch", "precision": "float32"}),
+        ("target.precision=float32", "target", {"name": "onnx", "precision": "float32"}),
         ("target={name: coreml, precision: float32}", "target", {"name": "coreml", "precision": "float32"}),
         ("gate.max_relative_error.float32=0.5", "gate.max_relative_error", {"float32": 0.5}),
         ("transformer.passes=[token-merge]", "transformer.passes", ["token-merge"]),

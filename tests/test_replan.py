@@ -110,11 +110,11 @@ def test_a_bundle_of_before_there_was_a_run(bundle: Bundle, run_cli: Any, tmp_pa
 
 
 def test_a_damaged_bundle_is_not_measured(bundle: Bundle, run_cli: Any, tmp_path: Path) -> None:
-    with (bundle.path / "transformer/final.pte").open("ab") as file:
+    with (bundle.path / "transformer/final/weights.bin").open("ab") as file:
         file.write(b"x")
     ran = run_cli("calibrate", "bundle", "-o", "c.yaml", cwd=tmp_path)
     assert (ran.code, ran.out) == (2, "")
-    assert "'transformer/final.pte' is not what was built (checksum)" in ran.err
+    assert "'transformer/final/weights.bin' is not what was built (checksum)" in ran.err
     assert not (tmp_path / "c.yaml").exists()
 
 

@@ -91,9 +91,9 @@ def test_a_video_that_reuses_is_followed() -> None:
     found = planned("tiny", "sampler.steps=8", "sampler.leap=null", f"sampler.reuse={asked}", "memory_budget=6MB")
     data = manifest_of(found)
     assert found.loading.timeline.peak_bytes <= follow(data) <= 6_000_000
-    calls = [b.partition("/")[2] for b, _ in calls_of(data)]
-    assert [calls.count(f"pair_{i}") for i in range(4)] == [5, 3, 3, 5]
-    assert calls.count("embed") == calls.count("final") == 8
+    calls = [b for b, _ in calls_of(data)]
+    assert [calls.count(f"transformer/pair_{i}") for i in range(4)] == [5, 3, 3, 5]
+    assert calls.count("transformer/embed") == calls.count("transformer/final") == 8
     assert found.loading.planned.bound_s <= found.loading.timeline.total_s <= found.loading.planned.paper_s
 
 
