@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import toolchain
-from benchmarks.quality import Video, figures, prompts
+from benchmarks.quality import COLUMNS, Video, figures, prompts
 from toolchain.accuracy.eager import EagerPipeline
 from toolchain.formats.recipe_file import find_recipe
 
@@ -34,9 +34,6 @@ OPTIONS = {
     "layers 2 and 3, linear": "layers: {first: 2}, unmerge: linear",
     "cross-attention, linear": "where: [cross_attention], unmerge: linear",
 }
-COLUMNS = {"shape": "{:.1%}", "colour": "{:.1%}", "background": "{:.1%}", "axis": "{:.1%}", "sign": "{:.1%}"}
-COLUMNS |= {"size": "{:.1%}", "speed": "{:.1%}", "psnr": "{:.1f}", "ssim": "{:.3f}", "flicker": "{:.4f}"}
-COLUMNS |= {"motion": "{:.4f}"}
 
 
 def pipeline(options: str | None, merged: int, scale: float) -> EagerPipeline:

@@ -179,6 +179,18 @@ def merge_in_place(model: Any, where: tuple[str, ...], frames: int) -> list[Any]
     return hooks
 
 
+def beside_hooked(graph: Graph, form: LoweredSTDiT3, args: list[torch.Tensor], hooks: list[Any]) -> list[torch.Tensor]:
+    """What the eager model gives with ``hooks``, which are removed, and the graph's functions merged and base."""
+    try:
+        with torch.no_grad():
+            wanted, _ = getattr(form, form.entry)(*args)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    with torch.no_grad():
+        return [wanted, *(Recorder(graph, function, form).run(*args)[0] for function in ("merged", "base"))]
+
+
 @settings(max_examples=6, deadline=None)
 @given(
     frames=st.integers(1, 6),
@@ -196,16 +208,7 @@ def test_merged_is_the_model_with_merged_attention(small_model: Any, frames: int
     args[3] = (args[3] > 0.3).float()
     if conditions:
         args[5] = args[5].round()
-    hooks = merge_in_place(small_model, where, frames)
-    try:
-        with torch.no_grad():
-            wanted, _ = getattr(form, form.entry)(*args)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    with torch.no_grad():
-        got, _ = Recorder(graph, "merged", form).run(*args)
-        plain, _ = Recorder(graph, "base", form).run(*args)
+    wanted, got, plain = beside_hooked(graph, form, args, merge_in_place(small_model, where, frames))
     assert (got - wanted).norm() <= 1e-5 * wanted.norm()
     assert frames == 1 or (got - plain).norm() > 1e-3 * plain.norm()
 

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from test_token_merge import SIZES, TSC, Attend, Layout, Recorder, by_keyword, captured, streams
+from test_token_merge import SIZES, TSC, Attend, Layout, beside_hooked, by_keyword, captured, streams
 
 from passes.token_merge import (
     LayerRange,
@@ -113,15 +113,7 @@ def test_merged_is_the_model_with_merged_attention(small_model: Any, frames: int
             return naive_linear(out, frames, odd)
 
         hooks += [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
-    try:
-        with torch.no_grad():
-            wanted, _ = getattr(form, form.entry)(*args)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    with torch.no_grad():
-        got, _ = Recorder(graph, "merged", form).run(*args)
-        plain, _ = Recorder(graph, "base", form).run(*args)
+    wanted, got, plain = beside_hooked(graph, form, args, hooks)
     assert (got - wanted).norm() <= 1e-5 * wanted.norm()
     assert frames == 2 or (got - plain).norm() > 1e-4 * plain.norm()
 

@@ -278,6 +278,18 @@ def test_a_plan_over_its_budget_is_refused() -> None:
 # --- calls that are left out -------------------------------------------------------------------------
 
 
+def decode(loader: Loader, run: Run) -> None:
+    """The last calls of :func:`small`."""
+    loader.enter("vae")
+    for call in run.phases[-1].calls * 2:
+        loader.call(call.block, call.function, NOTHING)
+
+
+def stayed_within(budget: int, trace: Trace) -> None:
+    assert max(b for _, b in trace.memory) <= budget
+    assert trace.memory[-1][1] == 0
+
+
 @pytest.mark.parametrize("budget", [13, 23, 33, 43, 110])
 @pytest.mark.parametrize("steps", range(4))
 @pytest.mark.parametrize("load_s", [0.0, 0.003])
@@ -294,12 +306,9 @@ def test_steps_that_are_left_out(budget: int, steps: int, load_s: float) -> None
             loader.enter("net")
         for call in calls:
             loader.call(call.block, call.function, NOTHING)
-        loader.enter("vae")
-        for call in run.phases[-1].calls * 2:
-            loader.call(call.block, call.function, NOTHING)
+        decode(loader, run)
     assert storage.alive == set()
-    assert max(b for _, b in trace.memory) <= budget
-    assert trace.memory[-1][1] == 0
+    stayed_within(budget, trace)
     played = loader.played()
     assert played.calls == 1 + 7 * steps + 4
     assert played.loads == len(storage.opened) <= sum(isinstance(e, Load) for e in plan.events())
@@ -325,12 +334,9 @@ def test_blocks_of_steps_that_are_left_out(budget: int, left_out: set[int], load
                 for i in range(1, 6):
                     loader.call(f"net/b{i}", "base", NOTHING)
             loader.call("net/b6", "base", NOTHING)
-        loader.enter("vae")
-        for call in run.phases[-1].calls * 2:
-            loader.call(call.block, call.function, NOTHING)
+        decode(loader, run)
     assert storage.alive == set()
-    assert max(b for _, b in trace.memory) <= budget
-    assert trace.memory[-1][1] == 0
+    stayed_within(budget, trace)
     played = loader.played()
     assert played.calls == 1 + 7 * 4 - 5 * len(left_out) + 4
     planned = sum(isinstance(e, Load) for e in plan.events())

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from toolchain.build.budget import Point, Settled
+from toolchain.ui.plot import ALIKE, CURVE, HEIGHT, LEFT, MEASURED, WIDTH, Axes
 
 if TYPE_CHECKING:
     from PIL import Image
 
-WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 900, 560, 60, 40, 30, 60
-CURVE, MEASURED, ALIKE, GRID = "#1f6fb4", "#c0392b", "#555555", "#dddddd"
 LOWEST_DB = -5.0
 """Worse than that is no picture any more."""
 
@@ -43,25 +42,15 @@ def _drawn(settled: Settled) -> Image.Image:
     sizes, worths = [p.bytes / unit for p in shown], [min(p.sqnr_db, 150.0) for p in shown]
     # the last steps of the curve, where next to nothing is quantized, would leave no room for the others
     highest = max(70.0, measured.sqnr_db + 5, *(p.sqnr_db for p in alike)) if alike else max(worths)
-    low, high = wide(min(worths), min(highest, max(worths)))
-    least, most = wide(min(sizes), max(sizes))
+    axes = Axes.around(sizes, worths, highest)
 
     def place(point: Point) -> tuple[float, float]:
-        x = LEFT + (point.bytes / unit - least) / (most - least) * (WIDTH - LEFT - RIGHT)
-        y = TOP + (high - min(point.sqnr_db, high)) / (high - low) * (HEIGHT - TOP - BOTTOM)
-        return x, y
+        return axes.place(point.bytes / unit, min(point.sqnr_db, axes.high))
 
     picture = Image.new("RGB", (WIDTH, HEIGHT), "white")
     pen = ImageDraw.Draw(picture)
-    for db in ticks(low, high):
-        y = TOP + (high - db) / (high - low) * (HEIGHT - TOP - BOTTOM)
-        pen.line([(LEFT, y), (WIDTH - RIGHT, y)], fill=GRID)
-        pen.text((LEFT - 8, y), f"{db:g}", fill="black", font_size=13, anchor="rm")
-    for size in ticks(least, most):
-        x = LEFT + (size - least) / (most - least) * (WIDTH - LEFT - RIGHT)
-        pen.line([(x, TOP), (x, HEIGHT - BOTTOM)], fill=GRID)
-        pen.text((x, HEIGHT - BOTTOM + 8), f"{size:g}", fill="black", font_size=13, anchor="mt")
-    pen.line([place(p) for p in curve if p.sqnr_db <= high], fill=CURVE, width=2)
+    axes.draw(pen)
+    pen.line([place(p) for p in curve if p.sqnr_db <= axes.high], fill=CURVE, width=2)
     below = -math.inf  # where the last name stands: those of points close together go one below the other
     for point in sorted(alike, key=lambda p: -p.sqnr_db):
         x, y = place(point)
@@ -81,16 +70,3 @@ def _drawn(settled: Settled) -> Image.Image:
 
 def _unit(largest: float) -> tuple[float, str]:
     return next(((u, n) for u, n in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if largest >= u), (1.0, "bytes"))
-
-
-def wide(low: float, high: float) -> tuple[float, float]:
-    """A range with a little room at both ends."""
-    room = 0.05 * (high - low) or 1.0
-    return low - room, high + room
-
-
-def ticks(low: float, high: float) -> list[float]:
-    """Round numbers, from five to ten or so."""
-    step = 10 ** math.floor(math.log10((high - low) / 5))
-    step *= next(m for m in (1, 2, 5, 10) if (high - low) / (step * m) <= 10)
-    return [step * n for n in range(math.ceil(low / step), math.floor(high / step) + 1)]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from toolchain.accuracy.golden_video import SAME_DB
 from toolchain.build.tuning import Tried, Tuned
-from toolchain.ui.curve import ALIKE, BOTTOM, CURVE, GRID, HEIGHT, LEFT, MEASURED, RIGHT, TOP, WIDTH, ticks, wide
+from toolchain.ui.plot import ALIKE, CURVE, HEIGHT, LEFT, MEASURED, WIDTH, Axes
 
 
 def draw_front(tuned: Tuned, path: Path) -> None:
@@ -24,27 +24,14 @@ def draw_front(tuned: Tuned, path: Path) -> None:
     title = f"PSNR against the full schedule ({tuned.full.seconds:.4g} s) in dB, by predicted seconds of a video"
     pen.text((LEFT, 12), title, fill="black", font_size=15)
     if shown:
-        low, high = wide(min(t.psnr_db for t in shown), max(t.psnr_db for t in shown))
-        least, most = wide(min(t.seconds for t in shown), max(t.seconds for t in shown))
-
-        def place(seconds: float, db: float) -> tuple[float, float]:
-            x = LEFT + (seconds - least) / (most - least) * (WIDTH - LEFT - RIGHT)
-            return x, TOP + (high - db) / (high - low) * (HEIGHT - TOP - BOTTOM)
-
-        for db in ticks(low, high):
-            _, y = place(least, db)
-            pen.line([(LEFT, y), (WIDTH - RIGHT, y)], fill=GRID)
-            pen.text((LEFT - 8, y), f"{db:g}", fill="black", font_size=13, anchor="rm")
-        for seconds in ticks(least, most):
-            x, _ = place(seconds, low)
-            pen.line([(x, TOP), (x, HEIGHT - BOTTOM)], fill=GRID)
-            pen.text((x, HEIGHT - BOTTOM + 8), f"{seconds:g}", fill="black", font_size=13, anchor="mt")
-        pen.line([place(t.seconds, t.psnr_db) for t in front], fill=CURVE, width=2)
+        axes = Axes.around([t.seconds for t in shown], [t.psnr_db for t in shown])
+        axes.draw(pen)
+        pen.line([axes.place(t.seconds, t.psnr_db) for t in front], fill=CURVE, width=2)
         for t in front:
-            x, y = place(t.seconds, t.psnr_db)
+            x, y = axes.place(t.seconds, t.psnr_db)
             pen.ellipse([x - 3, y - 3, x + 3, y + 3], fill=CURVE)
         for t, name, color in marked:
-            x, y = place(t.seconds, t.psnr_db)
+            x, y = axes.place(t.seconds, t.psnr_db)
             pen.ellipse([x - 5, y - 5, x + 5, y + 5], fill=color)
             pen.text((x + 9, y + 9), f"{name}: {t.psnr_db:.1f} dB", fill=color, font_size=13, anchor="lm")
     picture.save(path, format="PNG", optimize=True)
