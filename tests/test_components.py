@@ -16,7 +16,7 @@ import yaml
 import toolchain
 from benchmarks import synthetic
 from toolchain.accuracy import metrics as gate
-from toolchain.accuracy.references import References, run_eager
+from toolchain.accuracy.references import References, every_run, run_eager
 from toolchain.build.pinning import pin, pinned_recipe
 from toolchain.errors import RecipeError
 from toolchain.formats.recipe import Recipe
@@ -379,7 +379,8 @@ def test_the_encoder_and_the_decoder_have_references(source: Path) -> None:
             generator = torch.Generator().manual_seed(run)
             return {spec.name: family_of(recipe).sample_input(spec, generator) for spec in graph.inputs_of(function)}
 
-        references = References(blocks, list(graph.functions), inputs, 2, {}, lambda b: BlockWeights(b, checkpoint, {}))
+        runs = every_run(graph.functions, 2)
+        references = References(blocks, runs, inputs, {}, lambda b: BlockWeights(b, checkpoint, {}))
         for block in blocks:
             cases = references.cases(block.name)
             assert [c.function for c in cases] == [f for f in graph.functions for _ in range(2)]

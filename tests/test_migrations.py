@@ -48,7 +48,7 @@ def manifest(tmp_path: Path) -> Manifest:
 
 def test_it_is_of_todays_version(manifest: Manifest) -> None:
     assert OLD["format_version"] == 1
-    assert manifest.format_version == FORMAT_VERSION == 5
+    assert manifest.format_version == FORMAT_VERSION == 6
     assert Manifest.model_validate(manifest.model_dump(mode="json")) == manifest
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,8 @@ from toolchain.models.family import ModelFamily
 
 Weights = Mapping[str, torch.Tensor]
 Values = dict[str, torch.Tensor]
+Run = tuple[str, int]
+"""A function of a component, and the number of the inputs that it is run on."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,11 @@ class _Watched(fx.Interpreter):
             low, high = result.aminmax()
             self.ranges[n.name] = float(low), float(high)
         return result
+
+
+def every_run(functions: Iterable[str], inputs: int) -> list[Run]:
+    """Every function on each of so many inputs."""
+    return [(function, number) for function in functions for number in range(inputs)]
 
 
 def run_eager(block: Block, function: str, weights: Weights, inputs: Mapping[str, torch.Tensor]) -> Case:
@@ -90,71 +97,79 @@ def sample_inputs(
 class References:
     """A graph's blocks run eagerly one after the other, each on what those before it gave.
 
-    Every function is run on several seeded inputs. Holds activations only, and only until their last use; runs
-    nothing before it is asked for, and each block once.
+    Each run goes through the blocks by itself. A block may be left out of it (:meth:`only`); the first block of its
+    structure then stands in for it, since blocks of one structure take and give values of the same kind. Holds
+    activations only, and only until their last use; runs nothing before it is asked for, and each block once.
 
     Args:
-        blocks: the graph's blocks, not legalised, in order; with ``representatives`` those alone are run.
-        functions: of the graph.
+        blocks: the graph's blocks, not legalised, in order.
+        runs: all that there are.
         inputs: the component's inputs for a function and the number of a run.
-        runs: how many inputs a function is run on.
         tables: values known at build time.
         weights: reads a block's weights.
-        representatives: block → the block that stands for it in the chain. Blocks of one structure take and give
-            values of the same kind, so one may feed what another would.
+        first: block → the first one of its structure; each is its own where it is None.
     """
 
     def __init__(
         self,
         blocks: Sequence[Block],
-        functions: Sequence[str],
+        runs: Sequence[Run],
         inputs: Callable[[str, int], Values],
-        runs: int,
         tables: Mapping[str, torch.Tensor],
         weights: Callable[[Block], Weights],
-        representatives: Mapping[str, str] | None = None,
+        first: Mapping[str, str] | None = None,
     ) -> None:
-        stand_in = representatives or {b.name: b.name for b in blocks}
-        self._chain = [b for b in blocks if stand_in[b.name] == b.name]
-        self._stand_in = stand_in
-        self._weights = weights
+        self._blocks, self._weights, self._first = blocks, weights, first or {}
+        self._order = {b.name: i for i, b in enumerate(blocks)}
+        self._runs: dict[str, Sequence[Run]] = {b.name: runs for b in blocks}
         self._done = 0
-        self._cases: dict[str, tuple[Case, ...]] = {}
-        self._values: dict[tuple[str, int], Values] = {}
-        self._start: Callable[[], dict[tuple[str, int], Values]] = lambda: {
+        self._cases: tuple[Case, ...] = ()
+        self._values: dict[Run, Values] = {}
+        self._start: Callable[[], dict[Run, Values]] = lambda: {
             (f, k): {f"inputs.{n}": v for n, v in inputs(f, k).items()} | {f"tables.{n}": v for n, v in tables.items()}
-            for f in functions
-            for k in range(runs)
+            for f, k in runs
         }
-        self._last_use = {self._source(s): i for i, b in enumerate(self._chain) for s in b.sources.values()}
+        self._last_use = {
+            source: i
+            for i, b in enumerate(blocks)
+            for own in b.sources.values()
+            for source in (own, self._stood_in(own))
+        }
+
+    def only(self, name: str, runs: Sequence[Run]) -> None:
+        """Leave a block out of all but some runs; to be said before it, or one after it, is asked for."""
+        assert self._order[name] >= self._done
+        self._runs[name] = runs
 
     def cases(self, name: str) -> tuple[Case, ...]:
-        """All runs of a block of the chain: every function on every input. To be asked for in order, once.
+        """All runs of a block, in the order in which they were given. To be asked for in the order of blocks.
 
         Raises:
-            KeyError: the block stands for nobody, or its turn is over.
+            KeyError: there is no such block, or its turn is over.
         """
-        order = {b.name: i for i, b in enumerate(self._chain)}
+        if self._done > self._order[name] + 1:
+            raise KeyError(name)
         if not self._values:
             self._values = self._start()
-        while self._done <= order[name]:
-            self._cases = {self._chain[self._done].name: self._run(self._chain[self._done])}
+        while self._done <= self._order[name]:
+            self._cases = self._run(self._blocks[self._done])
             self._done += 1
-        return self._cases[name]
+        return self._cases
 
     def _run(self, block: Block) -> tuple[Case, ...]:
-        weights = dict(self._weights(block))
+        weights = dict(self._weights(block)) if self._runs[block.name] else {}
         cases = []
-        for (function, _), values in self._values.items():
-            inputs = {p.name: values[self._source(block.sources[p.name])] for p in block.inputs}
-            case = run_eager(block, function, weights, inputs)
+        for run in self._runs[block.name]:
+            values = self._values[run]
+            given = {port: own if own in values else self._stood_in(own) for port, own in block.sources.items()}
+            case = run_eager(block, run[0], weights, {p.name: values[given[p.name]] for p in block.inputs})
             values |= {f"{block.name}.{k}": v for k, v in case.outputs.items()}
-            for source in [s for s in values if self._last_use.get(s, len(self._chain)) <= self._done]:
+            for source in [s for s in values if self._last_use.get(s, len(self._blocks)) <= self._done]:
                 del values[source]
             cases.append(case)
         return tuple(cases)
 
-    def _source(self, source: str) -> str:
-        """Where a value comes from in the chain: a block that is not in it is stood in for."""
+    def _stood_in(self, source: str) -> str:
+        """Where a value is taken from in a run that the block which gives it is left out of."""
         block, _, port = source.partition(".")
-        return f"{self._stand_in.get(block, block)}.{port}"
+        return f"{self._first.get(block, block)}.{port}"

@@ -132,7 +132,7 @@ def _block(
 ) -> Iterator[Check]:
     assert golden.accuracy is not None
     engine = open_engine(bundle, component, block, target)
-    for function, found in goldens.run(path, signatures(block), block.functions, engine, 0.0).items():
+    for function, found in goldens.run(path, signatures(block), list(golden.accuracy), engine, 0.0).items():
         built = golden.accuracy[function]
         price = golden.quantization[function].relative_error if golden.quantization else None
         yield Check(component, block.name, function, found.relative_error, built.relative_error, built.limit, price)

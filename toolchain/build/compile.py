@@ -167,10 +167,7 @@ def _component(
         artifact = artifacts.artifact(name, block)
         if artifact.meta.get("unbound"):
             listener.remark(f"block '{block.name}' and its like are lowered one by one: {artifact.meta['unbound']}")
-        passed = None
-        if gate is not None and gate.needs(pair, artifact):
-            listener.working(name, block.name, "execute")
-            passed = gate.hold(pair, artifact)
+        passed = None if gate is None else gate.hold(pair, artifact)
         files = place_artifact(artifact, folder / name / f"{block.name}{plan.target.suffix}", folder)
         goldens = place_goldens(passed, folder / GOLDENS / name / f"{block.name}.safetensors", folder)
         listener.finished(name, block.name, None if passed is None else passed.accuracy)

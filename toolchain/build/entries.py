@@ -173,7 +173,7 @@ def manifest(
     """The whole bundle."""
     build, recipe, target = planned.resolved, planned.recipe, planned.target
     mode: GateMode = recipe.gate.mode
-    if mode == "every" and any(b.accuracy is None for c in components.values() for b in c.blocks):
+    if mode in ("every", "release") and any(b.accuracy is None for c in components.values() for b in c.blocks):
         mode = "interface"
     precisions = {plan.target.arithmetic(b) for plan in planned.components.values() for b in plan.blocks}
     return m.Manifest(
@@ -189,7 +189,7 @@ def manifest(
         gate=m.Gate(
             mode=mode,
             seed=recipe.gate.seed,
-            inputs={"every": recipe.gate.inputs, "structure": 1}.get(mode, 0),
+            inputs={"every": recipe.gate.inputs, "release": recipe.gate.inputs, "structure": 1}.get(mode, 0),
             limits={
                 p: recipe.gate.max_relative_error[p] for p in sorted(precisions) if p in recipe.gate.max_relative_error
             },

@@ -11,12 +11,13 @@ import torch
 
 from toolchain.accuracy import goldens
 from toolchain.accuracy.metrics import compare, measure, require, require_price, worst
-from toolchain.accuracy.references import Case, References, Weights, sample_inputs, stored_case
+from toolchain.accuracy.references import Case, References, Run, Weights, every_run, sample_inputs, stored_case
 from toolchain.build.artifacts import ARTIFACT_STEM, Builder
 from toolchain.build.tables import table_digests
 from toolchain.errors import AccuracyError, LoweringError, RecipeError
 from toolchain.formats import manifest as m
 from toolchain.formats.recipe import QUANTIZATION_DEFAULT, Recipe
+from toolchain.formats.schedule import BASE
 from toolchain.ir.blocks import Block, BlockPair, scales
 from toolchain.ir.dtypes import FLOAT16_MAX
 from toolchain.ir.feeds import Timestep
@@ -56,60 +57,56 @@ class ComponentGate:
         self._planned = planned
         self._table_digests = table_digests(tables)
         self._price_limit = planned.recipe.gate.max_quantization_error.get(builder.plan.name, QUANTIZATION_DEFAULT)
-        self._pairs = {pair.name: pair for pair in builder.plan.pairs}
-        self._stand_in = self._representatives()
+        self._graphs = {name: graph for graph in builder.plan.graphs for name in graph.blocks()}
+        self._first: dict[str, str] = {}
         self._references: dict[str, References] = {}
         self._chain: dict[str, list[Any]] = {}
+        """What decides a block's activations, by block: itself and what was executed before it."""
         for graph in builder.plan.graphs:
-            names = graph.blocks()
-            references = self._start(graph)
-            chain: list[Any] = []
-            for name in names:
-                if self._stand_in[name] == name:
-                    exact = self._pairs[name].plain.unrounded()
-                    chain = [*chain, [name, exact.structure(), builder.weights_digest(exact)]]
-                self._references[name] = references
-                self._chain[name] = chain
+            self._start(graph, [pair for pair in builder.plan.pairs if self._graphs[pair.name] is graph])
 
-    def _representatives(self) -> dict[str, str]:
-        """Block → the block that is executed for it; with gate ``every`` each for itself."""
-        if self._recipe.gate.mode == "every" or self._builder.direct:
-            return {name: name for name in self._pairs}
-        first: dict[tuple[str, str], str] = {}
-        return {
-            pair.name: first.setdefault((pair.lowered.structure(), pair.plain.structure()), pair.name)
-            for pair in self._pairs.values()
-        }
-
-    def _start(self, graph: Graph) -> References:
-        names = set(graph.blocks())
+    def _start(self, graph: Graph, pairs: Sequence[BlockPair]) -> None:
+        seen: dict[tuple[str, str], str] = {}
+        for pair in pairs:
+            self._first[pair.name] = seen.setdefault((pair.lowered.structure(), pair.plain.structure()), pair.name)
         inputs = sample_inputs(graph, self._family, self._recipe.gate.seed, stretches(graph, self._planned))
-        blocks = tuple(pair.plain.unrounded() for pair in self._pairs.values() if pair.name in names)
-        functions = tuple(graph.functions)
-        stand_in = {name: self._stand_in[name] for name in names}
-        return References(blocks, functions, inputs, self._runs, self._tables, self._builder.weights, stand_in)
+        blocks = [pair.plain.unrounded() for pair in pairs]
+        runs, first = self._every_run(graph), {pair.name: self._first[pair.name] for pair in pairs}
+        references = References(blocks, runs, inputs, self._tables, self._builder.weights, first)
+        chain: list[Any] = []
+        for pair in pairs:
+            self._references[pair.name], self._chain[pair.name] = references, chain
 
-    @property
-    def _runs(self) -> int:
-        """On how many inputs a function is executed; with gate ``structure`` once."""
-        return self._recipe.gate.inputs if self._recipe.gate.mode == "every" else 1
+    def _every_run(self, graph: Graph) -> list[Run]:
+        """All that a block can be executed on; with gate ``structure`` one input for each function."""
+        return every_run(graph.functions, 1 if self._recipe.gate.mode == "structure" else self._recipe.gate.inputs)
 
-    def needs(self, pair: BlockPair, artifact: Entry) -> bool:
-        """Whether the block is executed, or another one of its structure for it.
+    def _runs_of(self, pair: BlockPair, artifact: Entry) -> list[Run]:
+        """What a block is executed on, as the gate's mode says; nothing where another one is executed for it.
+
+        Blocks of one structure are one program, of which only the weights differ. So what their functions compute is
+        found out on the first of them, and on the others that their weights are the right ones.
 
         Raises:
-            LoweringError: another one was to be, but this one was lowered by itself, so its program may differ.
+            LoweringError: nothing was to be, but the block was lowered by itself, so its program may differ.
         """
-        needed = self._stand_in[pair.name] == pair.name
-        if not needed and artifact.meta.get("unbound"):
+        mode, every = self._recipe.gate.mode, self._every_run(self._graphs[pair.name])
+        alone = self._builder.direct or bool(artifact.meta.get("unbound"))
+        if mode == "release" or self._first[pair.name] == pair.name or (alone and mode == "every"):
+            return every
+        if mode == "every":
+            return [(BASE, 0)]
+        if self._builder.direct:
+            return every
+        if alone:
             raise LoweringError(
                 f"block '{pair.name}' cannot be stamped ({artifact.meta['unbound']}), so gate 'structure' cannot "
                 "vouch for it; use gate 'every'"
             )
-        return needed
+        return []
 
     def hold(self, pair: BlockPair, artifact: Entry) -> Passed | None:
-        """Execute a block's artifact, or take it from the store that it was.
+        """Execute a block's artifact, or take it from the store that it was. To be asked for every block, in order.
 
         With gate ``structure`` a program that was executed once is not executed again for another checkpoint. What
         was measured then is not this checkpoint's, so it is none of the bundle's, whose bytes shall not depend on
@@ -120,22 +117,19 @@ class ComponentGate:
 
         Raises:
             AccuracyError: names the block, the function, the figures and the step where it goes wrong.
+            LoweringError: the block cannot be vouched for, see :meth:`_runs_of`; or it fails when run.
         """
-        gate, every, block = self._recipe.gate, self._recipe.gate.mode == "every", pair.lowered
-        program: dict[str, Any] = {
-            "artifact": artifact.key,
-            "chain": self._chain[block.name],
-            "tables": self._table_digests,
-        }
-        if not (every or self._builder.direct):
-            program = {"template": self._builder.template_key(block), "plain": pair.plain.structure()}
-        # artifacts do not depend on the code that executes and measures them, but results do
-        code = code_digest("toolchain.build.gate", type(self._builder.plan.target).__module__)
-        graph = next(g for g in self._builder.plan.graphs if block.name in g.blocks())
-        inputs = [gate.seed, self._runs, *sorted(stretches(graph, self._planned).items())]
-        key = key_of(program | {"inputs": inputs, "code": code})
+        block, runs = pair.lowered, self._runs_of(pair, artifact)
+        self._references[block.name].only(block.name, runs)
+        if not runs:
+            return None
+        exact = pair.plain.unrounded()
+        self._chain[block.name].append([block.name, exact.structure(), self._builder.weights_digest(exact), runs])
+        self._listener.working(block.component, block.name, "execute")
+        thorough = runs == self._every_run(self._graphs[block.name])
+        key = self._key(pair, artifact, runs)
         try:
-            found = self._builder.store.get_or_make("gates", key, lambda folder: self._execute(pair, artifact, folder))
+            found = self._builder.store.get_or_make("gates", key, lambda folder: self._execute(pair, artifact, thorough, folder))
         except EngineUnavailableError as e:
             self._listener.remark(f"{self._builder.plan.target.name}: not executed: {e}")
             return None
@@ -152,30 +146,50 @@ class ComponentGate:
                 require_price(where, block.component, quantization[function])
         activations = {f: m.Activations(**a) for f, a in found.meta["activations"].items()}
         self._warn(block, activations)
-        return Passed(accuracy, quantization, activations, found.data / GOLDENS) if every else None
+        if self._recipe.gate.mode == "structure":
+            return None
+        return Passed(accuracy, quantization, activations, found.data / GOLDENS)
+
+    def _key(self, pair: BlockPair, artifact: Entry, runs: Sequence[Run]) -> str:
+        """What the store knows the result by: all that decides it."""
+        gate, graph = self._recipe.gate, self._graphs[pair.name]
+        program: dict[str, Any] = {
+            "artifact": artifact.key,
+            "chain": self._chain[pair.name],
+            "tables": self._table_digests,
+            "of": self._every_run(graph),
+        }
+        if gate.mode == "structure" and not self._builder.direct:
+            program = {"template": self._builder.template_key(pair.lowered), "plain": pair.plain.structure()}
+        # artifacts do not depend on the code that executes and measures them, but results do
+        code = code_digest("toolchain.build.gate", type(self._builder.plan.target).__module__)
+        inputs = [gate.seed, runs, *sorted(stretches(graph, self._planned).items())]
+        return key_of(program | {"inputs": inputs, "code": code})
 
     def _engine(self, block: Block, artifact: Entry) -> Engine:
         target = self._builder.plan.target
         return target.engine(artifact.data / f"{ARTIFACT_STEM}{target.suffix}", block.inputs, block.outputs)
 
-    def _execute(self, pair: BlockPair, artifact: Entry, folder: Path) -> NewEntry:
+    def _execute(self, pair: BlockPair, artifact: Entry, thorough: bool, folder: Path) -> NewEntry:
+        """``thorough``: on its goldens, too, where these are not among what it is run on anyway."""
         block, plain = pair.lowered, pair.plain
-        functions: Sequence[str] = artifact.meta["functions"]
         engine = self._engine(block, artifact)
         limit = self._limit(block)
         exact = self._references[block.name].cases(block.name)
+        ran = {case.function for case in exact}
+        functions = [f for f in artifact.meta["functions"] if f in ran]
         weights: Weights = self._builder.weights(plain, stored=block)
         if block.quantized:  # read once for all runs: reading means to encode and decode
             weights = dict(weights)
         cases = [stored_case(plain, case, weights) for case in exact] if block.quantized else exact
-        every = self._recipe.gate.mode == "every"
-        if not every:
+        has_goldens = self._recipe.gate.mode != "structure"
+        if not has_goldens:
             weights = {}  # the engine expands the same ones: half a gigabyte of a table of words
         accuracy = measure(block, functions, engine, cases, limit)
-        if every:
+        if has_goldens:
             chosen = goldens.golden_cases(block, plain, functions, cases, weights)
             goldens.write(folder / GOLDENS, block, chosen)
-            again = [f for f, (_, case) in chosen.items() if not any(case is c for c in cases)]
+            again = [f for f, (_, case) in chosen.items() if thorough and not any(case is c for c in cases)]
             on_goldens = goldens.run(folder / GOLDENS, block.signatures, again, engine, limit)
             accuracy = {f: worst([a, on_goldens.get(f, a)]) for f, a in accuracy.items()}
         release()

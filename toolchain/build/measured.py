@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from toolchain.accuracy.metrics import compare, decibels
-from toolchain.accuracy.references import Case, References, Weights, sample_inputs, stored_case
+from toolchain.accuracy.references import Case, References, Weights, every_run, sample_inputs, stored_case
 from toolchain.accuracy.sensitivity import inputs_each
 from toolchain.build.artifacts import Builder, code_modules
 from toolchain.build.tables import component_tables, tables_origin
@@ -93,10 +93,10 @@ def _measure(
         return kept[block.name]
 
     blocks = [p.plain for p in pairs]
-    functions = tuple(graph.functions)
-    number = inputs_each(len(functions), gate.inputs)
-    exact = References(blocks, functions, inputs, number, tables, builder.weights)
-    chosen = References(blocks, functions, inputs, number, tables, stored)
+    number = inputs_each(len(graph.functions), gate.inputs)
+    runs = every_run(graph.functions, number)
+    exact = References(blocks, runs, inputs, tables, builder.weights)
+    chosen = References(blocks, runs, inputs, tables, stored)
     error, prices = 0.0, {}
     for block in blocks:
         truth, off = exact.cases(block.name), chosen.cases(block.name)

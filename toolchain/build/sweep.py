@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from toolchain.accuracy.references import References, Values, sample_inputs
+from toolchain.accuracy.references import References, Values, every_run, sample_inputs
 from toolchain.accuracy.sensitivity import Backward, inputs_each, random_direction, squared_errors
 from toolchain.build.artifacts import Builder, code_modules
 from toolchain.build.calibration import ComponentCalibration, calibrate
@@ -129,10 +129,10 @@ class Chain:
         gate = planned.recipe.gate
         functions = tuple(graph.functions)
         inputs = inputs_each(len(functions), gate.inputs)
-        self._runs = [(f, k) for f in functions for k in range(inputs)]
+        self._runs = every_run(functions, inputs)
         self._inputs = sample_inputs(graph, planned.resolved.family, gate.seed)
         self._seed = gate.seed
-        self._references = References(self._blocks, functions, self._inputs, inputs, tables, builder.weights)
+        self._references = References(self._blocks, self._runs, self._inputs, tables, builder.weights)
         self._done: set[str] = set()
         self._key_parts = {
             "blocks": [[b.name, b.structure(), builder.weights_digest(b)] for b in self._blocks],

@@ -20,7 +20,7 @@ from toolchain.formats.schedule import BASE
 from toolchain.ir.dtypes import PortType
 from toolchain.ir.feeds import Feed, Given
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 FILE_NAME = "manifest.json"
 
 
@@ -275,7 +275,7 @@ class DecodingEntry(Entry):
     stages: list[Stage] = Field(min_length=1)
 
 
-GateMode = Literal["every", "structure", "none", "interface"]
+GateMode = Literal["release", "every", "structure", "none", "interface"]
 
 
 class GoldenVideo(Entry):
@@ -294,7 +294,9 @@ class GoldenVideo(Entry):
 class Gate(Entry):
     """What was done before this manifest was written.
 
-    - ``every``: each artifact was executed.
+    - ``release``: every function of each artifact was executed, on all inputs and on its goldens.
+    - ``every``: so was the first artifact of each structure; of the others ``base``, on one input. Blocks have figures
+      and goldens of the functions that were executed.
     - ``structure``: one artifact of each structure was executed, for this checkpoint or an earlier one; every weight
       that was stamped was read back and held against its source by digest. No figures, no goldens.
     - ``none``: nothing was executed, as was asked for.
@@ -303,7 +305,7 @@ class Gate(Entry):
 
     mode: GateMode
     seed: int
-    inputs: int = Field(description="Number of inputs that each function was executed on.")
+    inputs: int = Field(description="Number of inputs that a function was executed on, at most.")
     limits: dict[str, float]
 
 
@@ -315,7 +317,7 @@ class TargetEntry(Entry):
 class Manifest(Entry):
     """The whole bundle."""
 
-    format_version: Literal[5] = 5
+    format_version: Literal[6] = 6
     name: str
     model: str
     target: TargetEntry

@@ -106,6 +106,13 @@ def _from_4(data: Data) -> Data:
     return data | {"format_version": 5}
 
 
+def _from_5(data: Data) -> Data:
+    """Until format 5 gate ``every`` was what is ``release`` since."""
+    if data["gate"]["mode"] == "every":
+        data["gate"]["mode"] = "release"
+    return data | {"format_version": 6}
+
+
 def _loaded_when_needed(name: str, component: Data, group: Iterable[Round]) -> Iterator[Data]:
     blocks = {b["name"]: b for b in component["blocks"]}
     held: list[str] = []
@@ -136,5 +143,5 @@ def _stages(decoding: Data, frames: int) -> list[Data]:
     ]
 
 
-_STEPS: Mapping[int, Callable[[Data], Data]] = {1: _from_1, 2: _from_2, 3: _from_3, 4: _from_4}
+_STEPS: Mapping[int, Callable[[Data], Data]] = {1: _from_1, 2: _from_2, 3: _from_3, 4: _from_4, 5: _from_5}
 """From each older version to the next."""

@@ -224,11 +224,14 @@ class GateRecipe(Strict):
         description=f"Largest relative error that quantized weights may cost a block, by component; "
         f"{QUANTIZATION_DEFAULT} if absent.",
     )
-    mode: Literal["every", "structure", "none"] = Field(
+    mode: Literal["release", "every", "structure", "none"] = Field(
         default="every",
-        description="Execute every artifact; or one of each structure, checking the others' weights; or nothing.",
+        description="Execute every function of every artifact on all inputs; every artifact, and on all that of one "
+        "of each structure; one of each structure, checking the others' weights; or nothing.",
     )
-    inputs: int = Field(default=2, ge=2, le=64, description="Number of inputs that each function is executed on.")
+    inputs: int = Field(
+        default=2, ge=2, le=64, description="Number of inputs that a function is executed on; 1 with gate structure."
+    )
     seed: int = Field(default=0, ge=0, description="Seed of the inputs.")
     golden: GoldenRecipe | None = Field(
         default=None, description="Also hold a whole video against the eager pipeline's; loads whole components."

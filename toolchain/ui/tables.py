@@ -175,6 +175,7 @@ def _proof(m: Manifest) -> str:
     every = [a for c in m.components.values() for b in c.blocks for a in (b.accuracy or {}).values()]
     worst = max((a.relative_error for a in every), default=0.0)
     what = {
+        "release": f"all functions executed, largest relative error {worst:.2g}",
         "every": f"all executed, largest relative error {worst:.2g}",
         "structure": "one of each structure executed, the others' weights checked",
         "none": "NOT executed, as asked for",
