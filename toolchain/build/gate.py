@@ -129,7 +129,9 @@ class ComponentGate:
         thorough = runs == self._every_run(self._graphs[block.name])
         key = self._key(pair, artifact, runs)
         try:
-            found = self._builder.store.get_or_make("gates", key, lambda folder: self._execute(pair, artifact, thorough, folder))
+            found = self._builder.store.get_or_make(
+                "gates", key, lambda folder: self._execute(pair, artifact, thorough, folder)
+            )
         except EngineUnavailableError as e:
             self._listener.remark(f"{self._builder.plan.target.name}: not executed: {e}")
             return None
