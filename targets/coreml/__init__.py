@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 
+from targets.coreml.optional import hide_unused
 from targets.forms.gelu import GELU_FORMULA, gelu_formula
 from targets.forms.patch_embedding import PATCHES_BY_LINEAR
 from targets.forms.residual_stream import SMALL_RESIDUAL_STREAM
@@ -32,6 +33,8 @@ from toolchain.ir.target import (
     package_versions,
 )
 from toolchain.ir.uses import Use
+
+hide_unused()
 
 AFFINE_BITS = (8, 4)
 """Widths of the integers that Core ML scales."""
