@@ -247,7 +247,7 @@ BUNDLES = {f"{t} bundles" for t in TARGETS}
     [
         ("toolchain/ui/tables.py", set()),
         ("toolchain/ui/console.py", set()),
-        ("toolchain/cli.py", set()),
+        ("toolchain/cli/building.py", set()),
         ("toolchain/testing.py", set()),
         ("passes/token_merge.py", set()),  # these recipes do not use it
         ("targets/stamping.py", ALL),
