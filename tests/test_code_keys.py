@@ -245,7 +245,7 @@ BUNDLES = {f"{t} bundles" for t in TARGETS}
 @pytest.mark.parametrize(
     ("file", "changed"),
     [
-        ("toolchain/ui/tables.py", set()),
+        ("toolchain/ui/bundles.py", set()),
         ("toolchain/ui/console.py", set()),
         ("toolchain/cli/building.py", set()),
         ("toolchain/testing.py", set()),

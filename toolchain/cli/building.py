@@ -64,7 +64,7 @@ def compile_(
                 jobs=jobs,
                 calibration=calibration,
             )
-        from toolchain.ui.tables import bundle_json, bundle_summary
+        from toolchain.ui.bundles import bundle_json, bundle_summary
 
         console.answer(bundle_json(bundle), bundle_summary(bundle))
 
@@ -98,6 +98,6 @@ def plan(
             from toolchain.ui.report.write import write_plan_report
 
             write_plan_report(planned, html)
-        from toolchain.ui.tables import plan_json, plan_table
+        from toolchain.ui.planning import plan_json, plan_table
 
         console.answer(plan_json(planned), plan_table(planned))

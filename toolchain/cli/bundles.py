@@ -20,7 +20,7 @@ def inspect(
 
     with Console(as_json, verbose) as console:
         import toolchain
-        from toolchain.ui.tables import bundle_json, bundle_table
+        from toolchain.ui.bundles import bundle_json, bundle_table
 
         loaded = toolchain.load_bundle(bundle)
         loaded.check_files()
@@ -44,7 +44,7 @@ def verify(
 
     with Console(as_json, verbose) as console:
         import toolchain
-        from toolchain.ui.tables import explanation_json, verification_json, verification_table
+        from toolchain.ui.verifying import explanation_json, verification_json, verification_table
 
         if explain is not None:
             from toolchain.accuracy.explain import explain_block
@@ -70,7 +70,7 @@ def diff(
 
     with Console(as_json, verbose) as console:
         from toolchain.accuracy.diff import compare_bundles
-        from toolchain.ui.tables import comparison_json, comparison_table
+        from toolchain.ui.verifying import comparison_json, comparison_table
 
         found = compare_bundles(a, b)
         console.answer(comparison_json(found), comparison_table(found))

@@ -20,7 +20,7 @@ def cache(
     with Console(as_json, verbose) as console:
         from toolchain.errors import RecipeError
         from toolchain.system.store import Store
-        from toolchain.ui.tables import cache_json, cache_table
+        from toolchain.ui.cache import cache_json, cache_table
 
         if action not in ("show", "verify", "clear"):
             raise RecipeError(f"cache {action}: expected show, verify or clear")

@@ -54,6 +54,38 @@ def digest_of_code(root: Path, *modules: str) -> str:
     return whole.hexdigest()
 
 
+def defined_in(module: str, name: str) -> str | None:
+    """The module whose file has the class that ``module`` has as ``name``, found by reading; it is not imported.
+
+    Packages around the module are. None where reading does not tell: the name is bound more than once, only on some
+    condition, or to something else than a class.
+
+    Raises:
+        ModuleNotFoundError: there is no such module.
+    """
+    seen: set[str] = set()
+    while module not in seen:
+        seen.add(module)
+        file = _file_of(module)
+        if file is None or file.suffix != ".py" or not file.is_file():
+            return None
+        try:
+            tree = ast.parse(file.read_bytes())
+        except (SyntaxError, ValueError):
+            return None
+        found = [s for s in _statements(tree) if _binds(s, name)]
+        if len(found) != 1 or found[0] not in tree.body:
+            return None
+        if isinstance(found[0], ast.ClassDef):
+            return module if not found[0].decorator_list else None
+        if not isinstance(found[0], ast.ImportFrom):
+            return None
+        package = tuple(module.split(".") if file.name == "__init__.py" else module.split(".")[:-1])
+        name = next((a.name for a in found[0].names if (a.asname or a.name) == name), "")
+        module = _origin(found[0], package)
+    return None
+
+
 class _Closure:
     """What modules depend on: the content of ``files``, by names that are the same wherever they are installed."""
 
@@ -195,10 +227,25 @@ def _imports(source: bytes, package: tuple[str, ...]) -> frozenset[str]:
         elif isinstance(statement, ast.ImportFrom):
             if statement.level > len(package):
                 continue  # leads out of its package, which Python refuses
-            around = package[: len(package) - statement.level + 1] if statement.level else ()
-            origin = ".".join([*around, *([statement.module] if statement.module else [])])
+            origin = _origin(statement, package)
             names |= {origin, *(f"{origin}.{alias.name}" for alias in statement.names)}
     return frozenset(names)
+
+
+def _origin(statement: ast.ImportFrom, package: tuple[str, ...]) -> str:
+    """The absolute name of the module that a statement in ``package`` imports from."""
+    around = package[: len(package) - statement.level + 1] if statement.level else ()
+    return ".".join([*around, *([statement.module] if statement.module else [])])
+
+
+def _binds(statement: ast.stmt, name: str) -> bool:
+    """Whether a statement gives ``name`` a value, or may do so."""
+    if isinstance(statement, ast.Import | ast.ImportFrom):
+        return any((alias.asname or alias.name.partition(".")[0]) in (name, "*") for alias in statement.names)
+    if isinstance(statement, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        return statement.name == name
+    stored = (n for n in ast.walk(statement) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store))
+    return any(n.id == name for n in stored)
 
 
 def _statements(tree: ast.Module) -> Iterator[ast.stmt]:
