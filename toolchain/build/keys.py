@@ -8,7 +8,8 @@ from toolchain import plugins
 from toolchain.formats.times import TimesFile
 from toolchain.ir.pipeline_text import parse_pipeline
 from toolchain.planning.resolve import ResolvedBuild, ResolvedComponent, find_tokenizer
-from toolchain.system.code import code_digest, defined_in
+from toolchain.system.code import code_digest
+from toolchain.system.imports import defined_in
 from toolchain.system.store import Store, digest, key_of
 from toolchain.weights.digests import checkpoint_digest, tensor_digests
 
@@ -35,7 +36,7 @@ def _component(part: ResolvedComponent, store: Store) -> dict[str, Any]:
         "location": part.checkpoint.location,
         "weights": checkpoint_digest(tensor_digests(part.checkpoint, store)),
         "tools": part.target.versions(),
-        "code": code_digest(*bundle_modules(part)),
+        "code": code_digest(*bundle_modules(part), store=store),
     }
 
 

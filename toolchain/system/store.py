@@ -24,7 +24,7 @@ from toolchain.system.disk import full_disk_named
 
 ENTRY_FILE = "entry.json"
 DATA, SCRATCH = "data", "scratch"
-KINDS = ("templates", "artifacts", "gates", "builds", "sweeps", "calibrations", "tunings")
+KINDS = ("templates", "artifacts", "gates", "builds", "sweeps", "calibrations", "tunings", "imports")
 SMALL_BYTES = 16_000_000
 """Entries up to this size are read whole before they are used: templates, gate results."""
 DEFAULT_LIMIT_BYTES = 40_000_000_000
