@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,17 +45,53 @@ def test_nothing_heavy_is_imported(code: str, tmp_path: Path) -> None:
     assert loaded_after(code, tmp_path) == "set()"
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--help"], ["compile", "--help"], ["plan", "--help"], ["--version"], ["schema", "recipe"]]
-)
-def test_commands_that_need_nothing_load_nothing(arguments: list[str], tmp_path: Path) -> None:
-    code = f"sys.argv = {['sora-compile', *arguments]}\nfrom toolchain.cli import main\n"
-    code += "try:\n    main()\nexcept SystemExit as e:\n    assert not e.code, e.code"
+COMMANDS = """
+import contextlib, io
+from toolchain.cli import main
+def run(*arguments):
+    sys.argv, said = ['sora-compile', *arguments], io.StringIO()
+    with contextlib.redirect_stderr(said):
+        try:
+            main()
+        except SystemExit as e:
+            return e.code or 0
+"""
+
+
+def test_commands_that_need_nothing_load_nothing(tmp_path: Path) -> None:
+    named = (
+        "compile",
+        "plan",
+        "quantize",
+        "tune",
+        "inspect",
+        "verify",
+        "diff",
+        "report",
+        "calibrate",
+        "replan",
+        "play",
+    )
+    light = [["--help"], ["--version"], *([name, "--help"] for name in named), ["cache"]]
+    light += [["schema", "recipe"], ["schema", "manifest"], ["recipes"], ["devices", "--json"]]
+    code = f"{COMMANDS}assert [run(*a) for a in {light}] == [0] * {len(light)}\n"
+    code += "assert run('tiny', '-o', 'new', '--set', 'sampler.stepz=3') == 2 == run('tyni', '-o', 'new')"
     assert loaded_after(code, tmp_path) == "set()"
 
 
+@pytest.mark.slow
+def test_a_bundle_that_is_there_needs_no_torch(onnx_bundle: Any) -> None:
+    """To show what it holds, and to find that nothing has changed since it was built."""
+    before = onnx_bundle.path.stat().st_mtime_ns
+    again = ["recipe.yaml", "--set", "target=onnx", "-o", "bundle"]
+    code = f"{COMMANDS}assert run(*{again}) == 0 == run('inspect', 'bundle')"
+    assert loaded_after(code, onnx_bundle.project) == "set()"
+    assert onnx_bundle.path.stat().st_mtime_ns == before
+
+
 def test_passes_and_targets_load_no_converter(tmp_path: Path) -> None:
-    code = "import passes.partition, passes.token_merge, targets.coreml, targets.executorch, targets.onnx"
+    targets = "import targets.coreml, targets.executorch, targets.onnx"
+    code = f"{targets}\nassert not set({HEAVY}) & set(sys.modules)\nimport passes.partition, passes.token_merge"
     assert loaded_after(code, tmp_path, CONVERTERS) == "set()"
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import functools
-import sys
-from importlib.metadata import EntryPoint, EntryPoints, entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -19,19 +17,9 @@ TARGETS = "sora_compile.targets"
 MODELS = "sora_compile.models"
 
 
-def _entries(group: str) -> EntryPoints:
-    return _installed(tuple(sys.path)).select(group=group)
-
-
-@functools.cache
-def _installed(path: tuple[str, ...]) -> EntryPoints:
-    """All entry points of the distributions on a path; each of these has a file of them to be read."""
-    return entry_points()
-
-
 def names(group: str) -> list[str]:
     """Names that are registered in an entry-point group."""
-    return sorted({e.name for e in _entries(group)})
+    return sorted({e.name for e in entry_points(group=group)})
 
 
 def find(group: str, name: str, what: str, key: str) -> Any:
@@ -49,7 +37,7 @@ def registered(group: str, name: str, what: str, key: str) -> EntryPoint:
     Raises:
         RecipeError: there is none; names the nearest ``what``.
     """
-    for entry in _entries(group).select(name=name):
+    for entry in entry_points(group=group, name=name):
         return entry
     known = names(group)
     close = difflib.get_close_matches(name, known, n=1)
@@ -60,7 +48,7 @@ def registered(group: str, name: str, what: str, key: str) -> EntryPoint:
 def importable(group: str) -> dict[str, Any]:
     """All that is registered in a group and can be imported, by name; whoever names what cannot is told why."""
     found = {}
-    for entry in sorted(_entries(group), key=lambda e: e.name):
+    for entry in sorted(entry_points(group=group), key=lambda e: e.name):
         with contextlib.suppress(Exception):
             found[entry.name] = entry.load()
     return found

@@ -15,6 +15,7 @@ from toolchain.cli.cache import cache
 from toolchain.cli.playing import calibrate, play, replan
 from toolchain.cli.schema import schema
 from toolchain.cli.searches import quantize, tune
+from toolchain.cli.shipped import devices, recipes
 
 
 class _CompileByDefault(TyperGroup):
@@ -47,7 +48,8 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 
 app.command("compile")(compile_)
-for command in (plan, quantize, tune, inspect, verify, diff, report, calibrate, replan, cache, play, schema):
+built = inspect, verify, diff, report, calibrate, replan, play
+for command in (plan, quantize, tune, *built, cache, recipes, devices, schema):
     app.command()(command)
 
 
