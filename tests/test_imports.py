@@ -6,26 +6,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
+from light_commands import COMMANDS, CONVERTERS, HEAVY, loaded_after
 
-CONVERTERS = ("coremltools", "executorch", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "onnxsim", "torchao")
 TIMESTEPS = """
 import toolchain
 from toolchain.models.family import find_family
 recipe = toolchain.load_recipe('tiny')
 assert len(find_family(recipe.model).timesteps(recipe)) == recipe.sampler.steps
 """
-HEAVY = (*CONVERTERS, "torch", "transformers", "numpy", "huggingface_hub")
-
-
-def loaded_after(code: str, cwd: Path, modules: tuple[str, ...] = HEAVY) -> str:
-    """Which of ``modules`` a fresh interpreter holds after ``code``."""
-    script = f"import sys\n{code}\nprint(set({modules}) & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=cwd)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -43,19 +33,6 @@ def loaded_after(code: str, cwd: Path, modules: tuple[str, ...] = HEAVY) -> str:
 )
 def test_nothing_heavy_is_imported(code: str, tmp_path: Path) -> None:
     assert loaded_after(code, tmp_path) == "set()"
-
-
-COMMANDS = """
-import contextlib, io
-from toolchain.cli import main
-def run(*arguments):
-    sys.argv, said = ['sora-compile', *arguments], io.StringIO()
-    with contextlib.redirect_stderr(said):
-        try:
-            main()
-        except SystemExit as e:
-            return e.code or 0
-"""
 
 
 def test_commands_that_need_nothing_load_nothing(tmp_path: Path) -> None:
@@ -77,16 +54,6 @@ def test_commands_that_need_nothing_load_nothing(tmp_path: Path) -> None:
     code = f"{COMMANDS}assert [run(*a) for a in {light}] == [0] * {len(light)}\n"
     code += "assert run('tiny', '-o', 'new', '--set', 'sampler.stepz=3') == 2 == run('tyni', '-o', 'new')"
     assert loaded_after(code, tmp_path) == "set()"
-
-
-@pytest.mark.slow
-def test_a_bundle_that_is_there_needs_no_torch(onnx_bundle: Any) -> None:
-    """To show what it holds, and to find that nothing has changed since it was built."""
-    before = onnx_bundle.path.stat().st_mtime_ns
-    again = ["recipe.yaml", "--set", "target=onnx", "-o", "bundle"]
-    code = f"{COMMANDS}assert run(*{again}) == 0 == run('inspect', 'bundle')"
-    assert loaded_after(code, onnx_bundle.project) == "set()"
-    assert onnx_bundle.path.stat().st_mtime_ns == before
 
 
 def test_passes_and_targets_load_no_converter(tmp_path: Path) -> None:
