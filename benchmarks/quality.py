@@ -37,7 +37,7 @@ from toolchain.formats.bundle import RECIPE_FILE
 from toolchain.formats.manifest import Manifest
 from toolchain.formats.schedule import PRESETS, DynamicLeap, StaticLeap, Step
 from toolchain.models.family import find_family
-from toolchain.planning.resolve import load_pipeline
+from toolchain.planning.pipelines import load_pipeline
 from toolchain.planning.sampling import sampling
 from toolchain.player.sampler import initial_noise
 from toolchain.player.video import to_bytes

@@ -30,7 +30,7 @@ from toolchain.ir.stored import encoded
 from toolchain.ir.weights import Weight
 from toolchain.models.family import find_family
 from toolchain.models.open_sora_v1_2.stdit3 import LoweredSTDiT3, STDiT3, STDiT3Config, position_scale
-from toolchain.planning.resolve import load_pipeline
+from toolchain.planning.pipelines import load_pipeline
 
 GOLDEN = Path(__file__).parent / "golden"
 FACTS: dict[str, Any] = json.loads((GOLDEN / "stdit3_rflow.json").read_text())

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from light_commands import COMMANDS, loaded_after
 
 slow = pytest.mark.slow
 Ruin = Callable[[Path], object]
@@ -33,6 +34,16 @@ def test_inspect(run_cli: Any, run_cli_process: Any, onnx_bundle: Any) -> None:
     assert data["bytes"] == sum(
         p.stat().st_size for p in onnx_bundle.path.rglob("*") if p.name != "manifest.json" and p.is_file()
     )
+
+
+@slow
+def test_a_bundle_that_is_there_needs_no_torch(onnx_bundle: Any) -> None:
+    """To show what it holds, and to find that nothing has changed since it was built."""
+    before = onnx_bundle.path.stat().st_mtime_ns
+    again = ["recipe.yaml", "--set", "target=onnx", "-o", "bundle"]
+    code = f"{COMMANDS}assert run(*{again}) == 0 == run('inspect', 'bundle')"
+    assert loaded_after(code, onnx_bundle.project) == "set()"
+    assert onnx_bundle.path.stat().st_mtime_ns == before
 
 
 def spoil_manifest(change: Callable[[dict[str, Any]], object]) -> Ruin:

@@ -12,6 +12,7 @@ import pytest
 
 from toolchain.system import code
 from toolchain.system.code import code_digest, digest_of_code
+from toolchain.system.store import Store
 
 ROOT = Path(__file__).parents[1]
 TARGETS = ("coreml", "executorch", "onnx")
@@ -245,9 +246,9 @@ BUNDLES = {f"{t} bundles" for t in TARGETS}
 @pytest.mark.parametrize(
     ("file", "changed"),
     [
-        ("toolchain/ui/tables.py", set()),
+        ("toolchain/ui/bundles.py", set()),
         ("toolchain/ui/console.py", set()),
-        ("toolchain/cli.py", set()),
+        ("toolchain/cli/building.py", set()),
         ("toolchain/testing.py", set()),
         ("passes/token_merge.py", set()),  # these recipes do not use it
         ("targets/stamping.py", ALL),
@@ -289,3 +290,64 @@ def test_builds_use_these_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     target, passes = object.__new__(OnnxTarget), (Partition(PartitionConfig()),)
     make: Callable[..., list[str]] = code_modules
     assert set(make(SimpleNamespace(family=family, target=target, passes=passes))) == {*ARTIFACTS, "targets.onnx"}
+
+
+def test_a_bundle_depends_on_what_its_artifacts_do(tmp_path: Path) -> None:
+    """Its key is made of passes that are not imported; the artifacts' of those that are."""
+    from toolchain.build.artifacts import code_modules
+    from toolchain.build.keys import build_key, bundle_modules
+    from toolchain.formats.recipe_file import load_recipe
+    from toolchain.planning.resolve import completed, resolve_lightly
+
+    light = resolve_lightly(load_recipe("tiny-int8"), tmp_path)
+    whole, store = completed(light), Store()
+    for name, part in whole.components.items():
+        assert {*code_modules(part), "toolchain.build.compile"} - {"toolchain.build.artifacts"} <= {
+            *bundle_modules(light.components[name])
+        }
+    assert build_key(light, store, False) == build_key(whole, store, False)
+
+
+@pytest.mark.parametrize(
+    ("module", "text", "found"),
+    [
+        ("here", "class A: pass", "here"),
+        ("here", "import b\nclass B: pass\n@b.c\nclass A: pass", None),
+        ("here", "class A: pass\nA = f(A)", None),
+        ("here", "if x:\n    class A: pass", None),
+        ("here", "from there import *\nclass A: pass", None),
+        ("here", "A = make()", None),
+        ("here", "def A(): pass", None),
+        ("here", "not Python", None),
+        ("here", "from elsewhere import Other as A", "elsewhere"),
+        ("here", "from elsewhere.deep import A", "elsewhere.deep"),
+        ("package", "from .inner import A", "package.inner"),
+    ],
+)
+def test_where_a_class_is_defined(
+    module: str, text: str, found: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from toolchain.system.imports import defined_in
+
+    for name in ("elsewhere", "package"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "elsewhere/__init__.py").write_text("class Other: pass")
+    (tmp_path / "elsewhere/deep.py").write_text("class A: pass")
+    (tmp_path / "package/inner.py").write_text("class A: pass")
+    (tmp_path / ("package/__init__.py" if module == "package" else "here.py")).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    defined_in.cache_clear()
+    before = set(sys.modules)
+    assert defined_in(module, "A") == found
+    new = set(sys.modules) - before
+    for name in new:
+        del sys.modules[name]
+    defined_in.cache_clear()
+    assert not {"here", "elsewhere.deep"} & new
+
+
+def test_what_is_remembered_of_imports_changes_no_digest(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    plain = code_digest("targets.onnx", "passes.partition")
+    assert [code_digest("targets.onnx", "passes.partition", store=s) for s in (store, Store(tmp_path))] == [plain] * 2
+    assert [e.kind for e in store.entries()] == ["imports"]

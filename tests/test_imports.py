@@ -8,23 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from light_commands import COMMANDS, CONVERTERS, HEAVY, loaded_after
 
-CONVERTERS = ("coremltools", "executorch", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "onnxsim", "torchao")
 TIMESTEPS = """
 import toolchain
 from toolchain.models.family import find_family
 recipe = toolchain.load_recipe('tiny')
 assert len(find_family(recipe.model).timesteps(recipe)) == recipe.sampler.steps
 """
-HEAVY = (*CONVERTERS, "torch", "transformers", "numpy", "huggingface_hub")
-
-
-def loaded_after(code: str, cwd: Path, modules: tuple[str, ...] = HEAVY) -> str:
-    """Which of ``modules`` a fresh interpreter holds after ``code``."""
-    script = f"import sys\n{code}\nprint(set({modules}) & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=cwd)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -44,17 +35,30 @@ def test_nothing_heavy_is_imported(code: str, tmp_path: Path) -> None:
     assert loaded_after(code, tmp_path) == "set()"
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--help"], ["compile", "--help"], ["plan", "--help"], ["--version"], ["schema", "recipe"]]
-)
-def test_commands_that_need_nothing_load_nothing(arguments: list[str], tmp_path: Path) -> None:
-    code = f"sys.argv = {['sora-compile', *arguments]}\nfrom toolchain.cli import main\n"
-    code += "try:\n    main()\nexcept SystemExit as e:\n    assert not e.code, e.code"
+def test_commands_that_need_nothing_load_nothing(tmp_path: Path) -> None:
+    named = (
+        "compile",
+        "plan",
+        "quantize",
+        "tune",
+        "inspect",
+        "verify",
+        "diff",
+        "report",
+        "calibrate",
+        "replan",
+        "play",
+    )
+    light = [["--help"], ["--version"], *([name, "--help"] for name in named), ["cache"]]
+    light += [["schema", "recipe"], ["schema", "manifest"], ["recipes"], ["devices", "--json"]]
+    code = f"{COMMANDS}assert [run(*a) for a in {light}] == [0] * {len(light)}\n"
+    code += "assert run('tiny', '-o', 'new', '--set', 'sampler.stepz=3') == 2 == run('tyni', '-o', 'new')"
     assert loaded_after(code, tmp_path) == "set()"
 
 
 def test_passes_and_targets_load_no_converter(tmp_path: Path) -> None:
-    code = "import passes.partition, passes.token_merge, targets.coreml, targets.executorch, targets.onnx"
+    targets = "import targets.coreml, targets.executorch, targets.onnx"
+    code = f"{targets}\nassert not set({HEAVY}) & set(sys.modules)\nimport passes.partition, passes.token_merge"
     assert loaded_after(code, tmp_path, CONVERTERS) == "set()"
 
 

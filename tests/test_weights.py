@@ -20,9 +20,10 @@ from toolchain.ir.feeds import Given, Latents
 from toolchain.ir.graph import Input, LoweredForm, capture, wire
 from toolchain.ir.storage import FLOAT16, FLOAT32
 from toolchain.ir.weights import Weight, WeightSource
+from toolchain.weights.block_digests import block_digest, source_digest
 from toolchain.weights.block_weights import BlockWeights
 from toolchain.weights.checkpoint import open_checkpoint
-from toolchain.weights.digests import block_digest, source_digest, tensor_digests
+from toolchain.weights.digests import tensor_digests
 
 A, B, C = (torch.arange(12.0).reshape(3, 4) + 100 * i for i in range(3))
 TENSORS = {"a": A, "b": B, "c": C}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -28,8 +28,17 @@ def find(group: str, name: str, what: str, key: str) -> Any:
     Raises:
         RecipeError: there is none; names the nearest ``what``.
     """
+    return registered(group, name, what, key).load()
+
+
+def registered(group: str, name: str, what: str, key: str) -> EntryPoint:
+    """As :func:`find`, not yet imported.
+
+    Raises:
+        RecipeError: there is none; names the nearest ``what``.
+    """
     for entry in entry_points(group=group, name=name):
-        return entry.load()
+        return entry
     known = names(group)
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"

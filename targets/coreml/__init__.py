@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal
 
 from targets.coreml.optional import hide_unused
-from targets.forms.gelu import GELU_FORMULA, gelu_formula
-from targets.forms.patch_embedding import PATCHES_BY_LINEAR
-from targets.forms.residual_stream import SMALL_RESIDUAL_STREAM
 from targets.streams import quiet
 from toolchain.ir.affine import Affine
-from toolchain.ir.blocks import Block, Port
 from toolchain.ir.dtypes import DTYPES, INT8_ACTIVATIONS
-from toolchain.ir.leaves import LegalForm
 from toolchain.ir.palette import BITS, Palette
 from toolchain.ir.residual import LowRank
 from toolchain.ir.storage import Narrow, Storage
@@ -32,7 +25,13 @@ from toolchain.ir.target import (
     UnsupportedStorageError,
     package_versions,
 )
-from toolchain.ir.uses import Use
+
+if TYPE_CHECKING:
+    import torch
+
+    from toolchain.ir.blocks import Block, Port
+    from toolchain.ir.leaves import LegalForm
+    from toolchain.ir.uses import Use
 
 hide_unused()
 
@@ -48,10 +47,19 @@ class CoreMLTarget(Target):
     name = "coreml"
     suffix = ".mlpackage"
     Config = CoreMLConfig
-    whole = MappingProxyType({gelu_formula: "gelu"})
+
+    @property
+    def whole(self) -> Mapping[Callable[..., Any], str]:
+        from targets.forms.gelu import gelu_formula
+
+        return MappingProxyType({gelu_formula: "gelu"})
 
     @property
     def forms(self) -> tuple[LegalForm, ...]:
+        from targets.forms.gelu import GELU_FORMULA
+        from targets.forms.patch_embedding import PATCHES_BY_LINEAR
+        from targets.forms.residual_stream import SMALL_RESIDUAL_STREAM
+
         always = (PATCHES_BY_LINEAR, GELU_FORMULA)
         return (*always, SMALL_RESIDUAL_STREAM) if self.precision == "float16" else always
 

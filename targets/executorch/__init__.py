@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-
-from targets.forms.attention import ATTENTION_IN_BATCHES
-from targets.forms.conv3d import CONV3D_BY_TAPS
-from targets.forms.gelu import GELU_SIGMOID
-from targets.forms.patch_embedding import PATCHES_BY_LINEAR
 from targets.streams import quiet
-from toolchain.ir.blocks import Block, Port
 from toolchain.ir.dtypes import INT8_ACTIVATIONS
-from toolchain.ir.leaves import LegalForm
 from toolchain.ir.memory import Peak
-from toolchain.ir.operators import OperatorGraph
 from toolchain.ir.storage import Storage
 from toolchain.ir.target import Artifact, Engine, Target, TargetConfig, Template, package_versions
-from toolchain.ir.uses import Use
+
+if TYPE_CHECKING:
+    import torch
+
+    from toolchain.ir.blocks import Block, Port
+    from toolchain.ir.leaves import LegalForm
+    from toolchain.ir.operators import OperatorGraph
+    from toolchain.ir.uses import Use
 
 
 class ExecuTorchConfig(TargetConfig):
@@ -34,6 +32,11 @@ class ExecuTorchTarget(Target):
 
     @property
     def forms(self) -> tuple[LegalForm, ...]:
+        from targets.forms.attention import ATTENTION_IN_BATCHES
+        from targets.forms.conv3d import CONV3D_BY_TAPS
+        from targets.forms.gelu import GELU_SIGMOID
+        from targets.forms.patch_embedding import PATCHES_BY_LINEAR
+
         return PATCHES_BY_LINEAR, ATTENTION_IN_BATCHES, GELU_SIGMOID, CONV3D_BY_TAPS
 
     def keep(self, asked: Storage, use: Use) -> Storage:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
-
-import torch
+from typing import TYPE_CHECKING, Literal
 
 from targets.streams import quiet
-from toolchain.ir.blocks import Block, Port
 from toolchain.ir.memory import Peak, peak
-from toolchain.ir.operators import OperatorGraph
 from toolchain.ir.storage import Storage
 from toolchain.ir.target import Artifact, Engine, Target, TargetConfig, Template, package_versions
-from toolchain.ir.uses import Use
+
+if TYPE_CHECKING:
+    import torch
+
+    from toolchain.ir.blocks import Block, Port
+    from toolchain.ir.operators import OperatorGraph
+    from toolchain.ir.uses import Use
 
 
 class OnnxConfig(TargetConfig):

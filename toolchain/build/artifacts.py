@@ -26,8 +26,8 @@ from toolchain.planning.resolve import ResolvedComponent
 from toolchain.system.code import code_digest
 from toolchain.system.memory import release
 from toolchain.system.store import Entry, NewEntry, Store, key_of
+from toolchain.weights.block_digests import block_digest
 from toolchain.weights.block_weights import BlockWeights
-from toolchain.weights.digests import block_digest
 
 ARTIFACT_STEM = "artifact"
 """How an artifact is called in its entry of the store, without the target's suffix."""

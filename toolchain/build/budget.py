@@ -23,7 +23,8 @@ from toolchain.formats.budget import Budget
 from toolchain.formats.recipe import QUANTIZATION_DEFAULT, Recipe
 from toolchain.listener import Listener
 from toolchain.planning.allocation import Allocation, Option, UnreachableError, allocate, frontier
-from toolchain.planning.candidates import PASS, Candidate, Item, read_candidates, rules, with_rules
+from toolchain.planning.budgets import PASS
+from toolchain.planning.candidates import Candidate, Item, read_candidates, rules, with_rules
 from toolchain.planning.plan import Plan, plan_resolved
 from toolchain.planning.resolve import resolve
 from toolchain.system.disk import readable_size

@@ -46,7 +46,8 @@ from toolchain.planning.plan import ComponentPlan, Plan, plan_resolved
 from toolchain.planning.resolve import resolve
 from toolchain.system.code import code_digest
 from toolchain.system.store import Entry, NewEntry, Store, key_of
-from toolchain.weights.digests import block_digest, tensor_digests
+from toolchain.weights.block_digests import block_digest
+from toolchain.weights.digests import tensor_digests
 
 IMPORTANCE, MOMENTS = "importance.safetensors", "moments_{}.safetensors"
 

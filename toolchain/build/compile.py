@@ -1,38 +1,23 @@
-"""Recipe → bundle: build every block, execute it, write what a device has to know."""
+"""Recipe → bundle: the one that is there, if nothing has changed; or else one is made. Only that needs torch."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import shutil
-from collections.abc import Iterator
 from concurrent.futures import Executor
 from pathlib import Path
 
-from toolchain.build import entries
-from toolchain.build.artifacts import Builder
-from toolchain.build.gate import ComponentGate
 from toolchain.build.keys import build_key
-from toolchain.build.parallel import Parallel, Serial, artifact_source
-from toolchain.build.pinning import copy_tokenizer, pin, pinned_recipe
-from toolchain.build.placing import place_artifact, place_goldens
-from toolchain.build.quantizing import settle_budgets
-from toolchain.build.tables import component_tables, write_tables
-from toolchain.build.tasks import builders
-from toolchain.errors import RecipeError, ResourceError, SoraCompileError
+from toolchain.errors import RecipeError, SoraCompileError
 from toolchain.formats import manifest as m
-from toolchain.formats.bundle import RECIPE_FILE, Bundle, describe_file, load_bundle, prepare, staging
+from toolchain.formats.bundle import Bundle, load_bundle, prepare
 from toolchain.formats.recipe import Recipe
 from toolchain.formats.times import load_times
 from toolchain.listener import Listener
-from toolchain.planning.plan import Plan, plan_resolved
-from toolchain.planning.resolve import resolve
-from toolchain.system.disk import FULL_ERRORS, readable_size
+from toolchain.planning.budgets import budgets_of
+from toolchain.planning.resolve import ResolvedBuild, completed, resolve, resolve_lightly
 from toolchain.system.memory import return_large_allocations
-from toolchain.system.store import NewEntry, Store, digest
-from toolchain.weights.checkpoint import match
-
-GOLDENS = "goldens"
+from toolchain.system.store import Store, digest
+from toolchain.weights.digests import are_remembered
 
 
 def compile_recipe(
@@ -78,38 +63,43 @@ def compile_recipe(
         raise RecipeError(f"tasks_at_once {tasks_at_once}: must be at least 1")
     prepare(out)
     measured = None if calibration is None else load_times(Path(calibration))
-    recipe = settle_budgets(recipe, Path(base or "."), store, listener, jobs=jobs, executor=executor)
-    build = resolve(recipe, Path(base or "."), checkpoints=True)
+    base = Path(base or ".")
+    if budgets_of(recipe):
+        from toolchain.build.quantizing import settle_budgets
+
+        recipe = settle_budgets(recipe, base, store, listener, jobs=jobs, executor=executor)
+    build = _resolved(recipe, base, out, store)
     key = build_key(build, store, direct, measured)
     done = up_to_date(out, key, store)
     if done is not None:
         listener.remark("nothing has changed since this bundle was built")
         return done
-    with staging(out) as folder:
-        planned = plan_resolved(build, listener, measured)
-        planned.check_loading()
-        for name, part in planned.components.items():
-            match(part.resolved.checkpoint, part.definition.expected, name, part.definition.aliases)
-        pins = {name: pin(part.checkpoint, part.recipe.sha256, store) for name, part in build.components.items()}
-        tokenizer = copy_tokenizer(build, folder)
-        with _disk_full_explained(planned, store, out):
-            made = builders(planned, store, direct, listener)
-            with artifact_source(recipe, build.base, made, store, jobs, executor, tasks_at_once) as artifacts:
-                components = {name: _component(planned, made[name], artifacts, folder, listener) for name in made}
-        (folder / RECIPE_FILE).write_text(pinned_recipe(planned, pins).to_yaml(), encoding="utf-8")
-        manifest = entries.manifest(planned, components, tokenizer, describe_file(folder / RECIPE_FILE, folder))
-        manifest = _with_golden_video(manifest, planned, folder, listener)
-        text = entries.manifest_text(manifest)
-        (folder / m.FILE_NAME).write_text(text, encoding="utf-8")
-    bundle = Bundle(out, manifest)
-    try:
-        for file in bundle.files():
-            store.remember(out / file.path, file.sha256)
-        store.get_or_make("builds", key, lambda _: NewEntry({"manifest": text}))
-    except (OSError, ResourceError) as e:
-        listener.remark(f"the bundle is whole, but the next build will not know it ({e})")
-    store.evict()
-    return bundle
+    from toolchain.build.making import make_bundle
+
+    return make_bundle(
+        completed(build),
+        out,
+        key,
+        store,
+        listener,
+        direct=direct,
+        measured=measured,
+        jobs=jobs,
+        executor=executor,
+        tasks_at_once=tasks_at_once,
+    )
+
+
+def _resolved(recipe: Recipe, base: Path, out: Path, store: Store) -> ResolvedBuild:
+    """The build, resolved lightly where it may be that nothing has changed, and that takes no reading of tensors.
+
+    Else as a whole: a mistake in a pass is told before gigabytes are read.
+    """
+    if not (out / m.FILE_NAME).is_file():
+        return resolve(recipe, base, checkpoints=True)
+    build = resolve_lightly(recipe, base)
+    known = all(are_remembered(part.checkpoint, store) for part in build.components.values())
+    return build if known else completed(build)
 
 
 def up_to_date(out: Path, key: str, store: Store) -> Bundle | None:
@@ -128,61 +118,3 @@ def up_to_date(out: Path, key: str, store: Store) -> Bundle | None:
     except (OSError, UnicodeDecodeError, SoraCompileError):
         return None
     return bundle
-
-
-@contextlib.contextmanager
-def _disk_full_explained(planned: Plan, store: Store, out: Path) -> Iterator[None]:
-    """Turn a full disk into an error that says which one, and how much a build needs.
-
-    Raises:
-        ResourceError: the disk of the bundle or of the store is full.
-    """
-    try:
-        yield
-    except OSError as e:
-        if e.errno not in FULL_ERRORS:
-            raise
-        needed = sum(c.weight_bytes for c in planned.components.values())
-        free = {str(p): shutil.disk_usage(p).free for p in (out.absolute().parent, store.root)}
-        shown = ", ".join(f"{readable_size(bytes_)} free in '{place}'" for place, bytes_ in free.items())
-        raise ResourceError(
-            f"-o {out}: the disk is full ({shown}); the bundle has about {readable_size(needed)}, and the cache "
-            "needs room for it and the largest block; what is done is kept, run again when there is room"
-        ) from e
-
-
-def _component(
-    planned: Plan, builder: Builder, artifacts: Serial | Parallel, folder: Path, listener: Listener
-) -> m.Component:
-    plan, name = builder.plan, builder.plan.name
-    (folder / name).mkdir(exist_ok=True)
-    tables = component_tables(plan)
-    tables_file = write_tables(tables, folder / name / "tables.safetensors", folder)
-    listener.start(name, [b.name for b in plan.blocks])
-    gate = None if planned.recipe.gate.mode == "none" else ComponentGate(builder, planned, tables, listener)
-    described = []
-    for pair in plan.pairs:
-        block = pair.lowered
-        listener.working(name, block.name, "build")
-        artifact = artifacts.artifact(name, block)
-        if artifact.meta.get("unbound"):
-            listener.remark(f"block '{block.name}' and its like are lowered one by one: {artifact.meta['unbound']}")
-        passed = None if gate is None else gate.hold(pair, artifact)
-        files = place_artifact(artifact, folder / name / f"{block.name}{plan.target.suffix}", folder)
-        goldens = place_goldens(passed, folder / GOLDENS / name / f"{block.name}.safetensors", folder)
-        listener.finished(name, block.name, None if passed is None else passed.accuracy)
-        functions = tuple(artifact.meta["functions"])
-        described.append(
-            entries.block(block, files, functions, passed, goldens, plan.target, name, plan.memory[block.name])
-        )
-    return entries.component(plan, described, tables_file, tables)
-
-
-def _with_golden_video(manifest: m.Manifest, planned: Plan, folder: Path, listener: Listener) -> m.Manifest:
-    """Hold a whole video against the eager pipeline's, if the recipe asks for it."""
-    asked = planned.recipe.gate.golden
-    if asked is None or manifest.gate.mode in ("none", "interface"):
-        return manifest
-    from toolchain.accuracy.golden_video import make
-
-    return manifest.model_copy(update={"golden": make(manifest, planned, folder, listener)})

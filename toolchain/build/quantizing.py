@@ -14,7 +14,7 @@ from toolchain.errors import RecipeError
 from toolchain.formats.budget import Budget, read_budget
 from toolchain.formats.recipe import Recipe
 from toolchain.listener import Listener
-from toolchain.planning.candidates import DEFAULT, PASS
+from toolchain.planning.budgets import DEFAULT, budgets_of
 from toolchain.system.store import Store
 
 
@@ -93,23 +93,3 @@ def settle_budgets(
     for component, (budget, ways) in budgets_of(recipe).items():
         recipe, _ = settle(recipe, base, store, [component], budget, ways, listener, jobs=jobs, executor=executor)
     return recipe
-
-
-def budgets_of(recipe: Recipe) -> dict[str, tuple[Budget, str]]:
-    """The budgets that a recipe's passes have, with their candidates, by component.
-
-    Raises:
-        RecipeError: a budget is wrong, or something stands beside it.
-    """
-    found = {}
-    for name, part in recipe.components().items():
-        for number, spec in enumerate(part.passes):
-            if spec.name == PASS and "budget" in spec.options:
-                key = f"{name}.passes.{number}.{PASS}"
-                if others := spec.options.keys() - {"budget", "candidates"}:
-                    raise RecipeError(f"{key}: '{min(others)}' has no place beside a budget, which takes 'candidates'")
-                ways = spec.options.get("candidates", DEFAULT)
-                if not isinstance(ways, str):
-                    raise RecipeError(f"{key}.candidates: expected one text, such as '{DEFAULT[:26]}…'")
-                found[name] = read_budget(spec.options["budget"], f"{key}.budget"), ways
-    return found

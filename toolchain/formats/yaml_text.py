@@ -57,3 +57,10 @@ def read_yaml(path: Path, where: str | None = None) -> Any:
         raise RecipeError(f"{where}: cannot be read: {' '.join(str(e).split())}") from e
     except RecursionError as e:
         raise RecipeError(f"{where}: cannot be read: it is nested too deeply") from e
+
+
+def first_comment(path: Path) -> str:
+    """What a file says of itself: its first line, if that is a comment; or nothing."""
+    with path.open(encoding="utf-8") as file:
+        line = file.readline()
+    return line.lstrip("#").strip() if line.startswith("#") else ""

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from toolchain.ir.blocks import Port
-from toolchain.ir.operators import Operator, OperatorGraph, Value
+if TYPE_CHECKING:
+    from toolchain.ir.blocks import Port
+    from toolchain.ir.operators import Operator, OperatorGraph, Value
 
 
 @dataclass(frozen=True)

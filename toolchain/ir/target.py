@@ -8,21 +8,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
-import torch
 from pydantic import BaseModel, ConfigDict
 
 from toolchain import plugins
 from toolchain.errors import LoweringError, ResourceError
-from toolchain.ir.blocks import Block, Port
 from toolchain.ir.dtypes import DTYPES, DType
-from toolchain.ir.leaves import LegalForm
 from toolchain.ir.memory import Effect, Peak, peak
-from toolchain.ir.operators import Operator, OperatorGraph, Value, operator_graph
 from toolchain.ir.storage import PLAIN, Storage
-from toolchain.ir.uses import Use
-from toolchain.ir.weights import Weight, quantized
+from toolchain.ir.weights import quantized
+
+if TYPE_CHECKING:
+    import torch
+
+    from toolchain.ir.blocks import Block, Port
+    from toolchain.ir.leaves import LegalForm
+    from toolchain.ir.operators import Operator, OperatorGraph, Value
+    from toolchain.ir.unique_weights import UniqueWeights
+    from toolchain.ir.uses import Use
 
 STEP = "__"
 """Between the name of a step of a block's graph and an operator's, in the names of an artifact's values."""
@@ -110,7 +114,7 @@ class Target(abc.ABC):
     """Lowers blocks to one kind of artifact.
 
     A target imports its converter only inside its methods, so that ``sora-compile plan`` and the player
-    never pay for it.
+    never pay for it; and torch too, so that neither does a build of which nothing has changed.
     """
 
     name: ClassVar[str]
@@ -167,11 +171,15 @@ class Target(abc.ABC):
         """What an artifact takes or gives for a port; see :func:`port_dtype`."""
         return port_dtype(port, self.precision)
 
-    whole: ClassVar[Mapping[Callable[..., Any], str]] = MappingProxyType({})
-    """Functions of legal forms for which the target has one operator, and how that is called."""
+    @property
+    def whole(self) -> Mapping[Callable[..., Any], str]:
+        """Functions of legal forms for which the target has one operator, and how that is called."""
+        return MappingProxyType({})
 
     def operators(self, block: Block, function: str) -> OperatorGraph:
         """The operators of a function of ``block``, as :meth:`peak` takes them."""
+        from toolchain.ir.operators import operator_graph
+
         return operator_graph(block, function, self.whole)
 
     def peak(self, block: Block, graph: OperatorGraph) -> Peak:
@@ -206,6 +214,8 @@ class Target(abc.ABC):
 
     def value_bytes(self, value: Value | Port) -> int:
         """Bytes of a port as the artifact has it, or of a value in between: in the precision, truths in a byte."""
+        import torch
+
         one = 1 if value.dtype == torch.bool else self.port_dtype(value).bytes
         return math.prod(value.shape) * one
 
@@ -296,40 +306,10 @@ def port_dtype(port: HasDtype, precision: str) -> DType:
     return DTYPES["float32" if port.exact else precision]
 
 
-class UniqueWeights(Mapping[str, torch.Tensor]):
-    """Random weights in which every tensor differs from every other, to build a template with.
-
-    They are made anew whenever they are asked for, always the same, so that whoever needs one at a time holds one:
-    those of a layer of T5-XXL take 772 MB.
-
-    Args:
-        weights: by name; what matters is their shapes.
-        seed: another one gives other numbers.
-    """
-
-    def __init__(self, weights: Mapping[str, Weight], seed: int) -> None:
-        self._seed, self._shapes = seed, {name: weight.shape for name, weight in weights.items()}
-        self._place = {name: place for place, name in enumerate(self._shapes)}
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        place = self._place[name]
-        if self._shapes[name]:
-            # torch's generator takes 32 bits of a seed
-            generator = torch.Generator().manual_seed((self._seed << 16) + place)
-            return torch.randn(self._shapes[name], generator=generator)
-        # there are so few float16 numbers that of many drawn ones two would be equal; these are in a row, from 1 on
-        bits = torch.tensor(0x3C01 + (997 * self._seed + place) % 0x3F00, dtype=torch.int16)
-        return bits.view(torch.float16).float()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._shapes)
-
-    def __len__(self) -> int:
-        return len(self._shapes)
-
-
 def unique_weights(block: Block, seed: int = 0) -> UniqueWeights:
     """Random weights of a block, of which no two are equal."""
+    from toolchain.ir.unique_weights import UniqueWeights
+
     return UniqueWeights(block.weights, seed)
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from toolchain.ir.storage import FLOAT32, Plain, Storage
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class WeightSource:
         if len(self.tensors) == 1:
             whole = read(self.tensors[0])
         else:
+            import torch
+
             whole = torch.cat([read(name) for name in self.tensors], dim=self.concat)
         for dim, start, length in self.narrow:
             whole = whole.narrow(dim, start, length)
@@ -46,6 +50,8 @@ class WeightSource:
 
     def put(self, tensors: Sequence[torch.Tensor], value: torch.Tensor) -> list[torch.Tensor]:
         """``tensors``, as :meth:`value` reads them, with ``value`` in the parameter's place; what is left out stays."""
+        import torch
+
         whole = torch.cat(list(tensors), dim=self.concat) if len(tensors) > 1 else tensors[0].clone()
         place = whole
         for dim, start, length in self.narrow:

@@ -19,16 +19,11 @@ from toolchain.ir.pipeline_text import parse_pipeline, pipeline_text
 from toolchain.ir.target import UnsupportedStorageError
 from toolchain.ir.uses import LEAST_NUMBERS, weight_uses
 from toolchain.ir.weights import Weight, WeightSource
+from toolchain.planning.budgets import DEFAULT, PASS
 from toolchain.planning.plan import ComponentPlan, kept_storage, rewritten_graphs
 
-PASS, CALIBRATION = "quantize", "calibration"
-"""The pass that sets how weights are kept, and its option that says what activations are measured on."""
-DEFAULT = (
-    "float int8 int4{block=32 symmetric=false clip=error} int4{block=64 symmetric=false clip=error} "
-    "palette{bits=8} palette{bits=6} palette{bits=6 group=32} palette{bits=6 group=16} palette{bits=4} "
-    "palette{bits=4 group=16} palette{bits=3} palette{bits=3 group=16} palette{bits=2}"
-)
-"""What is looked at unless a user says otherwise; what a target cannot keep is left out."""
+CALIBRATION = "calibration"
+"""The option of the pass that says what activations are measured on."""
 
 
 @dataclass(frozen=True)

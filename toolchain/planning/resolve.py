@@ -7,20 +7,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from toolchain.errors import CheckpointError, RecipeError
+from toolchain.errors import CheckpointError
 from toolchain.formats.device import UNSPECIFIED, Device, load_device
 from toolchain.formats.recipe import ComponentRecipe, Recipe
-from toolchain.formats.schedule import BASE, MERGED
-from toolchain.ir.functions import conditional
-from toolchain.ir.passes import Pipeline, find_pass, passes_providing
-from toolchain.ir.pipeline_text import parse_pipeline
 from toolchain.ir.target import Target, find_target
 from toolchain.models.family import Configs, ModelFamily, find_family
-from toolchain.weights.checkpoint import Checkpoint, local_path, open_checkpoint, read_config
+from toolchain.weights.checkpoint import Checkpoint, find_checkpoint, local_path, read_config
+
+if TYPE_CHECKING:
+    from toolchain.ir.passes import Pipeline
 
 
 @dataclass(frozen=True)
@@ -34,9 +33,17 @@ class ResolvedComponent:
     """As its ``config.json`` or the recipe has it."""
     target: Target
     """With the component's own precision, where it has one."""
-    passes: Pipeline
+    pipeline: Pipeline | None
+    """None as long as nothing is asked but what the build's key is."""
     opened: Checkpoint | None
     """None for a plan, which needs no weights."""
+
+    @property
+    def passes(self) -> Pipeline:
+        """The passes; only of a build that is whole."""
+        if self.pipeline is None:
+            raise RuntimeError(f"{self.name}: resolved without its passes")
+        return self.pipeline
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -92,51 +99,58 @@ def resolve(recipe: Recipe, base: Path, *, checkpoints: bool) -> ResolvedBuild:
     """
     family = find_family(recipe.model)
     target = find_target(recipe.target.name, recipe.target.options)
-    passes = {name: load_pipeline(recipe, name, family) for name in recipe.components()}
+    pipelines = _pipelines(recipe, family)  # before a checkpoint is fetched
+    return _whole(_found(recipe, base, family, target, checkpoints), pipelines)
+
+
+def resolve_lightly(recipe: Recipe, base: Path) -> ResolvedBuild:
+    """What the build's key needs: passes are not imported, and no file of weights is read. :func:`completed` does both.
+
+    Raises:
+        SoraCompileError: something is not there, or the target's options are wrong; names the key.
+    """
+    target = find_target(recipe.target.name, recipe.target.options)
+    return _found(recipe, base, find_family(recipe.model), target, checkpoints=True)
+
+
+def completed(build: ResolvedBuild) -> ResolvedBuild:
+    """What :func:`resolve` finds with checkpoints, of a build that was resolved lightly.
+
+    Raises:
+        SoraCompileError: as :func:`resolve`.
+    """
+    if all(part.pipeline is not None for part in build.components.values()):
+        return build
+    return _whole(build, _pipelines(build.recipe, build.family))
+
+
+def _pipelines(recipe: Recipe, family: ModelFamily) -> dict[str, Pipeline]:
+    from toolchain.planning.pipelines import load_pipeline
+
+    return {name: load_pipeline(recipe, name, family) for name in recipe.components()}
+
+
+def _found(recipe: Recipe, base: Path, family: ModelFamily, target: Target, checkpoints: bool) -> ResolvedBuild:
     parts = {}
     for name, part in recipe.components().items():
-        opened = open_checkpoint(part.checkpoint, base) if checkpoints else None
+        opened = find_checkpoint(part.checkpoint, base) if checkpoints else None
         config = _configuration(name, part, base)
-        parts[name] = ResolvedComponent(name, part, family, config, _target(recipe, name, part), passes[name], opened)
+        parts[name] = ResolvedComponent(name, part, family, config, _target(recipe, name, part), None, opened)
     return ResolvedBuild(recipe, base, family, target, parts)
+
+
+def _whole(build: ResolvedBuild, pipelines: Mapping[str, Pipeline]) -> ResolvedBuild:
+    for part in build.components.values():
+        if part.opened is not None:
+            part.opened.infos()  # says what is wrong with its files
+    parts = {name: replace(part, pipeline=pipelines[name]) for name, part in build.components.items()}
+    return replace(build, components=parts)
 
 
 def _target(recipe: Recipe, name: str, part: ComponentRecipe) -> Target:
     if part.precision is None:
         return find_target(recipe.target.name, recipe.target.options)
     return find_target(recipe.target.name, {**recipe.target.options, "precision": part.precision}, key=name)
-
-
-def load_pipeline(recipe: Recipe, component: str, family: ModelFamily) -> Pipeline:
-    """A component's passes; where none of them partitions, the family's default partition is added.
-
-    Raises:
-        RecipeError: a pass is unknown, its options are wrong, a partition is not the last, or a function that the
-            sampler asks for is provided by none.
-    """
-    key = f"{component}.passes"
-    specs = recipe.components()[component].passes
-    passes = [find_pass(s.name, s.options, f"{key}.{i}") for i, s in enumerate(specs)]
-    cuts = [p for p in passes if p.phase == "partition"]
-    if len(cuts) > 1 or (cuts and passes[-1] is not cuts[0]):
-        raise RecipeError(f"{key}: '{cuts[0].name}' must be the last pass, and be listed once")
-    if not cuts:
-        ((name, options),) = parse_pipeline(family.default_partition(component))
-        cuts = [find_pass(name, options, key)]
-    pipeline = Pipeline(tuple(p for p in passes if p.phase == "rewrite"), cuts[0])
-    for at, grouping in enumerate(passes):
-        late = [p for p in passes[at:] if p.provides and p is not grouping and grouping.groups is not None]
-        if late:
-            raise RecipeError(
-                f"{key}: '{late[0].name}' adds a function that '{grouping.name}' would know nothing of; list it before"
-            )
-    wanted = {"merged_steps": MERGED} if recipe.sampler.merged_steps else {}
-    wanted |= {"conditional": conditional(BASE)} if recipe.sampler.conditional_steps else {}
-    for asking, function in wanted.items() if component == "transformer" else ():
-        if function not in pipeline.provides:
-            known = ", ".join(passes_providing(function)) or "none"
-            raise RecipeError(f"sampler.{asking}: needs a pass in {key} that provides '{function}'; installed: {known}")
-    return pipeline
 
 
 def _configuration(component: str, part: ComponentRecipe, base: Path) -> Mapping[str, Any]:

@@ -7,26 +7,31 @@ are no part of it; their versions are the keys' business (:meth:`toolchain.ir.ta
 
 from __future__ import annotations
 
-import ast
+import contextlib
 import functools
 import hashlib
-import importlib.util
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Collection, Mapping
 from importlib.machinery import all_suffixes
 from importlib.metadata import packages_distributions
 from pathlib import Path
-from typing import Any
+
+from toolchain.errors import ResourceError
+from toolchain.system.imports import file_of, imports_of
+from toolchain.system.store import NewEntry, Store, key_of
 
 OWN_PACKAGES = ("toolchain", "passes", "targets", "recipes")
 PLUGIN_PACKAGES = ("targets", "passes")
 """Those of ours in which a package is a plug-in: all of its files count, whether or not something imports them."""
+ROOT = Path(__file__).parents[2]
+"""The folder that our own packages are in."""
+KnownImports = Mapping[str, Collection[str]]
 COMPILED = ("__pycache__", ".pyc", ".pyo")
 
 
 @functools.cache
-def code_digest(*modules: str) -> str:
+def code_digest(*modules: str, store: Store | None = None) -> str:
     """sha256, in hex, of the code that modules consist of and depend on; remembered while the process lives.
 
     Of our own packages, that is each module's file and those of ours that it imports, directly or not; and all the
@@ -35,16 +40,21 @@ def code_digest(*modules: str) -> str:
 
     Args:
         modules: dotted names, of modules that can be imported.
+        store: remembers what our own files import, or else they are parsed, which takes a third of a second.
 
     Raises:
         ModuleNotFoundError: there is no such module.
     """
-    return digest_of_code(Path(__file__).parents[2], *modules)
+    return digest_of_code(ROOT, *modules, known=None if store is None else _known_imports(store))
 
 
-def digest_of_code(root: Path, *modules: str) -> str:
-    """As :func:`code_digest`, with our own packages in the folder ``root``; nothing is remembered."""
-    found = _Closure(root)
+def digest_of_code(root: Path, *modules: str, known: KnownImports | None = None) -> str:
+    """As :func:`code_digest`, with our own packages in the folder ``root``; nothing is remembered.
+
+    Args:
+        known: what files import, by :func:`_content`; the others are parsed.
+    """
+    found = _Closure(root, known or {})
     for module in modules:
         found.add_root(module)
     whole = hashlib.sha256()
@@ -54,12 +64,38 @@ def digest_of_code(root: Path, *modules: str) -> str:
     return whole.hexdigest()
 
 
+@functools.cache
+def _known_imports(store: Store) -> KnownImports:
+    """What our own files import, as they are now."""
+    files = [p for package in OWN_PACKAGES for p in sorted((ROOT / package).rglob("*.py"))]
+    sources = {_content(p.relative_to(ROOT).as_posix(), source): source for p in files for source in [p.read_bytes()]}
+    key = key_of({"python": sys.version, "files": list(sources)})
+    found = store.get("imports", key)
+    if found is not None:
+        return dict(found.meta)
+    known = {c: sorted(imports_of(source, _package(c.partition(" ")[0]))) for c, source in sources.items()}
+    with contextlib.suppress(ResourceError):  # they will be parsed again
+        store.get_or_make("imports", key, lambda _: NewEntry(known))
+    return known
+
+
+def _content(name: str, source: bytes) -> str:
+    """A file's name and digest: what decides which modules it imports."""
+    return f"{name} {hashlib.sha256(source).hexdigest()}"
+
+
+def _package(name: str) -> tuple[str, ...]:
+    return tuple(name.split("/")[:-1])
+
+
 class _Closure:
     """What modules depend on: the content of ``files``, by names that are the same wherever they are installed."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, known: KnownImports) -> None:
         self.files: dict[str, bytes] = {}
-        self._root = root
+        self._root, self._known = root, known
+        self._followed: set[str] = set()
+        self._listed: dict[tuple[str, ...], frozenset[str]] = {}
 
     def add_root(self, module: str) -> None:
         parts = module.split(".")
@@ -74,21 +110,38 @@ class _Closure:
         self._add_own(module)
 
     def _add_own(self, module: str) -> None:
+        if module in self._followed:
+            return
+        self._followed.add(module)
         for path in self._own_files(module):
             self._add_file(path, self._root)
 
     def _own_files(self, module: str) -> list[Path]:
         """A module's file, after those of the packages around it, which importing it runs as well; or none at all."""
-        parts = module.split(".")
-        around = [self._root.joinpath(*parts[:n], "__init__.py") for n in range(1, len(parts))]
-        own = _source(self._root.joinpath(*parts))
-        return [*(p for p in around if p.is_file()), own] if own is not None else []
+        parts = tuple(module.split("."))
+        if "__init__.py" in self._names(parts):
+            own = (*parts, "__init__.py")
+        elif f"{parts[-1]}.py" in self._names(parts[:-1]):
+            own = (*parts[:-1], f"{parts[-1]}.py")
+        else:
+            return []
+        around = [(*parts[:n], "__init__.py") for n in range(1, len(parts)) if "__init__.py" in self._names(parts[:n])]
+        return [self._root.joinpath(*place) for place in (*around, own)]
+
+    def _names(self, folder: tuple[str, ...]) -> frozenset[str]:
+        """What a folder below the root holds; nothing if it is none."""
+        if folder not in self._listed:
+            try:
+                self._listed[folder] = frozenset(p.name for p in self._root.joinpath(*folder).iterdir())
+            except OSError:
+                self._listed[folder] = frozenset()
+        return self._listed[folder]
 
     def _add_plugin(self, module: str) -> None:
         """The outermost regular package around a module, or else the module itself."""
         parts = module.split(".")
         for n in range(1, len(parts) + 1):
-            file = _file_of(".".join(parts[:n]))
+            file = file_of(".".join(parts[:n]))
             namespace = "/".join(parts[: n - 1])
             if file is None:
                 continue
@@ -125,7 +178,8 @@ class _Closure:
         if path.suffix != ".py":
             return
         around = namespace.split("/") if namespace else []
-        for imported in _imports(self.files[name], tuple(name.split("/")[:-1])):
+        source, known = self.files[name], self._known.get(_content(name, self.files[name]))
+        for imported in known if known is not None else imports_of(source, _package(name)):
             parts = imported.split(".")
             if parts[0] in OWN_PACKAGES:
                 self._add_own(imported)
@@ -155,63 +209,3 @@ def _installed() -> frozenset[Path]:
 @functools.cache
 def _distributions() -> dict[str, list[str]]:
     return {name: list(found) for name, found in packages_distributions().items()}
-
-
-def _file_of(module: str) -> Path | None:
-    """The file of a module that can be imported; None for a namespace package and what is built into Python.
-
-    Raises:
-        ModuleNotFoundError: there is no such module.
-    """
-    loaded = sys.modules.get(module)
-    if loaded is not None:
-        file = getattr(loaded, "__file__", None)
-        return Path(file).absolute() if file else None
-    spec = importlib.util.find_spec(module)
-    if spec is None:
-        raise ModuleNotFoundError(f"no module named '{module}'", name=module)
-    return Path(spec.origin).absolute() if spec.has_location and spec.origin else None
-
-
-def _source(place: Path) -> Path | None:
-    """The file of a module: ``place.py``, or ``place/__init__.py``."""
-    for path in (place / "__init__.py", place.with_name(f"{place.name}.py")):
-        if path.is_file():
-            return path
-    return None
-
-
-@functools.cache
-def _imports(source: bytes, package: tuple[str, ...]) -> frozenset[str]:
-    """Absolute names of what a file imports; of ``from a import b`` both ``a`` and ``a.b``, which may be a module."""
-    try:
-        tree = ast.parse(source)
-    except (SyntaxError, ValueError):
-        return frozenset()  # not meant to be run: a template, code for another version of Python
-    names: set[str] = set()
-    for statement in _statements(tree):
-        if isinstance(statement, ast.Import):
-            names |= {alias.name for alias in statement.names}
-        elif isinstance(statement, ast.ImportFrom):
-            if statement.level > len(package):
-                continue  # leads out of its package, which Python refuses
-            around = package[: len(package) - statement.level + 1] if statement.level else ()
-            origin = ".".join([*around, *([statement.module] if statement.module else [])])
-            names |= {origin, *(f"{origin}.{alias.name}" for alias in statement.names)}
-    return frozenset(names)
-
-
-def _statements(tree: ast.Module) -> Iterator[ast.stmt]:
-    """All statements, however deep, except what only type checkers read."""
-    left: list[Any] = [tree]
-    while left:
-        node = left.pop()
-        if isinstance(node, ast.stmt):
-            yield node
-        for part in ("body", "orelse", "finalbody", "handlers", "cases"):
-            if not (part == "body" and isinstance(node, ast.If) and _only_for_types(node.test)):
-                left += getattr(node, part, ())
-
-
-def _only_for_types(test: ast.expr) -> bool:
-    return (test.attr if isinstance(test, ast.Attribute) else getattr(test, "id", "")) == "TYPE_CHECKING"

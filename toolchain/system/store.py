@@ -24,7 +24,7 @@ from toolchain.system.disk import full_disk_named
 
 ENTRY_FILE = "entry.json"
 DATA, SCRATCH = "data", "scratch"
-KINDS = ("templates", "artifacts", "gates", "builds", "sweeps", "calibrations", "tunings")
+KINDS = ("templates", "artifacts", "gates", "builds", "sweeps", "calibrations", "tunings", "imports")
 SMALL_BYTES = 16_000_000
 """Entries up to this size are read whole before they are used: templates, gate results."""
 DEFAULT_LIMIT_BYTES = 40_000_000_000
@@ -216,20 +216,25 @@ class Store:
 
     def remembered(self, path: Path, compute: Callable[[], Any]) -> Any:
         """``compute()`` of a file's content, as plain data; from memory if the file is what it was then."""
-        place = self.root / "digests" / f"{hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()}.json"
         stamp = _stamp(path)
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            known = json.loads(place.read_text(encoding="utf-8"))
-            if known["stamp"] == stamp:
-                return known["value"]
-        value = compute()
-        if _stamp(path) == stamp:
-            self.remember(path, value)
+        value = self.recalled(path)
+        if value is None:
+            value = compute()
+            if _stamp(path) == stamp:
+                self.remember(path, value)
         return value
+
+    def recalled(self, path: Path) -> Any:
+        """What is remembered of a file; None if it is not what it was then, or nothing is."""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            known = json.loads(self._memory(path).read_text(encoding="utf-8"))
+            if known["stamp"] == _stamp(path):
+                return known["value"]
+        return None
 
     def remember(self, path: Path, value: Any) -> None:
         """Remember what is known of a file as it is now."""
-        place = self.root / "digests" / f"{hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()}.json"
+        place = self._memory(path)
         with self._errors():
             for parent in (place.parent, self.root / SCRATCH):
                 parent.mkdir(parents=True, exist_ok=True)
@@ -237,6 +242,10 @@ class Store:
                 part = scratch / place.name
                 part.write_text(json.dumps({"stamp": _stamp(path), "value": value}), encoding="utf-8")
                 part.replace(place)
+
+    def _memory(self, path: Path) -> Path:
+        """The file that says what is remembered of another."""
+        return self.root / "digests" / f"{hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()}.json"
 
     def _folder(self, kind: str, key: str) -> Path:
         return self.root / kind / key[:2] / key

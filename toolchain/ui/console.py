@@ -138,8 +138,8 @@ class ConsoleListener(Listener):
         if self._print_after in (None, "all"):
             return
         from toolchain.models.family import find_family
+        from toolchain.planning.pipelines import load_pipeline
         from toolchain.planning.plan import PRINTED
-        from toolchain.planning.resolve import load_pipeline
 
         family = find_family(recipe.model)
         passes = (load_pipeline(recipe, name, family) for name in recipe.components())

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import functools
 import json
 import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from toolchain.errors import CheckpointError
 from toolchain.ir.dtypes import BY_SAFETENSORS
+
+if TYPE_CHECKING:
+    import torch
 
 INDEX_NAMES = (
     "model.safetensors.index.json",
@@ -40,7 +43,10 @@ class TensorInfo:
 
 
 class Checkpoint(abc.ABC):
-    """Named tensors on disk. ``location`` is how a recipe would name them, with a revision if remote."""
+    """Named tensors on disk. ``location`` is how a recipe would name them, with a revision if remote.
+
+    Nothing is read, and torch is not imported, before what the files hold is asked for.
+    """
 
     def __init__(self, location: str, root: Path) -> None:
         self.location = location
@@ -50,7 +56,11 @@ class Checkpoint(abc.ABC):
 
     @abc.abstractmethod
     def infos(self) -> Mapping[str, TensorInfo]:
-        """Shape and dtype of every tensor, without reading any."""
+        """Shape and dtype of every tensor, without reading any.
+
+        Raises:
+            CheckpointError: a file is damaged, or holds something else than tensors of known types.
+        """
 
     @abc.abstractmethod
     def tensor(self, name: str) -> torch.Tensor:
@@ -91,24 +101,26 @@ class SafetensorsCheckpoint(Checkpoint):
     def __init__(self, location: str, root: Path, shards: tuple[Path, ...]) -> None:
         super().__init__(location, root)
         self._shards = tuple(sorted(shards))
-        self._shard_of: dict[str, Path] = {}
-        self._infos: dict[str, TensorInfo] = {}
+
+    @functools.cached_property
+    def _headers(self) -> dict[str, tuple[Path, TensorInfo]]:
+        found = {}
         for shard in self._shards:
             with _opened(shard) as f:
                 for name in f.keys():  # noqa: SIM118 - not a dict
                     part = f.get_slice(name)
-                    self._shard_of[name] = shard
                     dtype = part.get_dtype()
                     if dtype not in BY_SAFETENSORS:
                         known = ", ".join(BY_SAFETENSORS)
                         raise CheckpointError(f"'{shard}': tensor '{name}' is of type {dtype}; known are {known}")
-                    self._infos[name] = TensorInfo(tuple(part.get_shape()), BY_SAFETENSORS[dtype].torch)
+                    found[name] = shard, TensorInfo(tuple(part.get_shape()), BY_SAFETENSORS[dtype].torch)
+        return found
 
     def infos(self) -> Mapping[str, TensorInfo]:
-        return self._infos
+        return {name: info for name, (_, info) in self._headers.items()}
 
     def tensor(self, name: str) -> torch.Tensor:
-        with _opened(self._shard_of[name]) as f:
+        with _opened(self.file_of(name)) as f:
             tensor: torch.Tensor = f.get_tensor(name)
         return tensor
 
@@ -116,7 +128,7 @@ class SafetensorsCheckpoint(Checkpoint):
         return self._shards
 
     def file_of(self, name: str) -> Path:
-        return self._shard_of[name]
+        return self._headers[name][0]
 
 
 @contextlib.contextmanager
@@ -136,27 +148,27 @@ class TorchCheckpoint(Checkpoint):
     def __init__(self, location: str, root: Path, shards: tuple[Path, ...]) -> None:
         super().__init__(location, root)
         self._shards = tuple(sorted(shards))
-        self._tensors: dict[str, torch.Tensor] = {}
-        self._shard_of: dict[str, Path] = {}
-        for shard in self._shards:
-            held = _load_torch(shard)
-            self._tensors |= held
-            self._shard_of |= dict.fromkeys(held, shard)
+
+    @functools.cached_property
+    def _held(self) -> dict[str, tuple[Path, torch.Tensor]]:
+        return {name: (shard, tensor) for shard in self._shards for name, tensor in _load_torch(shard).items()}
 
     def infos(self) -> Mapping[str, TensorInfo]:
-        return {k: TensorInfo(tuple(t.shape), t.dtype) for k, t in self._tensors.items()}
+        return {k: TensorInfo(tuple(t.shape), t.dtype) for k, (_, t) in self._held.items()}
 
     def tensor(self, name: str) -> torch.Tensor:
-        return self._tensors[name]  # memory-mapped: read when used
+        return self._held[name][1]  # memory-mapped: read when used
 
     def files(self) -> tuple[Path, ...]:
         return self._shards
 
     def file_of(self, name: str) -> Path:
-        return self._shard_of[name]
+        return self._held[name][0]
 
 
 def _load_torch(path: Path) -> dict[str, torch.Tensor]:
+    import torch
+
     def load(mmap: bool) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
@@ -187,6 +199,17 @@ def open_checkpoint(location: str, base: Path) -> Checkpoint:
 
     Raises:
         CheckpointError: nothing is there, it cannot be fetched, or it cannot be read.
+    """
+    checkpoint = find_checkpoint(location, base)
+    checkpoint.infos()
+    return checkpoint
+
+
+def find_checkpoint(location: str, base: Path) -> Checkpoint:
+    """As :func:`open_checkpoint`, without reading the files of weights: what is wrong in them is said at first use.
+
+    Raises:
+        CheckpointError: nothing is there, or it cannot be fetched.
     """
     if location.startswith("hf://"):
         from toolchain.weights.hub import fetch

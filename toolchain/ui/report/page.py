@@ -13,12 +13,12 @@ from typing import Any
 from toolchain.errors import ResourceError
 from toolchain.system.disk import readable_size
 from toolchain.ui.loading import loads_text
+from toolchain.ui.phrases import by_storage, runs
 from toolchain.ui.report import words
 from toolchain.ui.report.charts import on_paper, report_charts
 from toolchain.ui.report.facts import Facts
 from toolchain.ui.report.timeline import Timeline
 from toolchain.ui.report.video import Clip
-from toolchain.ui.tables import by_storage, runs
 from toolchain.version import VERSION
 
 TEMPLATE = "template"

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from toolchain.formats.manifest import GateMode
 from toolchain.formats.schedule import StaticLeap
 from toolchain.system.disk import readable_size
+from toolchain.ui.phrases import merged_calls
 from toolchain.ui.report.facts import ErrorOf, Facts, Measured
 from toolchain.ui.report.timeline import COMPUTE, LOADER, Timeline
-from toolchain.ui.tables import merged_calls
 
 GATES: Mapping[GateMode, tuple[str, str]] = {
     "release": ("release", "every function of each artifact was executed on all inputs"),

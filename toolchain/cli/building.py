@@ -1,0 +1,107 @@
+"""``compile`` and ``plan``: a recipe becomes a bundle, or what it would become."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from toolchain.cli.options import (
+    CalibrationOption,
+    JobsOption,
+    JsonOption,
+    PrintOption,
+    RecipeArgument,
+    SetOption,
+    VerboseOption,
+)
+
+DirectOption = Annotated[
+    bool, typer.Option("--direct", help="Lower every block by itself: the reference for stamping.")
+]
+GateOption = Annotated[
+    str | None,
+    typer.Option(
+        "--gate",
+        metavar="MODE",
+        help="every (default): execute each artifact; release: all its functions; structure: one of each kind.",
+    ),
+]
+NoGateOption = Annotated[bool, typer.Option("--no-gate", help="Execute nothing; the manifest will say so.")]
+
+
+def compile_(
+    recipe: RecipeArgument,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="BUNDLE", help="The folder to write.")],
+    overrides: SetOption = [],  # noqa: B006 - typer reads it
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+    print_after: PrintOption = None,
+    direct: DirectOption = False,
+    jobs: JobsOption = 1,
+    gate: GateOption = None,
+    no_gate: NoGateOption = False,
+    calibration: CalibrationOption = None,
+) -> None:
+    """Build a recipe into a bundle. (The default command.)"""
+    from toolchain.ui.console import Console
+
+    with Console(as_json, verbose) as console:
+        import toolchain
+        from toolchain.errors import RecipeError
+        from toolchain.formats.recipe_file import find_recipe
+
+        if gate is not None and no_gate:
+            raise RecipeError("--gate and --no-gate: choose one")
+        mode = "none" if no_gate else gate
+        with console.progress(print_after) as listener:
+            path = find_recipe(recipe)
+            loaded = toolchain.load_recipe(path, [*overrides, *([f"gate.mode={mode}"] if mode is not None else [])])
+            listener.check_print_after(loaded)
+            bundle = toolchain.compile_recipe(
+                loaded,
+                output,
+                base=path.parent,
+                listener=listener,
+                direct=direct,
+                jobs=jobs,
+                calibration=calibration,
+            )
+        from toolchain.ui.bundles import bundle_json, bundle_summary
+
+        console.answer(bundle_json(bundle), bundle_summary(bundle))
+
+
+def plan(
+    recipe: RecipeArgument,
+    overrides: SetOption = [],  # noqa: B006
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+    print_after: PrintOption = None,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Also write it as a page.")] = None,
+    calibration: CalibrationOption = None,
+) -> None:
+    """Show what would be built, what is loaded when, and what a video is predicted to take. Lowers nothing."""
+    from toolchain.ui.console import Console
+
+    with Console(as_json, verbose) as console:
+        import toolchain
+        from toolchain.formats.recipe_file import find_recipe
+
+        if html is not None:
+            from toolchain.ui.report.write import check_places
+
+            check_places({"--html": html})
+        with console.progress(print_after) as listener:
+            path = find_recipe(recipe)
+            loaded = toolchain.load_recipe(path, overrides)
+            listener.check_print_after(loaded)
+            planned = toolchain.plan(loaded, base=path.parent, listener=listener, calibration=calibration)
+        if html is not None:
+            from toolchain.ui.report.write import write_plan_report
+
+            write_plan_report(planned, html)
+        from toolchain.ui.planning import plan_json, plan_table
+
+        console.answer(plan_json(planned), plan_table(planned))

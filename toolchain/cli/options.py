@@ -1,0 +1,27 @@
+"""Arguments and options that several commands take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A recipe's path, or the name of a shipped one (tiny, …).")
+]
+SetOption = Annotated[
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe: sampler.steps=20.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")]
+VerboseOption = Annotated[bool, typer.Option("-v", "--verbose", help="Say more, and show tracebacks.")]
+PrintOption = Annotated[
+    str | None,
+    typer.Option("--print-after", metavar="PASS|all", help="Print the graph after a pass (capture, legalise, …)."),
+]
+JobsOption = Annotated[int, typer.Option("-j", "--jobs", metavar="N", min=1, help="Build in N processes at once.")]
+CalibrationOption = Annotated[
+    Path | None,
+    typer.Option("--calibration", metavar="FILE", help="Plan loading with these measured times; see calibrate."),
+]
+BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")]
