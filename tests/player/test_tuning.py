@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from toolchain.errors import RecipeError
 from toolchain.formats.recipe import Recipe, SamplerRecipe
 from toolchain.formats.recipe_file import load_recipe, parse_recipe
 from toolchain.player.video import to_bytes
-from toolchain.system.store import Store
+from toolchain.system.store import ENTRY_FILE, Store
 from toolchain.ui.tuning import steps_text, tuned_table
 
 PROMPTS = ["a blue square", "two cats"]
@@ -169,6 +171,39 @@ def test_a_stopped_search_goes_on_to_the_same_end(
     assert tune(own) == tuned
     assert made == 0
     assert 0 < rest < len([e for e in own.entries() if "psnr_db" in e.meta or "call_s" in e.meta])
+
+
+@pytest.mark.slow
+def test_a_killed_search_goes_on_to_the_same_end(
+    recipe_data: dict[str, Any], source: Path, tmp_path: Path, start_cli: Any, run_cli: Any
+) -> None:
+    bare = {"sampler": {"steps": STEPS}, "transformer": {"checkpoint": "transformer", "passes": []}}
+    recipe, prompts = source / "bare.yaml", tmp_path / "prompts.txt"
+    recipe.write_text(parse_recipe(recipe_data | bare).to_yaml())
+    prompts.write_text(PROMPTS[0])
+    command = ("tune", recipe, "--prompts", prompts, "--points", "2", "--quality", "20", "--json")
+    cache = tmp_path / "cache"
+    results = cache / "tunings"
+
+    def kept() -> dict[str, int]:
+        """Results, and when they were made."""
+        return {str(p.relative_to(results)): p.parent.stat().st_mtime_ns for p in results.rglob(ENTRY_FILE)}
+
+    process = start_cli(*command, cwd=tmp_path, cache=cache)
+    while process.poll() is None and len(kept()) < 3:
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    before = kept()
+
+    ran, undisturbed = (
+        run_cli(*command, cwd=tmp_path, env={"SORA_COMPILE_CACHE": str(c)}) for c in (cache, tmp_path / "other")
+    )
+    assert (ran.code, ran.out) == (0, undisturbed.out), ran.err
+    after = kept()
+    assert len(before) >= 3 and before.items() < after.items()
+    assert list((cache / "scratch").iterdir()) == []
 
 
 # --- goals -------------------------------------------------------------------------------------------
