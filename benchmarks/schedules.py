@@ -1,6 +1,6 @@
 """Schedules that are searched for against those that are guessed, on the shipped miniature model.
 
-    python benchmarks/schedules.py [--prompts 40] [--seeds 2] [--tuning 4] [--points 12] [--scales 6,1] [--device DEVICE]
+    python benchmarks/schedules.py [--prompts 40] [--seeds 2] [--tuning 4] [--points 12] [--scales 6,1]
 
 Searches on prompts that the model was trained on (`sora-compile tune`), and makes videos of held-out ones, those of
 ``benchmarks/quality.py``, with each seed. All in PyTorch in float32: a bundle plays the same schedule to 80 dB or so.
