@@ -222,7 +222,7 @@ class _Tuning:
         return front
 
     def _announce(self) -> None:
-        """Say beforehand what measuring the steps takes; trying schedules takes about as much again."""
+        """Say beforehand what measuring the steps takes; trying schedules takes more the more videos there are."""
         numbers = self._runs.step_videos
         missing = [b for b in self._bases for i in numbers if not self._runs.knows_steps(b.sampler, i)]
         if missing:
@@ -230,7 +230,7 @@ class _Tuning:
             minutes = calls * self._runs.call_seconds() / 60
             self._listener.remark(
                 f"{len(numbers)} videos: measuring the steps takes {calls} calls of the denoiser, about "
-                f"{minutes:.1f} minutes here, and {short} without its blocks; trying schedules about as much again"
+                f"{minutes:.1f} minutes here, and {short} without its blocks; trying schedules at least as much again"
             )
 
     def _searched(self, base: _Base) -> _Base:
