@@ -1,6 +1,6 @@
 """What `sora-compile tune` promises, and what its recipe then plays: on the shipped miniature, on other prompts.
 
-    python benchmarks/promise.py [--quality 35,40,45] [--tuning 16] [--prompts 24] [--scale 6] [--target onnx]
+    python benchmarks/promise.py [--quality 40,45,35] [--tuning 16] [--prompts 24] [--scale 6] [--target onnx]
 
 Searches on prompts that the model was trained on, writes the recipe of each goal, compiles it, and plays held-out
 prompts, those of ``benchmarks/quality.py``, from the bundle alone. What is played is held against the full schedule's
@@ -46,7 +46,7 @@ def played(tuned: Tuned, folder: Path, full: list[tuple[str, torch.Tensor]]) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quality", default="35,40,45", help="goals in dB")
+    parser.add_argument("--quality", default="40,45,35", help="goals in dB")
     parser.add_argument("--tuning", type=int, default=16, help="prompts to search on")
     parser.add_argument("--prompts", type=int, default=24, help="held-out prompts")
     parser.add_argument("--scale", type=float, default=6.0, help="sampler.transform_scale")
