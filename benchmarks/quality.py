@@ -42,7 +42,7 @@ from toolchain.planning.sampling import sampling
 from toolchain.player.sampler import initial_noise
 from toolchain.player.video import to_bytes
 from training.grammar import Scene, split
-from training.judge import ATTRIBUTES, judge
+from training.judge import ATTRIBUTES, BORDER, judge
 
 
 @dataclass(frozen=True)
@@ -131,28 +131,37 @@ def make(player: toolchain.Player, scene: Scene, seed: int) -> Video:
     return decode(player, denoise(player, scene, seed))
 
 
+def read_off(frames: torch.Tensor, scene: Scene, reference: torch.Tensor) -> dict[str, float]:
+    """What a video ``[F, 3, H, W]`` shows of its prompt, and how near it comes to another one of the same noise.
+
+    ``still`` is the mean absolute difference of consecutive frames, in levels of 255, where nothing ever moves: in the
+    outermost pixels, which no shape covers.
+    """
+    right = judge(frames.transpose(0, 1)).correct(scene)
+    a, b = to_bytes(reference).numpy(), to_bytes(frames).numpy()
+    same = bool((a == b).all())
+    steps = frames.diff(dim=0)
+    edge = torch.ones(frames.shape[2:], dtype=torch.bool)
+    edge[BORDER:-BORDER, BORDER:-BORDER] = False
+    return {k: float(v) for k, v in right.items()} | {
+        "all": float(all(right.values())),
+        "motion": float(steps.abs().mean()),
+        "flicker": float(steps.diff(dim=0).abs().mean()),
+        "still": float(steps[:, :, edge].abs().mean()) * 127.5,
+        "psnr": float("inf") if same else float(peak_signal_noise_ratio(a, b)),
+        "ssim": float(structural_similarity(a, b, channel_axis=3)) if not same else 1.0,
+    }
+
+
 def figures(videos: list[Video], scenes: list[Scene], full: list[Video]) -> dict[str, float]:
     """Means over the prompts; of the seconds the median, since other work on the machine disturbs some.
 
     ``worst`` is the least PSNR of all.
     """
-    rows = []
-    for video, scene, reference in zip(videos, scenes, full, strict=True):
-        right = judge(video.frames.transpose(0, 1)).correct(scene)
-        a, b = to_bytes(reference.frames).numpy(), to_bytes(video.frames).numpy()
-        same = bool((a == b).all())
-        steps = video.frames.diff(dim=0)
-        rows.append(
-            {k: float(v) for k, v in right.items()}
-            | {
-                "calls": float(video.calls),
-                "seconds": video.seconds,
-                "motion": float(steps.abs().mean()),
-                "flicker": float(steps.diff(dim=0).abs().mean()),
-                "psnr": float("inf") if same else float(peak_signal_noise_ratio(a, b)),
-                "ssim": float(structural_similarity(a, b, channel_axis=3)) if not same else 1.0,
-            }
-        )
+    rows = [
+        read_off(video.frames, scene, reference.frames) | {"calls": float(video.calls), "seconds": video.seconds}
+        for video, scene, reference in zip(videos, scenes, full, strict=True)
+    ]
     means = {k: sum(r[k] for r in rows) / len(rows) for k in rows[0]}
     worst = min(r["psnr"] for r in rows)
     return means | {"seconds": statistics.median(r["seconds"] for r in rows), "worst": worst}

@@ -251,6 +251,19 @@ def test_what_is_left_out_is_not_called_and_what_is_kept_is_held() -> None:
     assert planned.loading.run.compute_s < plain.loading.run.compute_s
 
 
+def test_a_difference_that_is_kept_is_held() -> None:
+    """Of the latents' size, from the first step with both halves on."""
+    passes = "transformer.passes=[guidance-split, partition]"
+    none, last = (tiny(passes, f"sampler.conditional={{steps: [2, 4], difference: {d}}}") for d in ("none", "last"))
+    n = 4 * 5 * 8 * 8 * 4
+    extra = [
+        {b.live_bytes - a.live_bytes for a, b in zip(*calls, strict=True)}
+        for calls in zip(rounds_of(none), rounds_of(last), strict=True)
+    ]
+    assert extra == [{0}, {n}, {n}, {n}, {n}, {n}]
+    assert last.loading.timeline.peak_bytes <= none.loading.timeline.peak_bytes + n
+
+
 def test_what_a_rule_may_leave_out_is_planned_as_called() -> None:
     plain = tiny("sampler.steps=4")
     planned = tiny("sampler.steps=4", "sampler.reuse={rule: {threshold: 0.1}, observes: embed.t_mlp}")

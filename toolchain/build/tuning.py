@@ -7,11 +7,13 @@ videos. Times are the planner's, so that nothing depends on the machine that sea
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from toolchain.accuracy.confidence import lower_bound
 from toolchain.accuracy.step_errors import calls_to_measure
 from toolchain.build.tuning_runs import TuningRuns, TuningVideo
 from toolchain.errors import RecipeError
@@ -34,6 +36,8 @@ MARGIN_DB: Final = 3.0
 """What one video says may be so far from what all say."""
 BETWEEN: Final = 3
 """How many more schedules are looked for about a goal."""
+CONFIDENCE: Final = 0.9
+"""Of what is promised."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class Tried:
     """A schedule: what the planner predicts of the whole video, and how near it comes to the full schedule's videos.
 
     ``psnr_db`` is the mean over the tuning videos, ``worst_db`` the least; that of the full schedule itself is 200.
+    ``promised_db`` is what the mean over videos of other prompts like these is at least, with a confidence of
+    :data:`CONFIDENCE`; -inf where there is one video alone, which says nothing of others.
     """
 
     sampler: SamplerRecipe
@@ -48,6 +54,7 @@ class Tried:
     peak_bytes: int
     psnr_db: float
     worst_db: float
+    promised_db: float
 
 
 @dataclass(frozen=True)
@@ -86,7 +93,7 @@ def tune(
     Args:
         base: folder that relative checkpoint paths are looked for in first.
         latency_s: choose the schedule nearest to the full one that is predicted to take at most so long.
-        quality_db: choose the fastest one whose videos have at least this PSNR against the full schedule's.
+        quality_db: choose the fastest one that promises at least this PSNR against the full schedule's videos.
         memory_bytes: predict for this memory budget instead of the recipe's.
         prompts: what is tried; the n-th has seed + n. The golden video's prompt, four times, if None.
         points: how many times, from the fastest schedule's to the full one's, schedules are looked for at.
@@ -100,11 +107,16 @@ def tune(
     where, store, listener = Path(base or "."), store or Store(), listener or Listener()
     if latency_s is not None and quality_db is not None:
         raise RecipeError("--latency and --quality: choose one")
+    videos = _videos(recipe, prompts, seed)
+    if quality_db is not None and len(videos) < 2:
+        raise RecipeError(
+            "--quality: one video does not say what is to be expected of others; give two prompts or more"
+        )
     if points < 1:
         raise RecipeError(f"--points {points}: must be at least 1")
     given = {} if memory_bytes is None else {"memory_budget": memory_bytes}
     recipe = recipe.model_copy(update=given)
-    found = _Tuning(recipe, where, _videos(recipe, prompts, seed), points, listener, store)
+    found = _Tuning(recipe, where, videos, points, listener, store)
     front = found.front(latency_s, quality_db)
     chosen = choose(front, latency_s, quality_db)
     store.evict()
@@ -140,7 +152,7 @@ def choose(front: Sequence[Tried], latency_s: float | None, quality_db: float | 
             f"{least.psnr_db:.2f} dB; give more time, or a device that is faster"
         )
     if quality_db is not None:
-        if fits := [t for t in front if t.psnr_db >= quality_db]:
+        if fits := [t for t in front if t.promised_db >= quality_db]:
             return fits[-1]
         raise RecipeError(
             f"--quality {quality_db:g}: cannot be met: {front[0].psnr_db:g} dB is what the full schedule is given"
@@ -187,7 +199,8 @@ class _Tuning:
         """A schedule on all tuning videos."""
         each = [self._runs.psnr_db(sampler, i) for i in range(len(self.videos))]
         timeline = self._costs.predicted(sampler).timeline
-        return Tried(sampler, timeline.total_s, timeline.peak_bytes, sum(each) / len(each), min(each))
+        promised = lower_bound(each, CONFIDENCE) if len(each) > 1 else -math.inf
+        return Tried(sampler, timeline.total_s, timeline.peak_bytes, sum(each) / len(each), min(each), promised)
 
     def front(self, latency_s: float | None, quality_db: float | None) -> tuple[Tried, ...]:
         """The best schedules of those that are looked at, the full one first."""
@@ -200,25 +213,24 @@ class _Tuning:
         if latency_s is not None:  # sums of steps are not quite what the planner says of the whole
             levels += [latency_s * (1 - 0.01 * k) for k in range(BETWEEN)]
         front = self._looked(bases, levels)
-        if quality_db is not None:
-            enough = [t for t in front if t.psnr_db >= quality_db]
-            faster = next((t.seconds for t in front if t.psnr_db < quality_db), None)
-            if enough and faster is not None:
-                span = enough[-1].seconds - faster
-                between = [faster + span * k / (BETWEEN + 1) for k in range(1, BETWEEN + 1)]
-                front = self._looked(bases, [*levels, *between])
+        chosen = choose(front, None, quality_db)
+        if chosen is not None and chosen != front[-1]:
+            faster = front[front.index(chosen) + 1].seconds
+            span = chosen.seconds - faster
+            between = [faster + span * k / (BETWEEN + 1) for k in range(1, BETWEEN + 1)]
+            front = self._looked(bases, [*levels, *between])
         return front
 
     def _announce(self) -> None:
-        """Say beforehand what measuring the steps takes; trying schedules takes about as much again."""
-        numbers = range(len(self.videos))
+        """Say beforehand what measuring the steps takes; trying schedules takes more the more videos there are."""
+        numbers = self._runs.step_videos
         missing = [b for b in self._bases for i in numbers if not self._runs.knows_steps(b.sampler, i)]
         if missing:
             calls, short = sum(calls_to_measure(b.calls) for b in missing), sum(b.calls**2 // 2 for b in missing)
             minutes = calls * self._runs.call_seconds() / 60
             self._listener.remark(
-                f"{len(self.videos)} videos: measuring the steps takes {calls} calls of the denoiser, about "
-                f"{minutes:.1f} minutes here, and {short} without its blocks; trying schedules about as much again"
+                f"{len(numbers)} videos: measuring the steps takes {calls} calls of the denoiser, about "
+                f"{minutes:.1f} minutes here, and {short} without its blocks; trying schedules at least as much again"
             )
 
     def _searched(self, base: _Base) -> _Base:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -30,6 +30,8 @@ from toolchain.system.memory import release
 from toolchain.system.store import NewEntry, Store, digest, key_of
 from toolchain.weights.digests import checkpoint_digest, tensor_digests
 
+STEP_VIDEOS: Final = 4
+"""On so many videos steps are measured. How they compare differs less from video to video than what comes of them."""
 KIND = "tunings"
 FILE = "values.safetensors"
 
@@ -60,6 +62,7 @@ class TuningRuns:
         store: Store,
     ) -> None:
         self.videos, self.full = tuple(videos), full
+        self.step_videos = range(min(len(videos), STEP_VIDEOS))
         self._build, self._blocks, self._store = build, blocks, store
         tokenizer = find_tokenizer(build)
         self._key_parts = {
@@ -154,5 +157,5 @@ class TuningRuns:
         return NewEntry()
 
     def steps(self, base: SamplerRecipe) -> MeasuredSteps:
-        """The errors of a base's steps, over all videos."""
-        return mean_steps([self.measure_steps(base, i) for i in range(len(self.videos))])
+        """The errors of a base's steps, over the videos that steps are measured on."""
+        return mean_steps([self.measure_steps(base, i) for i in self.step_videos])

@@ -80,7 +80,7 @@ def tune(
         float | None, typer.Option("--latency", metavar="SECONDS", help="Choose the best that takes at most so long.")
     ] = None,
     quality: Annotated[
-        float | None, typer.Option("--quality", metavar="DB", help="Choose the fastest of at least this PSNR.")
+        float | None, typer.Option("--quality", metavar="DB", help="Choose the fastest that promises this PSNR.")
     ] = None,
     memory: Annotated[
         str | None, typer.Option("--memory", metavar="SIZE", help="Predict for this memory budget, as 2.5GB.")

@@ -72,11 +72,15 @@ class Kept:
 
 @dataclass(frozen=True)
 class StepCalls:
-    """A step's ``function``, the blocks that it leaves out, and what it keeps for others."""
+    """A step's ``function``, the blocks that it leaves out, and what it keeps for others.
+
+    ``held_bytes`` are held all along its calls, whatever they are.
+    """
 
     function: str
     skipped: frozenset[str] = frozenset()
     kept: tuple[Kept, ...] = ()
+    held_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -88,12 +92,19 @@ class Round:
     function: str | None
     skipped: frozenset[str] = frozenset()
     kept: tuple[Kept, ...] = ()
+    held_bytes: int = 0
 
 
-def step_calls(steps: Sequence[Step], ranges: Mapping[str, Range], rule: Rule | None = None) -> Iterator[StepCalls]:
+def step_calls(
+    steps: Sequence[Step], ranges: Mapping[str, Range], rule: Rule | None = None, difference_bytes: int = 0
+) -> Iterator[StepCalls]:
     """What each step calls, and keeps of the ranges of blocks that steps reuse.
 
     With a rule that chooses the steps, these are the calls if it never leaves anything out, and what is kept if it may.
+
+    Args:
+        difference_bytes: of the difference of the halves of guidance, which is held from the first step that computes
+            both on.
     """
     kept = kept_after(steps, {name: own.blocks for name, own in ranges.items()})
     sizes = [(own.blocks[0], own.bytes, kept[name]) for name, own in ranges.items()]
@@ -101,13 +112,16 @@ def step_calls(steps: Sequence[Step], ranges: Mapping[str, Range], rule: Rule | 
         first, bytes_ = ranges[rule.range].blocks[0], ranges[rule.range].bytes
         observed = [True] * (len(steps) - 1) + [False]
         sizes = [(first, bytes_, rule.kept_after(len(steps))), (first, rule.bytes, observed)]
+    difference = False
     for i, step in enumerate(steps):
         held = (Kept(first, n * (i > 0 and after[i - 1]), n * after[i]) for first, n, after in sizes)
         yield StepCalls(
             step.function,
             frozenset(ranges[step.reuse].blocks) if step.reuse is not None else frozenset(),
             tuple(k for k in held if k.before_bytes or k.then_bytes),
+            difference_bytes * difference,
         )
+        difference = difference or step.guidance == "both"
 
 
 def rounds(
@@ -132,7 +146,7 @@ def rounds(
     if "transformer" in components:
         yield Round("transformer", once, None)
         for step in steps:
-            yield Round("transformer", each, step.function, step.skipped, step.kept)
+            yield Round("transformer", each, step.function, step.skipped, step.kept, step.held_bytes)
     if "vae" in components:
         for stage in stages:
             for piece in stage.pieces:

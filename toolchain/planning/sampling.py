@@ -37,9 +37,9 @@ class Sampling:
             for name, r in self.ranges.items()
         }
 
-    def calls(self) -> Iterator[StepCalls]:
-        """What each step calls, and keeps for others."""
-        return step_calls(self.steps, self.entries(), self.rule)
+    def calls(self, difference_bytes: int) -> Iterator[StepCalls]:
+        """What each step calls, and keeps for others; arguments as for :func:`step_calls`."""
+        return step_calls(self.steps, self.entries(), self.rule, difference_bytes)
 
 
 def sampling(recipe: Recipe, family: ModelFamily, groups: int = 1, ranges: Sequence[Range] = ()) -> Sampling:

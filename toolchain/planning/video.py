@@ -22,9 +22,12 @@ from toolchain.planning.loading.whole import Function, Part, retimed, whole_run
 
 if TYPE_CHECKING:
     from toolchain.planning.plan import ComponentPlan, Plan
+    from toolchain.planning.resolve import ResolvedBuild
 
 PIXEL_DTYPE = "float32"
 """Frames between the stages of decoding."""
+LATENTS_DTYPE = "float32"
+"""What a player denoises in."""
 
 
 def predict_video(planned: Plan, device: Device, budget_bytes: int | None, measured: TimesFile | None) -> Predicted:
@@ -55,8 +58,16 @@ def video_run(planned: Plan, device: Device | None) -> Run:
     stages: Sequence[Stage] = build.family.stages(build.recipe, build.configs) if "vae" in planned.components else ()
     parts = {name: [_part(c, b, device) for b in c.blocks] for name, c in planned.components.items()}
     beside: dict[tuple[str, str], int] = {("vae", s.rate): _frames_bytes(planned.components["vae"], s) for s in stages}
-    order = rounds(planned.components, planned.sampling.calls(), stages)
+    order = rounds(planned.components, planned.sampling.calls(_difference_bytes(build)), stages)
     return whole_run(parts, order, beside)
+
+
+def _difference_bytes(build: ResolvedBuild) -> int:
+    """Bytes of the difference of the halves of guidance, where a player keeps one: of one video's latents."""
+    if build.recipe.sampler.difference == "none":
+        return 0
+    g = build.family.geometry(build.recipe, build.configs)
+    return g.latent_channels * g.latent_frames * g.latent_height * g.latent_width * DTYPES[LATENTS_DTYPE].bytes
 
 
 def _part(component: ComponentPlan, block: Block, device: Device | None) -> Part:

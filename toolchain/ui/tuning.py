@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from toolchain.accuracy.golden_video import SAME_DB
-from toolchain.build.tuning import Tried, Tuned
+from toolchain.build.tuning import CONFIDENCE, Tried, Tuned
 from toolchain.formats.recipe import SamplerRecipe
 from toolchain.formats.schedule import StaticLeap
 from toolchain.planning.schedule_costs import schedule_name
@@ -38,6 +39,7 @@ def _json(tried: Tried, tuned: Tuned) -> dict[str, Any]:
         "peak_bytes": tried.peak_bytes,
         "psnr_db": tried.psnr_db,
         "worst_psnr_db": tried.worst_db,
+        "promised_psnr_db": tried.promised_db if math.isfinite(tried.promised_db) else None,
         "sampler": tried.sampler.model_dump(mode="json"),
     }
 
@@ -56,23 +58,24 @@ def steps_text(sampler: SamplerRecipe) -> str:
 def tuned_table(tuned: Tuned) -> RenderableType:
     """The front, the recipe's own schedule below it, and what was chosen, for people."""
     table = Table(title="Schedules, the full one first", title_justify="left")
-    for column in ("", "schedule", "steps", "predicted, s", "speed-up", "peak", "dB", "worst dB"):
+    for column in ("", "schedule", "steps", "predicted, s", "speed-up", "peak", "dB", "worst", "promised"):
         table.add_column(column, justify="left" if column in ("", "schedule", "steps") else "right", no_wrap=True)
     rows = [("chosen" if t == tuned.chosen else "", t) for t in tuned.front]
     rows += [("recipe", tuned.own)] if tuned.own not in tuned.front else []
     for mark, t in rows:
         figures = f"{t.seconds:.4g}", f"{tuned.full.seconds / t.seconds:.2f}x", readable_size(t.peak_bytes)
         name, steps = schedule_name(t.sampler), steps_text(t.sampler)
-        table.add_row(mark, Text(name), Text(steps), *figures, _db(t.psnr_db), _db(t.worst_db))
+        table.add_row(mark, Text(name), Text(steps), *figures, *map(_db, (t.psnr_db, t.worst_db, t.promised_db)))
     lines = [
         "B: both halves of guidance; C: the conditional one; r, c: the same, reusing blocks",
         f"dB: PSNR against the full schedule, mean and least of {len(tuned.videos)} videos in float32",
+        f"promised: what the mean over other prompts like these is at least, with a confidence of {CONFIDENCE:.0%}",
     ]
     return Group(table, Text("\n".join(lines)))
 
 
 def _db(value: float) -> str:
-    return "same" if value == SAME_DB else f"{value:.2f}"
+    return "same" if value == SAME_DB else f"{value:.2f}" if math.isfinite(value) else ""
 
 
 def tuned_file(tuned: Tuned, base: Path, out: Path) -> str:
@@ -80,5 +83,6 @@ def tuned_file(tuned: Tuned, base: Path, out: Path) -> str:
     chosen = tuned.chosen
     assert chosen is not None, "there is a goal where a file is asked for"
     own = f"{tuned.full.seconds / chosen.seconds:.2f}x the full schedule's speed, {_db(chosen.psnr_db)} dB against it"
+    own += f" ({_db(chosen.promised_db)} promised)" if math.isfinite(chosen.promised_db) else ""
     head = f"# Chosen by 'sora-compile tune': {chosen.seconds:.4g} s predicted, {own} on {len(tuned.videos)} videos"
     return "\n".join([head, recipe_text(tuned.recipe, base, out)])

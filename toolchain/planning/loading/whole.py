@@ -54,7 +54,7 @@ def whole_run(
     """
     phases = []
     for round_, group in groupby(rounds):
-        held = beside.get((round_.component, round_.rate), 0)
+        held = beside.get((round_.component, round_.rate), 0) + round_.held_bytes
         own = [p for p in parts[round_.component] if p.rate == round_.rate]
         names = [p.name.partition("/")[2] for p in own]
         calls = tuple(
