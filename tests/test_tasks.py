@@ -19,7 +19,8 @@ import pytest
 import toolchain
 from toolchain.build import parallel, tasks
 from toolchain.build.admission import Admission
-from toolchain.build.parallel import OwnProcesses, Parallel
+from toolchain.build.executors import OwnProcesses
+from toolchain.build.parallel import ElsewhereError, Order, Parallel
 from toolchain.build.tasks import Task, recipe_for_tasks, run_task
 from toolchain.errors import LoweringError, ResourceError, SoraCompileError
 from toolchain.formats.recipe import Recipe
@@ -73,19 +74,23 @@ class Fake:
             self.begun.append(task)
         self.change(task)
         block = SimpleNamespace(name=task.block)
-        self.builder.template(block) if task.kind == "template" else self.builder.artifact(block)
+        if task.kind != "gate":
+            self.builder.template(block) if task.kind == "template" else self.builder.artifact(block)
         with self._lock:
             self._running -= 1
             self.done.append((task.kind, task.block))
 
-    def source(self, executor: Executor, admission: Admission | None = None) -> Parallel:
+    def order(self, name: str = "", **gates: str) -> Order:
         builders: Any = {"transformer": self.builder}
         recipe: Any = None
-        return Parallel(recipe, Path(), builders, self.store, executor, admission or Admission())
+        return Order(recipe, Path(), builders, gates, name)
+
+    def source(self, executor: Executor, admission: Admission | None = None, *orders: Order, **options: Any) -> Parallel:
+        return Parallel(orders or [self.order()], self.store, executor, admission or Admission(), **options)
 
     def all(self, source: Parallel) -> list[str]:
-        blocks: Any = self.builder.plan.blocks
-        return [source.artifact("transformer", b).key for b in blocks]
+        builder: Any = self.builder
+        return [source.artifact(builder, b).key for b in builder.plan.blocks]
 
 
 @pytest.fixture
@@ -166,7 +171,8 @@ def test_what_lowers_a_block_needs_more_memory(
     with fake.source(Immediate()) as source:
         fake.all(source)
     sizes = {t.needed_bytes for t in fake.begun if t.kind == "artifact"}
-    lowering = parallel.needed_bytes(10, lowers=direct or unbound)
+    factor = parallel.LOWERING_FACTOR if direct or unbound else parallel.STAMPING_FACTOR
+    lowering = parallel.needed_bytes(10, factor)
     assert sizes == {lowering}
     assert {t.kind for t in fake.begun} == ({"artifact"} if direct else {"artifact", "template"})
 
@@ -285,7 +291,9 @@ def test_a_process_that_would_build_something_else(monkeypatch: pytest.MonkeyPat
 
     def open_(recipe: str, base: str, store: str, direct: bool) -> Any:
         opened.append(recipe)
-        return {"transformer": FakeBuilder(Store(tmp_path))}
+        builder: Any = FakeBuilder(Store(tmp_path))
+        planned: Any = None
+        return tasks.Opened(planned, {"transformer": builder})
 
     open_.cache_clear = lambda: None  # type: ignore[attr-defined]
     monkeypatch.setattr(tasks, "_opened", open_)
@@ -294,7 +302,7 @@ def test_a_process_that_would_build_something_else(monkeypatch: pytest.MonkeyPat
     assert opened == ["{}"]
     other = Task("{}", "/", str(tmp_path), False, "transformer", "first", "artifact", "another key", 0)
     with pytest.raises(
-        ResourceError, match=r"'first': a process on '.*' would build something else.*same installation"
+        ResourceError, match=r"^transformer/first: a process on '.*' would build something else.*same installation"
     ):
         run_task(other)
     assert opened == ["{}"] * 3  # it looked again, in case files have changed

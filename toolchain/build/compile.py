@@ -5,25 +5,29 @@ from __future__ import annotations
 import contextlib
 import functools
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor
+from dataclasses import dataclass
 from pathlib import Path
 
 from toolchain.build import entries
 from toolchain.build.artifacts import Builder
+from toolchain.build.cluster import admitted
+from toolchain.build.executors import Ways, executor_of
 from toolchain.build.gate import ComponentGate
+from toolchain.build.gating import gate_key
 from toolchain.build.keys import build_key
-from toolchain.build.parallel import Parallel, Serial, artifact_source
+from toolchain.build.parallel import Order, Parallel, Serial, artifact_source
 from toolchain.build.pinning import copy_tokenizer, pin, pinned_recipe
 from toolchain.build.placing import place_artifact, place_goldens
 from toolchain.build.quantizing import settle_budgets
 from toolchain.build.tables import component_tables, write_tables
 from toolchain.build.tasks import builders
-from toolchain.errors import RecipeError, ResourceError, SoraCompileError
+from toolchain.errors import AccuracyError, ResourceError, SoraCompileError
 from toolchain.formats import manifest as m
 from toolchain.formats.bundle import RECIPE_FILE, Bundle, describe_file, load_bundle, prepare, staging
 from toolchain.formats.recipe import Recipe
-from toolchain.formats.times import load_times
+from toolchain.formats.times import TimesFile, load_times
 from toolchain.listener import Listener
 from toolchain.planning.plan import Plan, plan_resolved
 from toolchain.planning.resolve import resolve
@@ -35,6 +39,23 @@ from toolchain.weights.checkpoint import match
 GOLDENS = "goldens"
 
 
+@dataclass(frozen=True)
+class Draft:
+    """A build of which everything is known and nothing is done."""
+
+    out: Path
+    direct: bool
+    key: str
+    planned: Plan
+    builders: Mapping[str, Builder]
+    gates: Mapping[str, str]
+    """Keys of the components' passages through the gate; none without a gate."""
+
+    def order(self, name: str = "") -> Order:
+        """What it asks other processes for."""
+        return Order(self.planned.recipe, self.planned.resolved.base, self.builders, self.gates, name)
+
+
 def compile_recipe(
     recipe: Recipe,
     out: str | Path,
@@ -43,8 +64,9 @@ def compile_recipe(
     listener: Listener | None = None,
     direct: bool = False,
     jobs: int = 1,
-    executor: Executor | None = None,
+    executor: Executor | str | None = None,
     tasks_at_once: int | None = None,
+    memory_bytes: int | None = None,
     store: Store | None = None,
     calibration: str | Path | None = None,
 ) -> Bundle:
@@ -58,12 +80,13 @@ def compile_recipe(
         base: folder that relative checkpoint paths are looked for in first.
         listener: is told of progress.
         direct: lower every block by itself instead of stamping those that share a structure.
-        jobs: how many processes build at once, as far as the free memory allows.
+        jobs: how many processes build at once, as far as the memory allows.
         executor: runs the tasks of the build (:func:`toolchain.build.tasks.run_task`) instead of processes of our
             own, so that ``jobs`` means nothing. It may have processes anywhere, on machines that share the store, the
             checkpoints and this installation by the same paths. An executor of threads must have a single one. It is
-            not shut down.
+            not shut down. Or ``dask://HOST:PORT``, the address of a cluster's scheduler.
         tasks_at_once: how many tasks are handed to ``executor`` before others are done; all that can be done if None.
+        memory_bytes: what all ``jobs`` may use together; what is free if None.
         store: where templates, artifacts and gate results are kept; the user's cache folder if None.
         calibration: a file of measured times to plan loading with, instead of those of the device's profile.
 
@@ -72,30 +95,70 @@ def compile_recipe(
     """
     listener, store, out = listener or Listener(), store or Store(), Path(out)
     return_large_allocations()
-    if jobs < 1:
-        raise RecipeError(f"--jobs {jobs}: must be at least 1")
-    if tasks_at_once is not None and tasks_at_once < 1:
-        raise RecipeError(f"tasks_at_once {tasks_at_once}: must be at least 1")
+    ways = Ways(jobs, tasks_at_once, memory_bytes)
+    ways.check(executor)
     prepare(out)
     measured = None if calibration is None else load_times(Path(calibration))
-    recipe = settle_budgets(recipe, Path(base or "."), store, listener, jobs=jobs, executor=executor)
-    build = resolve(recipe, Path(base or "."), checkpoints=True)
+    with executor_of(executor, jobs) as runner, admitted(runner, [recipe], store):
+        found = draft(recipe, out, Path(base or "."), store, listener, direct, ways, runner, measured)
+        if isinstance(found, Bundle):
+            listener.remark("nothing has changed since this bundle was built")
+            return found
+        with (
+            disk_full_explained(found.planned, store, out),
+            artifact_source([found.order()], store, ways, runner, listener) as source,
+        ):
+            bundle = finish(found, source, store, listener)
+    store.evict()
+    return bundle
+
+
+def draft(
+    recipe: Recipe,
+    out: Path,
+    base: Path,
+    store: Store,
+    listener: Listener,
+    direct: bool,
+    ways: Ways,
+    executor: Executor | None,
+    measured: TimesFile | None = None,
+) -> Draft | Bundle:
+    """Plan a build and refuse what cannot be; the bundle itself if it is there and up to date.
+
+    Raises:
+        SoraCompileError: the recipe cannot be built; says why.
+    """
+    recipe = settle_budgets(recipe, base, store, listener, jobs=ways.jobs, executor=executor)
+    build = resolve(recipe, base, checkpoints=True)
     key = build_key(build, store, direct, measured)
     done = up_to_date(out, key, store)
     if done is not None:
-        listener.remark("nothing has changed since this bundle was built")
         return done
+    planned = plan_resolved(build, listener, measured)
+    planned.check_loading()
+    for name, part in planned.components.items():
+        match(part.resolved.checkpoint, part.definition.expected, name, part.definition.aliases)
+    gated = recipe.gate.mode != "none" and not ways.serial(executor)
+    with disk_full_explained(planned, store, out):
+        made = builders(planned, store, direct, listener)
+        gates = {name: gate_key(planned, builder) for name, builder in made.items()} if gated else {}
+    return Draft(out, direct, key, planned, made, gates)
+
+
+def finish(found: Draft, artifacts: Serial | Parallel, store: Store, listener: Listener) -> Bundle:
+    """Make the bundle of a build, from artifacts that this process or others make.
+
+    Raises:
+        SoraCompileError: a block cannot be lowered, or does not pass the gate.
+        ElsewhereError: as :meth:`toolchain.build.parallel.Parallel.artifact`.
+    """
+    planned, build, out = found.planned, found.planned.resolved, found.out
     with staging(out) as folder:
-        planned = plan_resolved(build, listener, measured)
-        planned.check_loading()
-        for name, part in planned.components.items():
-            match(part.resolved.checkpoint, part.definition.expected, name, part.definition.aliases)
         pins = {name: pin(part.checkpoint, part.recipe.sha256, store) for name, part in build.components.items()}
         tokenizer = copy_tokenizer(build, folder)
-        with _disk_full_explained(planned, store, out):
-            made = builders(planned, store, direct, listener)
-            with artifact_source(recipe, build.base, made, store, jobs, executor, tasks_at_once) as artifacts:
-                components = {name: _component(planned, made[name], artifacts, folder, listener) for name in made}
+        with disk_full_explained(planned, store, out):
+            components = {name: _component(found, name, artifacts, folder, listener) for name in found.builders}
         (folder / RECIPE_FILE).write_text(pinned_recipe(planned, pins).to_yaml(), encoding="utf-8")
         manifest = entries.manifest(planned, components, tokenizer, describe_file(folder / RECIPE_FILE, folder))
         manifest = _with_golden_video(manifest, planned, folder, listener)
@@ -105,10 +168,9 @@ def compile_recipe(
     try:
         for file in bundle.files():
             store.remember(out / file.path, file.sha256)
-        store.get_or_make("builds", key, lambda _: NewEntry({"manifest": text}))
+        store.get_or_make("builds", found.key, lambda _: NewEntry({"manifest": text}))
     except (OSError, ResourceError) as e:
         listener.remark(f"the bundle is whole, but the next build will not know it ({e})")
-    store.evict()
     return bundle
 
 
@@ -131,7 +193,7 @@ def up_to_date(out: Path, key: str, store: Store) -> Bundle | None:
 
 
 @contextlib.contextmanager
-def _disk_full_explained(planned: Plan, store: Store, out: Path) -> Iterator[None]:
+def disk_full_explained(planned: Plan, store: Store, out: Path) -> Iterator[None]:
     """Turn a full disk into an error that says which one, and how much a build needs.
 
     Raises:
@@ -151,10 +213,9 @@ def _disk_full_explained(planned: Plan, store: Store, out: Path) -> Iterator[Non
         ) from e
 
 
-def _component(
-    planned: Plan, builder: Builder, artifacts: Serial | Parallel, folder: Path, listener: Listener
-) -> m.Component:
-    plan, name = builder.plan, builder.plan.name
+def _component(found: Draft, name: str, artifacts: Serial | Parallel, folder: Path, listener: Listener) -> m.Component:
+    planned, builder = found.planned, found.builders[name]
+    plan = builder.plan
     (folder / name).mkdir(exist_ok=True)
     tables = component_tables(plan)
     tables_file = write_tables(tables, folder / name / "tables.safetensors", folder)
@@ -164,12 +225,13 @@ def _component(
     for pair in plan.pairs:
         block = pair.lowered
         listener.working(name, block.name, "build")
-        artifact = artifacts.artifact(name, block)
+        artifact = artifacts.artifact(builder, block)
         if artifact.meta.get("unbound"):
             listener.remark(f"block '{block.name}' and its like are lowered one by one: {artifact.meta['unbound']}")
         passed = None
         if gate is not None and gate.needs(pair, artifact):
             listener.working(name, block.name, "execute")
+            _wait_for_gate(artifacts, found.gates.get(name), listener)
             passed = gate.hold(pair, artifact)
         files = place_artifact(artifact, folder / name / f"{block.name}{plan.target.suffix}", folder)
         goldens = place_goldens(passed, folder / GOLDENS / name / f"{block.name}.safetensors", folder)
@@ -179,6 +241,16 @@ def _component(
             entries.block(block, files, functions, passed, goldens, plan.target, name, plan.memory[block.name])
         )
     return entries.component(plan, described, tables_file, tables)
+
+
+def _wait_for_gate(artifacts: Serial | Parallel, key: str | None, listener: Listener) -> None:
+    """Wait until another process has executed a component, if one does; its results are then in the store."""
+    try:
+        artifacts.gate(key)
+    except AccuracyError as e:
+        for text in getattr(e, "__notes__", ()):
+            listener.remark(text)
+        raise
 
 
 def _with_golden_video(manifest: m.Manifest, planned: Plan, folder: Path, listener: Listener) -> m.Manifest:

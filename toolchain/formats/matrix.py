@@ -165,7 +165,9 @@ def _check_place(out: Path, build: str, places: dict[Path, str], path: Path) -> 
     whole = Path(os.path.abspath(out))
     for other, its in places.items():
         if whole == other:
-            raise RecipeError(f"{path}: out: '{out}' is the folder of two builds ({its}; {build}); name every axis in it")
+            raise RecipeError(
+                f"{path}: out: '{out}' is the folder of two builds ({its}; {build}); name every axis in it"
+            )
         if whole.is_relative_to(other) or other.is_relative_to(whole):
             raise RecipeError(f"{path}: out: '{out}' ({build}) and '{other}' ({its}) lie within each other")
     places[whole] = build
