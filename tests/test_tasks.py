@@ -20,7 +20,7 @@ import toolchain
 from toolchain.build import parallel, tasks
 from toolchain.build.admission import Admission
 from toolchain.build.executors import OwnProcesses
-from toolchain.build.parallel import ElsewhereError, Order, Parallel
+from toolchain.build.parallel import Order, Parallel
 from toolchain.build.tasks import Task, recipe_for_tasks, run_task
 from toolchain.errors import LoweringError, ResourceError, SoraCompileError
 from toolchain.formats.recipe import Recipe
@@ -85,8 +85,10 @@ class Fake:
         recipe: Any = None
         return Order(recipe, Path(), builders, gates, name)
 
-    def source(self, executor: Executor, admission: Admission | None = None, *orders: Order, **options: Any) -> Parallel:
-        return Parallel(orders or [self.order()], self.store, executor, admission or Admission(), **options)
+    def source(
+        self, executor: Executor, admission: Admission | None = None, *orders: Order, **options: Any
+    ) -> Parallel:
+        return Parallel(orders or [self.order()], self.store, executor, admission or Admission(), **more)
 
     def all(self, source: Parallel) -> list[str]:
         builder: Any = self.builder

@@ -13,7 +13,7 @@ from toolchain.build.compile import Draft, disk_full_explained, draft, finish
 from toolchain.build.executors import Ways, executor_of
 from toolchain.build.parallel import ElsewhereError, Parallel, Serial, artifact_source
 from toolchain.build.quantizing import budgets_of
-from toolchain.errors import SoraCompileError
+from toolchain.errors import SoraCompileError, interrupted
 from toolchain.formats.bundle import Bundle, prepare
 from toolchain.formats.matrix import MatrixBuild, load_matrix
 from toolchain.listener import Listener
@@ -105,6 +105,8 @@ def _outcome(
     except ElsewhereError as e:
         error = _named(e.error, e.build) if isinstance(e.error, Exception) else e
     except Exception as e:
+        if interrupted(e):
+            raise
         error = _named(e, build.name)
     return Outcome(build.name, build.choices, build.out, error=error)
 
