@@ -9,6 +9,7 @@ import contextlib
 import functools
 import logging
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Executor, Future
 from pathlib import Path
@@ -148,17 +149,34 @@ def admitted(
     return executor.admitted(recipes, store) if isinstance(executor, Cluster) else contextlib.nullcontext()
 
 
-def _answer(wanted: Expected) -> tuple[str, list[str]]:
-    """A worker's answer: the file that it wrote into the store, and what it has otherwise."""
-    file = re.sub(r"\W+", "-", _own_address())
+def _answer(wanted: Expected, dask_worker: Any = None) -> tuple[str, list[str]]:
+    """A worker's answer: the file that it wrote into the store, and what it has otherwise.
+
+    Args:
+        dask_worker: the worker itself, which Dask gives to an argument of this name.
+    """
+    file = re.sub(r"\W+", "-", dask_worker.address)
     return file, differences(wanted, file)
 
 
 def _run(wanted: Expected, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    return run_if_fit(wanted, _own_address(), function, *args)
-
-
-def _own_address() -> str:
     from distributed import get_worker
 
-    return str(get_worker().address)
+    worker = get_worker()
+    with _unwatched(worker):
+        return run_if_fit(wanted, str(worker.address), function, *args)
+
+
+@contextlib.contextmanager
+def _unwatched(worker: Any) -> Iterator[None]:
+    """Keep a worker's profiler from walking this thread's stack: torch.export fails now and then where one does, for
+    the frames hold on to tensors that it counts the references of.
+    """
+    thread = threading.get_ident()
+    with worker.active_threads_lock:
+        task = worker.active_threads.pop(thread)
+    try:
+        yield
+    finally:
+        with worker.active_threads_lock:
+            worker.active_threads[thread] = task
