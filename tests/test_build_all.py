@@ -79,9 +79,8 @@ def test_one_that_fails(run_cli: Any, project: Path, tmp_path: Path) -> None:
     recipe["sampler"]["merged_steps"] = 0
     (tmp_path / "cheap.yaml").write_text(yaml.safe_dump(recipe))
     matrix.write_text(text.replace(str(project / "recipe.yaml"), "cheap.yaml"))
-    ran = run_cli(
-        "build-all", matrix, "--keep-going", "--json", cwd=tmp_path, env={"SORA_COMPILE_CACHE": str(store.root)}
-    )
+    env = {"SORA_COMPILE_CACHE": str(store.root)}
+    ran = run_cli("build-all", matrix, "--keep-going", "--json", cwd=tmp_path, env=env)
     answer = json.loads(ran.out)
     assert (ran.code, answer["exit_code"]) == (5, 5)
     failed, made = answer["builds"]
@@ -144,9 +143,8 @@ def test_a_matrix_on_a_cluster(cluster: Any, project: Path, tmp_path: Path) -> N
     matrix = matrix_of(project, tmp_path, checkpoint=CHECKPOINTS, target=targets)
     store, killer = Store(tmp_path / "store"), Killer(cluster, 4)
     outcomes = toolchain.build_all(matrix, executor=address(cluster), store=store, changes=CHEAP, listener=killer)
-    assert [o.name.removeprefix(f"{tmp_path}/b-") for o in outcomes] == [
-        f"{c}-{t}" for c in CHECKPOINTS for t in targets
-    ]
+    names = [o.name.removeprefix(f"{tmp_path}/b-") for o in outcomes]
+    assert names == [f"{c}-{t}" for c in CHECKPOINTS for t in targets]
     # four blocks of four structures, twice; three checkpoints of each; one gate for each checkpoint's ONNX
     assert (killer.tasks, killer.cached, killer.killed) == (8 + 24 + 3, 0, 1)
     assert (counts(store)["templates"], counts(store)["artifacts"]) == (8, 24)

@@ -135,3 +135,8 @@ def test_what_is_no_matrix(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"none.yaml: cannot be read"):
         load_matrix(tmp_path / "none.yaml")
     assert Matrix.model_json_schema()["title"] == "Matrix"
+
+
+def test_the_example() -> None:
+    builds = load_matrix(Path(__file__).parents[1] / "examples/matrix.yaml")
+    assert [b.recipe.target.name for b in builds] == ["coreml", "onnx"] * 2
