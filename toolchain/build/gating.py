@@ -17,18 +17,18 @@ def gate_key(planned: Plan, builder: Builder) -> str:
 
     It is made without reading weights.
     """
-    plan, every = builder.plan, planned.recipe.gate.mode == "every" or builder.direct
+    plan, by_weights = builder.plan, planned.recipe.gate.mode != "structure" or builder.direct
     blocks = []
     for pair in plan.pairs:
         exact = pair.plain.unrounded()
-        made = builder.artifact_key(pair.lowered) if every else builder.template_key(pair.lowered)
-        read = builder.weights_digest(exact) if every else None
+        made = builder.artifact_key(pair.lowered) if by_weights else builder.template_key(pair.lowered)
+        read = builder.weights_digest(exact) if by_weights else None
         blocks.append([pair.name, made, pair.plain.structure(), exact.structure(), read])
     return key_of(
         {
             "what": "component",
             "blocks": blocks,
-            "tables": tables_origin(planned, plan, builder.digests) if every else None,
+            "tables": tables_origin(planned, plan, builder.digests) if by_weights else None,
             "gate": planned.recipe.gate.model_dump(mode="json", exclude={"golden"}),
             "times": [sorted(stretches(graph, planned).items()) for graph in plan.graphs],
             "code": code_digest("toolchain.build.gating", *code_modules(plan.resolved)),
