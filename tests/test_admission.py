@@ -67,5 +67,6 @@ def test_a_smaller_one_goes_first_if_it_fits() -> None:
 
 
 def test_what_a_block_needs() -> None:
-    assert needed_bytes(0, lowers=True) == PROCESS_BYTES
-    assert needed_bytes(100, lowers=True) - needed_bytes(100, lowers=False) == 400 * (LOWERING_FACTOR - STAMPING_FACTOR)
+    assert needed_bytes(0, LOWERING_FACTOR) == PROCESS_BYTES
+    more = needed_bytes(100, LOWERING_FACTOR) - needed_bytes(100, STAMPING_FACTOR)
+    assert more == 400 * (LOWERING_FACTOR - STAMPING_FACTOR)

@@ -82,19 +82,19 @@ def test_graphs_are_printed_to_stderr(run_cli: Any, project: Path) -> None:
 # --- the rest ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("what", ["recipe", "manifest"])
+@pytest.mark.parametrize("what", ["recipe", "manifest", "matrix"])
 def test_schema(run_cli: Any, tmp_path: Path, what: str) -> None:
     ran = run_cli("schema", what, cwd=tmp_path)
     assert (ran.code, ran.err) == (0, "")
     schema = json.loads(ran.out)
     assert schema["title"] == what.capitalize()
-    assert "transformer" in schema["properties"] or "components" in schema["properties"]
+    assert {"transformer", "components", "axes"} & set(schema["properties"])
 
 
 def test_schema_of_something_else(run_cli: Any, tmp_path: Path) -> None:
     ran = run_cli("schema", "recip", cwd=tmp_path)
     assert ran.code == 2
-    assert ran.err == "sora-compile: schema recip: expected 'recipe' or 'manifest'; did you mean 'recipe'?\n"
+    assert ran.err == "sora-compile: schema recip: expected 'recipe', 'manifest' or 'matrix'; did you mean 'recipe'?\n"
 
 
 def test_help_and_version(run_cli: Any, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from support import write_project
 
 import toolchain
 from toolchain.build.admission import Admission
-from toolchain.build.parallel import Parallel
+from toolchain.build.parallel import Order, Parallel
 from toolchain.build.tasks import builders
 from toolchain.errors import LoweringError
 from toolchain.formats.recipe_file import load_recipe
@@ -98,12 +98,12 @@ def test_two_builds_in_one_process(serial: tuple[Path, Path], tmp_path: Path) ->
         sources = {}
         for base, store in stores.items():
             own = builders(planned[base], store, False)
-            source = Parallel(recipes[base], base, own, store, executor, Admission(at_once=1))
-            sources[base] = stack.enter_context(source)
+            source = Parallel([Order(recipes[base], base, own)], store, executor, Admission(at_once=1))
+            sources[base] = own["transformer"], stack.enter_context(source)
         for number in range(len(planned[project].components["transformer"].blocks)):
-            for base, source in sources.items():
+            for base, (builder, source) in sources.items():
                 block = planned[base].components["transformer"].blocks[number]
-                entry = source.artifact("transformer", block)
+                entry = source.artifact(builder, block)
                 expected = builders(planned[base], alone, False)["transformer"].artifact(block)
                 assert (entry.key, entry.meta) == (expected.key, expected.meta)
                 assert [(f.path, f.sha256) for f in entry.files] == [(f.path, f.sha256) for f in expected.files]

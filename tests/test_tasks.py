@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import importlib
 import os
 import pickle
@@ -19,7 +20,8 @@ import pytest
 import toolchain
 from toolchain.build import parallel, tasks
 from toolchain.build.admission import Admission
-from toolchain.build.parallel import OwnProcesses, Parallel
+from toolchain.build.executors import OwnProcesses
+from toolchain.build.parallel import ElsewhereError, Order, Parallel
 from toolchain.build.tasks import Task, recipe_for_tasks, run_task
 from toolchain.errors import LoweringError, ResourceError, SoraCompileError
 from toolchain.formats.recipe import Recipe
@@ -73,19 +75,25 @@ class Fake:
             self.begun.append(task)
         self.change(task)
         block = SimpleNamespace(name=task.block)
-        self.builder.template(block) if task.kind == "template" else self.builder.artifact(block)
+        if task.kind != "gate":
+            self.builder.template(block) if task.kind == "template" else self.builder.artifact(block)
         with self._lock:
             self._running -= 1
             self.done.append((task.kind, task.block))
 
-    def source(self, executor: Executor, admission: Admission | None = None) -> Parallel:
+    def order(self, name: str = "", **gates: str) -> Order:
         builders: Any = {"transformer": self.builder}
         recipe: Any = None
-        return Parallel(recipe, Path(), builders, self.store, executor, admission or Admission())
+        return Order(recipe, Path(), builders, gates, name)
+
+    def source(
+        self, executor: Executor, admission: Admission | None = None, *orders: Order, **options: Any
+    ) -> Parallel:
+        return Parallel(orders or [self.order()], self.store, executor, admission or Admission(), **options)
 
     def all(self, source: Parallel) -> list[str]:
-        blocks: Any = self.builder.plan.blocks
-        return [source.artifact("transformer", b).key for b in blocks]
+        builder: Any = self.builder
+        return [source.artifact(builder, b).key for b in builder.plan.blocks]
 
 
 @pytest.fixture
@@ -166,7 +174,8 @@ def test_what_lowers_a_block_needs_more_memory(
     with fake.source(Immediate()) as source:
         fake.all(source)
     sizes = {t.needed_bytes for t in fake.begun if t.kind == "artifact"}
-    lowering = parallel.needed_bytes(10, lowers=direct or unbound)
+    factor = parallel.LOWERING_FACTOR if direct or unbound else parallel.STAMPING_FACTOR
+    lowering = parallel.needed_bytes(10, factor)
     assert sizes == {lowering}
     assert {t.kind for t in fake.begun} == ({"artifact"} if direct else {"artifact", "template"})
 
@@ -237,6 +246,96 @@ def test_our_processes_do_not_hear_interrupts(fake: Fake, monkeypatch: pytest.Mo
         fake.all(source)
 
 
+# --- several builds -----------------------------------------------------------------------------------
+
+
+class Counted(toolchain.Listener):
+    def __init__(self) -> None:
+        self.said: list[tuple[int, int]] = []
+
+    def lined_up(self, tasks: int, cached: int) -> None:
+        self.said.append((tasks, cached))
+
+    def task_done(self, done: int, tasks: int) -> None:
+        self.said.append((done, tasks))
+
+
+def test_what_several_builds_need_is_made_once(fake: Fake, executor: Executor) -> None:
+    listener = Counted()
+    fake.builder.artifact(fake.builder.plan.blocks[0])
+    orders = (
+        fake.order("a", transformer="same"),
+        fake.order("b", transformer="same"),
+        fake.order("c", transformer="own"),
+    )
+    with fake.source(executor, None, *orders, listener=listener) as source:
+        assert fake.all(source) == KEYS
+        source.gate("same")
+        source.gate("own")
+        source.gate(None)
+    tasks_ = len(BLOCKS) - 1 + len(set(BLOCKS.values())) + 2
+    assert sorted(listener.said, key=lambda s: s[1] == tasks_) == [
+        (tasks_, 1),
+        *((n + 1, tasks_) for n in range(tasks_)),
+    ]
+    assert len(fake.begun) == len({(t.kind, t.key) for t in fake.begun}) == tasks_
+    gates = [i for i, (kind, _) in enumerate(fake.done) if kind == "gate"]
+    assert gates == [tasks_ - 2, tasks_ - 1]  # when all artifacts are there
+
+
+def test_going_on_when_a_task_fails(fake: Fake, executor: Executor) -> None:
+    """What needs it fails of the same; everything else is made."""
+
+    def fail(task: Task) -> None:
+        if (task.kind, task.block) == ("template", "third"):
+            raise LoweringError("no such operator")
+
+    fake.change = fail
+    builder: Any = fake.builder
+    with fake.source(executor, None, fake.order("a", transformer="g"), keep_going=True) as source:
+        for block in builder.plan.blocks:
+            if BLOCKS[block.name] == "t":
+                with pytest.raises(LoweringError, match="no such operator"):
+                    source.artifact(builder, block)
+            else:
+                assert source.artifact(builder, block).key == f"artifact-{block.name}"
+        with pytest.raises(LoweringError, match="no such operator"):
+            source.gate("g")
+
+
+def test_a_build_that_stops_because_another_failed(fake: Fake) -> None:
+    other = FakeBuilder(fake.store)
+    other.plan = SimpleNamespace(blocks=[SimpleNamespace(name="sixth", parameters=10)])
+    builders: Any = {"vae": other}
+    recipe: Any = None
+    last = Order(recipe, Path(), builders, {}, "b")
+    BLOCKS["sixth"] = "v"
+
+    def fail(task: Task) -> None:
+        if task.component == "vae":
+            raise LoweringError("no such operator")
+        threading.Event().wait(0.05)
+
+    fake.change = fail
+    try:
+        with (
+            ThreadPoolExecutor(1) as executor,
+            pytest.raises(ElsewhereError) as caught,
+            fake.source(executor, Admission(at_once=1), fake.order("a"), last) as source,
+        ):
+            fake.all(source)
+    finally:
+        del BLOCKS["sixth"]
+    assert (caught.value.build, str(caught.value.error)) == ("b", "no such operator")
+
+
+def test_a_task_that_needs_more_memory_than_there_is(fake: Fake) -> None:
+    says = r"^transformer/\w+: needs about 0.9 GB of memory and may have 0.1 GB; give processes more, or cut smaller"
+    with pytest.raises(ResourceError, match=says), fake.source(Immediate(), most_bytes=10**8):
+        pass
+    assert fake.begun == []
+
+
 # --- errors between processes ------------------------------------------------------------------------
 
 
@@ -275,6 +374,7 @@ def test_errors_that_cannot_be_handed_over(
         raise error
 
     monkeypatch.setattr(tasks, "_prepared", fail)
+    monkeypatch.delitem(copyreg.dispatch_table, type(error), raising=False)  # Dask's libraries teach it, where loaded
     with pytest.raises(seen[0]) as caught:
         run_task(Task("", "/", "/", False, "transformer", "pair", "artifact", "", 0))
     assert (type(caught.value), str(caught.value)) == seen
@@ -285,7 +385,9 @@ def test_a_process_that_would_build_something_else(monkeypatch: pytest.MonkeyPat
 
     def open_(recipe: str, base: str, store: str, direct: bool) -> Any:
         opened.append(recipe)
-        return {"transformer": FakeBuilder(Store(tmp_path))}
+        builder: Any = FakeBuilder(Store(tmp_path))
+        planned: Any = None
+        return tasks.Opened(planned, {"transformer": builder})
 
     open_.cache_clear = lambda: None  # type: ignore[attr-defined]
     monkeypatch.setattr(tasks, "_opened", open_)
@@ -294,7 +396,7 @@ def test_a_process_that_would_build_something_else(monkeypatch: pytest.MonkeyPat
     assert opened == ["{}"]
     other = Task("{}", "/", str(tmp_path), False, "transformer", "first", "artifact", "another key", 0)
     with pytest.raises(
-        ResourceError, match=r"'first': a process on '.*' would build something else.*same installation"
+        ResourceError, match=r"^transformer/first: a process on '.*' would build something else.*same installation"
     ):
         run_task(other)
     assert opened == ["{}"] * 3  # it looked again, in case files have changed

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from toolchain.accuracy.verify import verify
     from toolchain.build.compile import compile_recipe
+    from toolchain.build.matrix import build_all
     from toolchain.build.quantizing import quantize
     from toolchain.build.tuning import tune
     from toolchain.errors import SoraCompileError
@@ -32,6 +33,7 @@ _HOMES = {
     "Player": "player",
     "Recipe": "formats.recipe",
     "SoraCompileError": "errors",
+    "build_all": "build.matrix",
     "compile_recipe": "build.compile",
     "load_bundle": "formats.bundle",
     "load_recipe": "formats.recipe_file",
@@ -49,6 +51,7 @@ __all__ = [
     "Player",
     "Recipe",
     "SoraCompileError",
+    "build_all",
     "compile_recipe",
     "load_bundle",
     "load_recipe",

@@ -12,6 +12,13 @@ class SoraCompileError(Exception):
     exit_code = 1
 
 
+def interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind an error: libraries wrap it in errors of their own."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
 class RecipeError(SoraCompileError):
     """The command line or the recipe asks for something that does not exist or cannot be."""
 

@@ -11,7 +11,19 @@ if TYPE_CHECKING:
 
 
 class Listener:
-    """Told of progress, in order; must not raise."""
+    """Told of progress, in order; must not raise. :meth:`task_done` comes from other threads."""
+
+    def build(self, name: str, number: int, builds: int) -> None:
+        """What follows is about one of several builds; ``number`` counts from 1."""
+
+    def built(self, name: str, error: BaseException | None) -> None:
+        """One of several builds is done, or failed."""
+
+    def lined_up(self, tasks: int, cached: int) -> None:
+        """So many tasks are given to other processes; so many more things are in the store already."""
+
+    def task_done(self, done: int, tasks: int) -> None:
+        """So many of the tasks are done."""
 
     def graph(self, component: str, after: str, graph: Graph) -> None:
         """A pass is done and this is its graph; ``after`` is its text, options included, and ``capture`` at first."""

@@ -8,13 +8,14 @@ from typing import Protocol, TypeVar
 
 PROCESS_BYTES = 900_000_000
 """What a process needs with torch and a converter loaded, measured with Core ML's."""
-LOWERING_FACTOR, STAMPING_FACTOR = 6, 1
-"""Memory for a lowering and for a stamp, in sizes of the block's weights in float32, measured with T5-XXL's."""
+LOWERING_FACTOR, STAMPING_FACTOR, EXECUTING_FACTOR = 6, 1, 3
+"""Memory for a lowering, for a stamp (both measured with T5-XXL's blocks) and for an execution in the gate (weights
+read, decoded, and the engine's own), in sizes of the block's weights in float32."""
 
 
-def needed_bytes(parameters: int, lowers: bool) -> int:
-    """The memory that a process needs for a block of so many parameters, whether it lowers or stamps it."""
-    return PROCESS_BYTES + (LOWERING_FACTOR if lowers else STAMPING_FACTOR) * 4 * parameters
+def needed_bytes(parameters: int, factor: int) -> int:
+    """The memory that a process needs for a block of so many parameters, by one of the factors above."""
+    return PROCESS_BYTES + factor * 4 * parameters
 
 
 class Needs(Protocol):

@@ -6,18 +6,21 @@ import functools
 from concurrent.futures import Executor
 from pathlib import Path
 
+from toolchain.build.executors import Ways
 from toolchain.build.keys import build_key
-from toolchain.errors import RecipeError, SoraCompileError
+from toolchain.errors import SoraCompileError
 from toolchain.formats import manifest as m
 from toolchain.formats.bundle import Bundle, load_bundle, prepare
 from toolchain.formats.recipe import Recipe
-from toolchain.formats.times import load_times
+from toolchain.formats.times import TimesFile, load_times
 from toolchain.listener import Listener
 from toolchain.planning.budgets import budgets_of
-from toolchain.planning.resolve import ResolvedBuild, completed, resolve, resolve_lightly
+from toolchain.planning.resolve import resolve_lightly
 from toolchain.system.memory import return_large_allocations
 from toolchain.system.store import Store, digest
 from toolchain.weights.digests import are_remembered
+
+UNCHANGED = "nothing has changed since this bundle was built"
 
 
 def compile_recipe(
@@ -28,8 +31,9 @@ def compile_recipe(
     listener: Listener | None = None,
     direct: bool = False,
     jobs: int = 1,
-    executor: Executor | None = None,
+    executor: Executor | str | None = None,
     tasks_at_once: int | None = None,
+    memory_bytes: int | None = None,
     store: Store | None = None,
     calibration: str | Path | None = None,
 ) -> Bundle:
@@ -43,63 +47,44 @@ def compile_recipe(
         base: folder that relative checkpoint paths are looked for in first.
         listener: is told of progress.
         direct: lower every block by itself instead of stamping those that share a structure.
-        jobs: how many processes build at once, as far as the free memory allows.
+        jobs: how many processes build at once, as far as the memory allows.
         executor: runs the tasks of the build (:func:`toolchain.build.tasks.run_task`) instead of processes of our
             own, so that ``jobs`` means nothing. It may have processes anywhere, on machines that share the store, the
             checkpoints and this installation by the same paths. An executor of threads must have a single one. It is
-            not shut down.
+            not shut down. Or ``dask://HOST:PORT``, the address of a cluster's scheduler.
         tasks_at_once: how many tasks are handed to ``executor`` before others are done; all that can be done if None.
+        memory_bytes: what all ``jobs`` may use together; what is free if None.
         store: where templates, artifacts and gate results are kept; the user's cache folder if None.
         calibration: a file of measured times to plan loading with, instead of those of the device's profile.
 
     Raises:
         SoraCompileError: says what, where and what to do; ``exit_code`` is the command's.
     """
-    listener, store, out = listener or Listener(), store or Store(), Path(out)
+    listener, store, out, base = listener or Listener(), store or Store(), Path(out), Path(base or ".")
     return_large_allocations()
-    if jobs < 1:
-        raise RecipeError(f"--jobs {jobs}: must be at least 1")
-    if tasks_at_once is not None and tasks_at_once < 1:
-        raise RecipeError(f"tasks_at_once {tasks_at_once}: must be at least 1")
+    ways = Ways(jobs, tasks_at_once, memory_bytes)
+    ways.check(executor)
     prepare(out)
     measured = None if calibration is None else load_times(Path(calibration))
-    base = Path(base or ".")
-    if budgets_of(recipe):
-        from toolchain.build.quantizing import settle_budgets
-
-        recipe = settle_budgets(recipe, base, store, listener, jobs=jobs, executor=executor)
-    build = _resolved(recipe, base, out, store)
-    key = build_key(build, store, direct, measured)
-    done = up_to_date(out, key, store)
+    done = unchanged(recipe, out, base, store, direct, measured)
     if done is not None:
-        listener.remark("nothing has changed since this bundle was built")
+        listener.remark(UNCHANGED)
         return done
     from toolchain.build.making import make_bundle
 
-    return make_bundle(
-        completed(build),
-        out,
-        key,
-        store,
-        listener,
-        direct=direct,
-        measured=measured,
-        jobs=jobs,
-        executor=executor,
-        tasks_at_once=tasks_at_once,
-    )
+    return make_bundle(recipe, out, base, store, listener, direct, ways, executor, measured)
 
 
-def _resolved(recipe: Recipe, base: Path, out: Path, store: Store) -> ResolvedBuild:
-    """The build, resolved lightly where it may be that nothing has changed, and that takes no reading of tensors.
-
-    Else as a whole: a mistake in a pass is told before gigabytes are read.
-    """
-    if not (out / m.FILE_NAME).is_file():
-        return resolve(recipe, base, checkpoints=True)
+def unchanged(
+    recipe: Recipe, out: Path, base: Path, store: Store, direct: bool, measured: TimesFile | None
+) -> Bundle | None:
+    """The bundle at ``out`` if it is known, without torch and without reading a tensor, that nothing has changed."""
+    if budgets_of(recipe) or not (out / m.FILE_NAME).is_file():
+        return None
     build = resolve_lightly(recipe, base)
-    known = all(are_remembered(part.checkpoint, store) for part in build.components.values())
-    return build if known else completed(build)
+    if not all(are_remembered(part.checkpoint, store) for part in build.components.values()):
+        return None
+    return up_to_date(out, build_key(build, store, direct, measured), store)
 
 
 def up_to_date(out: Path, key: str, store: Store) -> Bundle | None:

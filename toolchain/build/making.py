@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor
+from dataclasses import dataclass
 from pathlib import Path
 
 from toolchain.build import entries
 from toolchain.build.artifacts import Builder
+from toolchain.build.cluster import admitted
+from toolchain.build.compile import UNCHANGED, up_to_date
+from toolchain.build.executors import Ways, executor_of
 from toolchain.build.gate import ComponentGate
-from toolchain.build.parallel import Parallel, Serial, artifact_source
+from toolchain.build.gating import gate_key
+from toolchain.build.keys import build_key
+from toolchain.build.parallel import Order, Parallel, Serial, artifact_source
 from toolchain.build.pinning import copy_tokenizer, pin, pinned_recipe
 from toolchain.build.placing import place_artifact, place_goldens
+from toolchain.build.quantizing import settle_budgets
 from toolchain.build.tables import component_tables, write_tables
 from toolchain.build.tasks import builders
-from toolchain.errors import ResourceError
+from toolchain.errors import AccuracyError, ResourceError
 from toolchain.formats import manifest as m
 from toolchain.formats.bundle import RECIPE_FILE, Bundle, describe_file, staging
+from toolchain.formats.recipe import Recipe
 from toolchain.formats.times import TimesFile
 from toolchain.listener import Listener
 from toolchain.planning.plan import Plan, plan_resolved
-from toolchain.planning.resolve import ResolvedBuild
+from toolchain.planning.resolve import resolve
 from toolchain.system.disk import FULL_ERRORS, readable_size
 from toolchain.system.store import NewEntry, Store
 from toolchain.weights.checkpoint import match
@@ -30,40 +38,95 @@ from toolchain.weights.checkpoint import match
 GOLDENS = "goldens"
 
 
+@dataclass(frozen=True)
+class Draft:
+    """A build of which everything is known and nothing is done."""
+
+    out: Path
+    direct: bool
+    key: str
+    planned: Plan
+    builders: Mapping[str, Builder]
+    gates: Mapping[str, str]
+    """Keys of the components' passages through the gate; none without a gate."""
+
+    def order(self, name: str = "") -> Order:
+        """What it asks other processes for."""
+        return Order(self.planned.recipe, self.planned.resolved.base, self.builders, self.gates, name)
+
+
 def make_bundle(
-    build: ResolvedBuild,
+    recipe: Recipe,
     out: Path,
-    key: str,
+    base: Path,
     store: Store,
     listener: Listener,
-    *,
     direct: bool,
+    ways: Ways,
+    executor: Executor | str | None,
     measured: TimesFile | None,
-    jobs: int,
-    executor: Executor | None,
-    tasks_at_once: int | None,
 ) -> Bundle:
-    """Build ``out``, and remember it as what the build of ``key`` made.
+    """Build ``out``; arguments and errors are those of :func:`toolchain.build.compile.compile_recipe`."""
+    with executor_of(executor, ways.jobs) as runner, admitted(runner, [recipe], store):
+        found = draft(recipe, out, base, store, listener, direct, ways, runner, measured)
+        if isinstance(found, Bundle):
+            listener.remark(UNCHANGED)
+            return found
+        with (
+            disk_full_explained(found.planned, store, out),
+            artifact_source([found.order()], store, ways, runner, listener) as source,
+        ):
+            bundle = finish(found, source, store, listener)
+    store.evict()
+    return bundle
 
-    Args:
-        build: resolved as a whole.
-        key: as :func:`toolchain.build.keys.build_key` gives it.
-        measured: times to plan loading with, instead of those of the device's profile.
+
+def draft(
+    recipe: Recipe,
+    out: Path,
+    base: Path,
+    store: Store,
+    listener: Listener,
+    direct: bool,
+    ways: Ways,
+    executor: Executor | None,
+    measured: TimesFile | None = None,
+) -> Draft | Bundle:
+    """Plan a build and refuse what cannot be; the bundle itself if it is there and up to date.
 
     Raises:
-        SoraCompileError: as :func:`toolchain.build.compile.compile_recipe`.
+        SoraCompileError: the recipe cannot be built; says why.
     """
+    recipe = settle_budgets(recipe, base, store, listener, jobs=ways.jobs, executor=executor)
+    build = resolve(recipe, base, checkpoints=True)
+    key = build_key(build, store, direct, measured)
+    done = up_to_date(out, key, store)
+    if done is not None:
+        return done
+    planned = plan_resolved(build, listener, measured)
+    planned.check_loading()
+    for name, part in planned.components.items():
+        match(part.resolved.checkpoint, part.definition.expected, name, part.definition.aliases)
+    gated = recipe.gate.mode != "none" and not ways.serial(executor)
+    with disk_full_explained(planned, store, out):
+        made = builders(planned, store, direct, listener)
+        gates = {name: gate_key(planned, builder) for name, builder in made.items()} if gated else {}
+    return Draft(out, direct, key, planned, made, gates)
+
+
+def finish(found: Draft, artifacts: Serial | Parallel, store: Store, listener: Listener) -> Bundle:
+    """Make the bundle of a build, from artifacts that this process or others make.
+
+    Raises:
+        SoraCompileError: a block cannot be lowered, or does not pass the gate.
+        ElsewhereError: as :meth:`toolchain.build.parallel.Parallel.artifact`.
+    """
+    planned, build, out = found.planned, found.planned.resolved, found.out
     with staging(out) as folder:
-        planned = plan_resolved(build, listener, measured)
-        planned.check_loading()
-        for name, part in planned.components.items():
-            match(part.resolved.checkpoint, part.definition.expected, name, part.definition.aliases)
         pins = {name: pin(part.checkpoint, part.recipe.sha256, store) for name, part in build.components.items()}
         tokenizer = copy_tokenizer(build, folder)
-        with _disk_full_explained(planned, store, out):
-            made = builders(planned, store, direct, listener)
-            with artifact_source(build.recipe, build.base, made, store, jobs, executor, tasks_at_once) as artifacts:
-                components = {name: _component(planned, made[name], artifacts, folder, listener) for name in made}
+        with disk_full_explained(planned, store, out):
+            components = {name: _component(found, name, artifacts, folder, listener) for name in found.builders}
         (folder / RECIPE_FILE).write_text(pinned_recipe(planned, pins).to_yaml(), encoding="utf-8")
         manifest = entries.manifest(planned, components, tokenizer, describe_file(folder / RECIPE_FILE, folder))
         manifest = _with_golden_video(manifest, planned, folder, listener)
@@ -73,15 +136,14 @@ def make_bundle(
     try:
         for file in bundle.files():
             store.remember(out / file.path, file.sha256)
-        store.get_or_make("builds", key, lambda _: NewEntry({"manifest": text}))
+        store.get_or_make("builds", found.key, lambda _: NewEntry({"manifest": text}))
     except (OSError, ResourceError) as e:
         listener.remark(f"the bundle is whole, but the next build will not know it ({e})")
-    store.evict()
     return bundle
 
 
 @contextlib.contextmanager
-def _disk_full_explained(planned: Plan, store: Store, out: Path) -> Iterator[None]:
+def disk_full_explained(planned: Plan, store: Store, out: Path) -> Iterator[None]:
     """Turn a full disk into an error that says which one, and how much a build needs.
 
     Raises:
@@ -101,10 +163,9 @@ def _disk_full_explained(planned: Plan, store: Store, out: Path) -> Iterator[Non
         ) from e
 
 
-def _component(
-    planned: Plan, builder: Builder, artifacts: Serial | Parallel, folder: Path, listener: Listener
-) -> m.Component:
-    plan, name = builder.plan, builder.plan.name
+def _component(found: Draft, name: str, artifacts: Serial | Parallel, folder: Path, listener: Listener) -> m.Component:
+    planned, builder = found.planned, found.builders[name]
+    plan = builder.plan
     (folder / name).mkdir(exist_ok=True)
     tables = component_tables(plan)
     tables_file = write_tables(tables, folder / name / "tables.safetensors", folder)
@@ -114,10 +175,13 @@ def _component(
     for pair in plan.pairs:
         block = pair.lowered
         listener.working(name, block.name, "build")
-        artifact = artifacts.artifact(name, block)
+        artifact = artifacts.artifact(builder, block)
         if artifact.meta.get("unbound"):
             listener.remark(f"block '{block.name}' and its like are lowered one by one: {artifact.meta['unbound']}")
-        passed = None if gate is None else gate.hold(pair, artifact)
+        passed = None
+        if gate is not None:
+            _wait_for_gate(artifacts, found.gates.get(name), listener)
+            passed = gate.hold(pair, artifact)
         files = place_artifact(artifact, folder / name / f"{block.name}{plan.target.suffix}", folder)
         goldens = place_goldens(passed, folder / GOLDENS / name / f"{block.name}.safetensors", folder)
         listener.finished(name, block.name, None if passed is None else passed.accuracy)
@@ -126,6 +190,16 @@ def _component(
             entries.block(block, files, functions, passed, goldens, plan.target, name, plan.memory[block.name])
         )
     return entries.component(plan, described, tables_file, tables)
+
+
+def _wait_for_gate(artifacts: Serial | Parallel, key: str | None, listener: Listener) -> None:
+    """Wait until another process has executed a component, if one does; its results are then in the store."""
+    try:
+        artifacts.gate(key)
+    except AccuracyError as e:
+        for text in getattr(e, "__notes__", ()):
+            listener.remark(text)
+        raise
 
 
 def _with_golden_video(manifest: m.Manifest, planned: Plan, folder: Path, listener: Listener) -> m.Manifest:

@@ -1,53 +1,47 @@
-"""Building artifacts, one after the other in this process, or as tasks that an executor runs.
-
-Converters are neither thread- nor fork-safe, so an executor of our own has processes, and spawns them.
-"""
+"""Building artifacts, one after the other in this process, or as tasks that an executor runs."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
-import signal
 import threading
-from collections.abc import Mapping
-from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
-from multiprocessing import get_context
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import BrokenExecutor, Executor, Future
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
 
-from toolchain.build.admission import Admission, needed_bytes
+from toolchain.build.admission import EXECUTING_FACTOR, LOWERING_FACTOR, STAMPING_FACTOR, Admission, needed_bytes
 from toolchain.build.artifacts import Builder
+from toolchain.build.cluster import Cluster
+from toolchain.build.executors import OwnProcesses, Ways
 from toolchain.build.tasks import Task, recipe_for_tasks, run_task
 from toolchain.errors import ResourceError
 from toolchain.formats.recipe import Recipe
 from toolchain.ir.blocks import Block
+from toolchain.listener import Listener
 from toolchain.system.memory import free_bytes
 from toolchain.system.store import Entry, Store
 
 
-def artifact_source(
-    recipe: Recipe,
-    base: Path,
-    builders: Mapping[str, Builder],
-    store: Store,
-    jobs: int,
-    executor: Executor | None = None,
-    tasks_at_once: int | None = None,
-) -> Serial | Parallel:
-    """What builds the artifacts of a recipe, as its arguments to :func:`toolchain.build.compile.compile_recipe` say."""
-    if executor is None and jobs == 1:
-        return Serial(builders)
-    if executor is None:
-        return Parallel(recipe, base, builders, store, OwnProcesses(jobs), Admission(free_bytes(), jobs))
-    return Parallel(recipe, base, builders, store, executor, Admission(at_once=tasks_at_once))
+@dataclass(frozen=True)
+class Order:
+    """What a build asks for."""
+
+    recipe: Recipe
+    base: Path
+    builders: Mapping[str, Builder]
+    """By component."""
+    gates: Mapping[str, str] = field(default_factory=dict)
+    """Keys of the components' passages through the gate (:func:`toolchain.build.gating.gate_key`), for those that are
+    to be tasks too."""
+    name: str = ""
+    """Of the build, among several."""
 
 
 class Serial:
     """Builds an artifact in this process when it is asked for."""
-
-    def __init__(self, builders: Mapping[str, Builder]) -> None:
-        self._builders = builders
 
     def __enter__(self) -> Serial:
         return self
@@ -55,72 +49,118 @@ class Serial:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def artifact(self, component: str, block: Block) -> Entry:
+    def artifact(self, builder: Builder, block: Block) -> Entry:
         """The block's artifact.
 
         Raises:
             LoweringError: as :meth:`toolchain.build.artifacts.Builder.artifact`.
         """
-        return self._builders[component].artifact(block)
+        return builder.artifact(block)
+
+    def gate(self, key: str | None) -> None:
+        """Nothing was begun that could be waited for."""
 
 
-class OwnProcesses(ProcessPoolExecutor):
-    """Spawned processes that only the first process interrupts."""
+def artifact_source(
+    orders: Sequence[Order],
+    store: Store,
+    ways: Ways,
+    executor: Executor | None,
+    listener: Listener | None = None,
+    keep_going: bool = False,
+) -> Serial | Parallel:
+    """What makes what builds ask for: this process, ``executor``, or processes of our own."""
+    if ways.serial(executor):
+        return Serial()
+    if executor is None:
+        runner: Executor = OwnProcesses(ways.jobs)
+        admission, most_bytes = Admission(ways.memory_bytes or free_bytes(), ways.jobs), ways.memory_bytes
+    else:
+        runner, admission = executor, Admission(at_once=ways.tasks_at_once)
+        most_bytes = executor.most_bytes if isinstance(executor, Cluster) else None
+    return Parallel(orders, store, runner, admission, most_bytes=most_bytes, listener=listener, keep_going=keep_going)
 
-    def __init__(self, jobs: int) -> None:
-        super().__init__(jobs, get_context("spawn"), initializer=_ignore_interrupts)
 
-    def kill(self) -> None:
-        """End the processes at once, whatever they do."""
-        for process in list((self._processes or {}).values()):
-            process.kill()
-        self.shutdown(wait=True, cancel_futures=True)
+class ElsewhereError(Exception):
+    """Stands for what another build failed of, where a build was not gone on with for that reason."""
+
+    def __init__(self, build: str, error: BaseException) -> None:
+        super().__init__(f"{build}: {error}")
+        self.build, self.error = build, error
 
 
-def _ignore_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process hears it and stops this one
+@dataclass(eq=False)
+class _Node:
+    """A task, what it waits for, and who waits for it."""
+
+    task: Task
+    build: str
+    """The first that asked for it."""
+    parameters: int
+    """Of the largest block that it is about."""
+    needs: set[_Node] = field(default_factory=set)
+    needed_by: list[_Node] = field(default_factory=list)
+    done: Future[None] = field(default_factory=Future)
+
+    @property
+    def needed_bytes(self) -> int:
+        return self.task.needed_bytes
 
 
 class Parallel:
-    """Has artifacts built by an executor: all templates first, then each block's as its template is there.
+    """Has what builds need made by an executor: templates first, then each block's artifact as its template is there,
+    then a component's passage through the gate as its artifacts are. What several builds need is made once.
 
     Leaving the context stops :class:`OwnProcesses`. Another executor is its owner's: only what was not begun is
     cancelled there.
 
     Args:
         admission: decides how much is handed to the executor at once.
+        most_bytes: what a task may need of memory; no limit if None.
+        listener: is told how many tasks there are and how many are done, in the executor's threads.
+        keep_going: when a task fails, only what needs it fails with it; everything otherwise.
     """
 
     def __init__(
         self,
-        recipe: Recipe,
-        base: Path,
-        builders: Mapping[str, Builder],
+        orders: Sequence[Order],
         store: Store,
         executor: Executor,
         admission: Admission,
+        *,
+        most_bytes: int | None = None,
+        listener: Listener | None = None,
+        keep_going: bool = False,
     ) -> None:
-        self._builders, self._store, self._executor, self._admission = builders, store, executor, admission
-        self._recipe, self._base = recipe_for_tasks(recipe, base), os.path.abspath(base)
+        self._store, self._executor, self._admission = store, executor, admission
+        self._orders, self._listener, self._most_bytes = orders, listener or Listener(), most_bytes
+        self._keep_going = keep_going
         self._lock = threading.RLock()
         """Of everything below, which the executor's threads change as well. Not held while a task is submitted."""
-        self._waiting: list[Task] = []
-        self._running: dict[Task, Future[None] | None] = {}
-        self._after: dict[tuple[str, str], list[Block]] = {}
-        """Blocks that wait for a template, by component and the template's key."""
-        self._done: dict[tuple[str, str], Future[None]] = {}
-        """By component and block."""
-        self._failed: BaseException | None = None
+        self._nodes: dict[tuple[str, str], _Node] = {}
+        """By kind and key."""
+        self._cached: set[tuple[str, str]] = set()
+        """What is in the store already, likewise."""
+        self._waiting: list[_Node] = []
+        self._running: dict[_Node, Future[None] | None] = {}
+        self._ended_tasks = 0
+        self._failed: _Node | None = None
         self._submitting = self._leaving = False
 
     def __enter__(self) -> Parallel:
+        """Line everything up.
+
+        Raises:
+            ResourceError: a task needs more memory than it may.
+        """
         with self._lock:
-            for component, builder in self._builders.items():
-                for block in builder.plan.blocks:
-                    if self._store.get("artifacts", builder.artifact_key(block)) is None:
-                        self._done[component, block.name] = Future()
-                        self._plan(component, block)
-            self._waiting.sort(key=lambda task: task.kind != "template")
+            for order in self._orders:
+                self._line_up(order)
+            self._waiting = [node for node in self._nodes.values() if not node.needs]
+            self._waiting.sort(key=lambda node: node.task.kind != "template")
+            for node in self._nodes.values():
+                self._check_memory(node.task)
+            self._listener.lined_up(len(self._nodes), len(self._cached))
         self._submit()
         return self
 
@@ -140,42 +180,89 @@ class Parallel:
             self._executor.kill()
         self._store.remove_abandoned()
 
-    def artifact(self, component: str, block: Block) -> Entry:
+    def artifact(self, builder: Builder, block: Block) -> Entry:
         """The block's artifact, once it is built.
 
         Raises:
             LoweringError: as :meth:`toolchain.build.artifacts.Builder.artifact`.
             ResourceError: a process was killed, as it is when memory is short, or the executor was shut down.
+            ElsewhereError: another build failed.
         """
-        waited = self._done.get((component, block.name))
-        if waited is not None:
-            waited.result()
-        return self._builders[component].artifact(block)
+        self._wait("artifact", builder.artifact_key(block))
+        return builder.artifact(block)
 
-    def _plan(self, component: str, block: Block) -> None:
-        """Line up what builds a block's artifact."""
-        builder = self._builders[component]
-        key = builder.template_key(block)
-        template = self._store.get("templates", key)
-        if builder.direct or template is not None:
-            self._waiting.append(self._artifact_task(component, block, template))
-        elif (component, key) in self._after:
-            self._after[component, key].append(block)
-        else:
-            self._after[component, key] = [block]
-            self._waiting.append(self._task("template", component, block, key, lowers=True))
+    def gate(self, key: str | None) -> None:
+        """Wait until the results of a component's passage through the gate are in the store, if it is a task.
 
-    def _artifact_task(self, component: str, block: Block, template: Entry | None) -> Task:
-        builder = self._builders[component]
-        lowers = builder.direct or (template is not None and bool(template.meta.get("unbound")))
-        return self._task("artifact", component, block, builder.artifact_key(block), lowers)
+        Raises:
+            AccuracyError: as :func:`toolchain.build.gating.run_gate`; and as :meth:`artifact`.
+        """
+        if key is not None:
+            self._wait("gate", key)
 
-    def _task(
-        self, kind: Literal["template", "artifact"], component: str, block: Block, key: str, lowers: bool
-    ) -> Task:
-        direct, needed = self._builders[component].direct, needed_bytes(block.parameters, lowers)
-        store = str(self._store.root)
-        return Task(self._recipe, self._base, store, direct, component, block.name, kind, key, needed)
+    def _wait(self, kind: str, key: str) -> None:
+        node = self._nodes.get((kind, key))
+        if node is not None:
+            node.done.result()
+
+    # --- lining up ---------------------------------------------------------------------------------------
+
+    def _line_up(self, order: Order) -> None:
+        places = recipe_for_tasks(order.recipe, order.base), os.path.abspath(order.base), str(self._store.root)
+
+        def node(component: str, block: str, kind: str, key: str, parameters: int, factor: int) -> _Node:
+            direct, needed = order.builders[component].direct, needed_bytes(parameters, factor)
+            task = Task(*places, direct, component, block, kind, key, needed)  # type: ignore[arg-type]
+            return _Node(task, order.name, parameters)
+
+        for component, builder in order.builders.items():
+            artifacts = []
+            for block in builder.plan.blocks:
+                made = functools.partial(node, component, block.name, parameters=block.parameters)
+                key, template = builder.artifact_key(block), builder.template_key(block)
+                if self._is_there("artifacts", "artifact", key):
+                    continue
+                lowers = builder.direct or self._unbound(template)
+                factor = LOWERING_FACTOR if lowers else STAMPING_FACTOR
+                artifact = self._add(made("artifact", key, factor=factor))
+                if not builder.direct and not self._is_there("templates", "template", template):
+                    self._depends(artifact, self._add(made("template", template, factor=LOWERING_FACTOR)))
+                artifacts.append(artifact)
+            if component in order.gates and not self._is_there("gates", "gate", order.gates[component]):
+                largest = max(block.parameters for block in builder.plan.blocks)
+                gate = self._add(node(component, "", "gate", order.gates[component], largest, EXECUTING_FACTOR))
+                for artifact in artifacts:
+                    self._depends(gate, artifact)
+
+    def _is_there(self, entries: str, kind: str, key: str) -> bool:
+        """Whether something is in the store; it is looked at once."""
+        place = kind, key
+        if place not in self._cached and place not in self._nodes and self._store.get(entries, key) is not None:
+            self._cached.add(place)
+        return place in self._cached
+
+    def _add(self, node: _Node) -> _Node:
+        """The node, or the one that is there already for the same."""
+        return self._nodes.setdefault((node.task.kind, node.task.key), node)
+
+    def _depends(self, node: _Node, other: _Node) -> None:
+        if other not in node.needs:
+            node.needs.add(other)
+            other.needed_by.append(node)
+
+    def _unbound(self, template: str) -> bool:
+        entry = self._store.get("templates", template)
+        return entry is not None and bool(entry.meta.get("unbound"))
+
+    def _check_memory(self, task: Task) -> None:
+        if self._most_bytes is not None and task.needed_bytes > self._most_bytes:
+            raise ResourceError(
+                f"{task.what}: needs about {task.needed_bytes / 1e9:.1f} GB of memory and may have "
+                f"{self._most_bytes / 1e9:.1f} GB; give processes more, or cut smaller blocks (partition: "
+                "{max_bytes: …})"
+            )
+
+    # --- handing out -------------------------------------------------------------------------------------
 
     def _submit(self) -> None:
         """Hand over what may run now."""
@@ -183,72 +270,94 @@ class Parallel:
             if self._submitting:  # further up, where an executor runs a task as it is handed over, or in another thread
                 return
             self._submitting = True
-        while (task := self._next()) is not None:
+        while (node := self._next()) is not None:
             try:
-                future = self._executor.submit(run_task, task)
+                future = self._executor.submit(run_task, node.task)
             except Exception as e:  # it was shut down, or is broken
-                self._ended(task)
-                self._fail(self._explained(e, task))
+                self._ended(node)
+                self._fail(node, e)
             else:
                 with self._lock:
-                    self._running[task] = future
-                future.add_done_callback(functools.partial(self._finished, task))
+                    self._running[node] = future
+                future.add_done_callback(functools.partial(self._finished, node))
 
-    def _next(self) -> Task | None:
+    def _next(self) -> _Node | None:
         with self._lock:
-            task = None if self._failed is not None or self._leaving else self._admission.next(self._waiting)
-            if task is None:
+            node = None if self._failed is not None or self._leaving else self._admission.next(self._waiting)
+            if node is None:
                 self._submitting = False
             else:
-                self._waiting.remove(task)
-                self._running[task] = None
-            return task
+                self._waiting.remove(node)
+                self._running[node] = None
+            return node
 
-    def _ended(self, task: Task) -> None:
+    def _ended(self, node: _Node) -> None:
         with self._lock:
-            self._running.pop(task, None)
-            self._admission.ended(task)
+            self._running.pop(node, None)
+            self._admission.ended(node)
 
-    def _finished(self, task: Task, future: Future[None]) -> None:
+    def _finished(self, node: _Node, future: Future[None]) -> None:
         """Called in whatever thread of the executor's: what is raised here, nobody would hear of."""
         try:
             if future.cancelled():
-                raise ResourceError(f"{task.component}/{task.block}: the executor was shut down before it was built")
+                raise ResourceError(f"{node.task.what}: the executor was shut down before it was built")
             error = future.exception()
             if error is not None:
-                raise self._explained(error, task)
+                raise error
             with self._lock:
                 if not (self._failed or self._leaving):
-                    self._go_on(task)
+                    self._go_on(node)
         except BaseException as e:
-            self._fail(e)
-        self._ended(task)
+            self._fail(node, e)
+        self._ended(node)
         self._submit()
 
-    def _go_on(self, task: Task) -> None:
-        """Line up what waited for a task, or tell who did."""
-        if task.kind == "artifact":
-            self._done[task.component, task.block].set_result(None)
-            return
-        template = self._store.get("templates", task.key)
-        blocks = self._after.pop((task.component, task.key))
-        self._waiting += [self._artifact_task(task.component, block, template) for block in blocks]
+    def _go_on(self, node: _Node) -> None:
+        """Line up what waited for a task, and tell who did."""
+        lowers = node.task.kind == "template" and self._unbound(node.task.key)
+        for other in node.needed_by:
+            if lowers:
+                needed = needed_bytes(other.parameters, LOWERING_FACTOR)
+                other.task = dataclasses.replace(other.task, needed_bytes=needed)
+            other.needs.discard(node)
+            if not other.needs and not other.done.done():
+                self._waiting.append(other)
+        node.done.set_result(None)
+        self._ended_tasks += 1
+        self._listener.task_done(self._ended_tasks, len(self._nodes))
 
-    def _fail(self, error: BaseException) -> None:
-        """Nothing more is begun, and nobody waits any longer."""
+    def _fail(self, node: _Node, error: BaseException) -> None:
+        """Nobody waits any longer for what needs it, or for anything."""
+        broken = isinstance(error, BrokenExecutor)
         with self._lock:
-            self._failed = self._failed or error
-            for waiting in self._done.values():
-                if not waiting.done():
-                    waiting.set_exception(self._failed)
+            error = self._explained(error, node)
+            if self._keep_going and not broken:
+                self._give_up(_all_that_need(node), node, error)
+            else:
+                self._failed = self._failed or node
+                self._give_up(self._nodes.values(), node, error)
 
-    def _explained(self, error: BaseException, task: Task) -> BaseException:
+    def _give_up(self, nodes: Iterable[_Node], failed: _Node, error: BaseException) -> None:
+        related = set(_all_that_need(failed))
+        for node in nodes:
+            if not node.done.done():
+                same = node in related or node.build == failed.build
+                node.done.set_exception(error if same else ElsewhereError(failed.build, error))
+
+    def _explained(self, error: BaseException, node: _Node) -> BaseException:
         """What an executor raised, for users."""
         if isinstance(error, BrokenExecutor):
-            with self._lock:
-                names = ", ".join(sorted({f"{t.component}/{t.block}" for t in (*self._running, task)}))
+            names = ", ".join(sorted({n.task.what for n in (*self._running, node)}))
             return ResourceError(
                 f"{names}: a process that built {'it' if ',' not in names else 'one of these'} was killed, as happens "
                 "when memory is short; use fewer --jobs, or cut smaller blocks (partition: {max_bytes: …})"
             )
         return error
+
+
+def _all_that_need(node: _Node) -> list[_Node]:
+    """A node and all that wait for it, at any distance."""
+    found = [node]
+    for other in found:
+        found += [n for n in other.needed_by if n not in found]
+    return found

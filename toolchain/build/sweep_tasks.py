@@ -9,7 +9,7 @@ from concurrent.futures import BrokenExecutor, Executor, Future
 from dataclasses import dataclass
 from pathlib import Path
 
-from toolchain.build.parallel import OwnProcesses
+from toolchain.build.executors import OwnProcesses
 from toolchain.build.sweep import Sweep
 from toolchain.build.tasks import builders, differs, errors_for_others, recipe_for_tasks
 from toolchain.errors import ResourceError
@@ -53,7 +53,7 @@ def run_sweep_task(task: SweepTask) -> None:
                 sweep.measure(task.graph, task.block)
                 return
             _opened.cache_clear()  # files may have changed since
-        raise differs(task.component, task.block, "measure")
+        raise differs(f"{task.component}/{task.block}", "measure")
 
 
 @functools.lru_cache(maxsize=1)

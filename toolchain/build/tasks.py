@@ -9,13 +9,14 @@ import contextlib
 import functools
 import pickle
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from toolchain.build.artifacts import Builder
 from toolchain.build.calibration import calibrate
+from toolchain.build.gating import gate_key, run_gate
 from toolchain.errors import ResourceError
 from toolchain.formats.recipe import Recipe
 from toolchain.ir.blocks import Block
@@ -29,11 +30,15 @@ from toolchain.weights.checkpoint import local_path
 from toolchain.weights.digests import tensor_digests
 
 NOT_LOCAL = ("hf://", "shipped://")
+KEPT_BUILDS = 8
+"""Of how many builds a process keeps what it has planned: tasks of several take turns in it."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One thing to build: the template of a block's structure, or a block's artifact."""
+    """One thing to do: the template of a block's structure, a block's artifact, or a component's passage through the
+    gate.
+    """
 
     recipe: str
     """As JSON; it finds its checkpoints from wherever it is read, see :func:`recipe_for_tasks`."""
@@ -45,11 +50,17 @@ class Task:
     """Lower the block by itself instead of stamping it."""
     component: str
     block: str
-    kind: Literal["template", "artifact"]
+    """Empty for a gate, which is all blocks'."""
+    kind: Literal["template", "artifact", "gate"]
     key: str
     """What the store shall know the result by."""
     needed_bytes: int
     """The memory that it is thought to need."""
+
+    @property
+    def what(self) -> str:
+        """What it is about, for people."""
+        return f"{self.component}/{self.block}" if self.block else self.component
 
 
 def recipe_for_tasks(recipe: Recipe, base: Path) -> str:
@@ -83,52 +94,75 @@ def builders(planned: Plan, store: Store, direct: bool, listener: Listener | Non
 
 
 def run_task(task: Task) -> None:
-    """Build what a task asks for, in this process; nothing is done if it is in the store.
+    """Do what a task asks for, in this process; nothing is done if it is in the store.
 
     A process does one task at a time, for converters are neither thread- nor fork-safe. It keeps what it has read of
-    a build for the next task of the same one.
+    the last builds for more of their tasks.
 
     Raises:
         LoweringError: as :meth:`toolchain.build.artifacts.Builder.artifact`.
+        AccuracyError: as :func:`toolchain.build.gating.run_gate`.
         ResourceError: this process has other code, tools, configurations or weights than the one that wants the task
             done, so it would make something else.
         RuntimeError: stands for an error that cannot be handed to another process.
     """
     return_large_allocations()
     with errors_for_others():
-        builder, block = _prepared(task)
+        opened = _prepared(task)
+        builder = opened.builders[task.component]
         with builder.store.scratch() as scratch, temporary_files_in(scratch):
-            if task.kind == "template":
-                builder.template(block)
+            if task.kind == "gate":
+                run_gate(opened.planned, builder, task.key)
+            elif task.kind == "template":
+                builder.template(opened.block(task))
             else:
-                builder.artifact(block)
+                builder.artifact(opened.block(task))
 
 
-def _prepared(task: Task) -> tuple[Builder, Block]:
+@dataclass(frozen=True)
+class Opened:
+    """What a process keeps of a build."""
+
+    planned: Plan
+    builders: Mapping[str, Builder]
+
+    def block(self, task: Task) -> Block:
+        """The block that a task is about; raises StopIteration if there is none."""
+        return next(b for b in self.builders[task.component].plan.blocks if b.name == task.block)
+
+    def key(self, task: Task) -> str | None:
+        """What this process would do for a task; None if there is no such block here."""
+        builder = self.builders[task.component]
+        if task.kind == "gate":
+            return gate_key(self.planned, builder)
+        if all(b.name != task.block for b in builder.plan.blocks):
+            return None
+        block = self.block(task)
+        return builder.template_key(block) if task.kind == "template" else builder.artifact_key(block)
+
+
+def _prepared(task: Task) -> Opened:
     for _ in range(2):
-        builder = _opened(task.recipe, task.base, task.store, task.direct)[task.component]
-        block = next((b for b in builder.plan.blocks if b.name == task.block), None)
-        if block is not None:
-            key = builder.template_key(block) if task.kind == "template" else builder.artifact_key(block)
-            if key == task.key:
-                return builder, block
+        opened = _opened(task.recipe, task.base, task.store, task.direct)
+        if opened.key(task) == task.key:
+            return opened
         _opened.cache_clear()  # files may have changed since an earlier build of the same recipe
-    raise differs(task.component, task.block, "build")
+    raise differs(task.what, "build" if task.block else "execute")
 
 
-def differs(component: str, block: str, does: str) -> ResourceError:
+def differs(what: str, does: str) -> ResourceError:
     """The error of a process that would do something else than it was asked for."""
     return ResourceError(
-        f"{component}, block '{block}': a process on '{platform.node()}' would {does} something else than "
-        "was asked for; give every process the same installation, configurations and checkpoints"
+        f"{what}: a process on '{platform.node()}' would {does} something else than was asked for; give every process "
+        "the same installation, configurations and checkpoints"
     )
 
 
-@functools.lru_cache(maxsize=1)
-def _opened(recipe: str, base: str, store: str, direct: bool) -> dict[str, Builder]:
-    """The builders of a build; those of the last one are kept."""
-    build = resolve(Recipe.model_validate_json(recipe), Path(base), checkpoints=True)
-    return builders(plan_resolved(build), Store(Path(store)), direct)
+@functools.lru_cache(maxsize=KEPT_BUILDS)
+def _opened(recipe: str, base: str, store: str, direct: bool) -> Opened:
+    """A build as this process sees it; the last ones are kept."""
+    planned = plan_resolved(resolve(Recipe.model_validate_json(recipe), Path(base), checkpoints=True))
+    return Opened(planned, builders(planned, Store(Path(store)), direct))
 
 
 @contextlib.contextmanager

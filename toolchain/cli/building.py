@@ -9,8 +9,11 @@ import typer
 
 from toolchain.cli.options import (
     CalibrationOption,
+    ExecutorOption,
+    GateOption,
     JobsOption,
     JsonOption,
+    MemoryOption,
     PrintOption,
     RecipeArgument,
     SetOption,
@@ -19,14 +22,6 @@ from toolchain.cli.options import (
 
 DirectOption = Annotated[
     bool, typer.Option("--direct", help="Lower every block by itself: the reference for stamping.")
-]
-GateOption = Annotated[
-    str | None,
-    typer.Option(
-        "--gate",
-        metavar="MODE",
-        help="every (default): execute each artifact; release: all its functions; structure: one of each kind.",
-    ),
 ]
 NoGateOption = Annotated[bool, typer.Option("--no-gate", help="Execute nothing; the manifest will say so.")]
 
@@ -40,6 +35,8 @@ def compile_(
     print_after: PrintOption = None,
     direct: DirectOption = False,
     jobs: JobsOption = 1,
+    executor: ExecutorOption = None,
+    memory: MemoryOption = None,
     gate: GateOption = None,
     no_gate: NoGateOption = False,
     calibration: CalibrationOption = None,
@@ -51,6 +48,7 @@ def compile_(
         import toolchain
         from toolchain.errors import RecipeError
         from toolchain.formats.recipe_file import find_recipe
+        from toolchain.validation import read_bytes
 
         if gate is not None and no_gate:
             raise RecipeError("--gate and --no-gate: choose one")
@@ -66,6 +64,8 @@ def compile_(
                 listener=listener,
                 direct=direct,
                 jobs=jobs,
+                executor=executor,
+                memory_bytes=None if memory is None else read_bytes(memory, "--memory"),
                 calibration=calibration,
             )
         from toolchain.ui.bundles import bundle_json, bundle_summary

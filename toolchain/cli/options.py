@@ -20,6 +20,22 @@ PrintOption = Annotated[
     typer.Option("--print-after", metavar="PASS|all", help="Print the graph after a pass (capture, legalise, …)."),
 ]
 JobsOption = Annotated[int, typer.Option("-j", "--jobs", metavar="N", min=1, help="Build in N processes at once.")]
+ExecutorOption = Annotated[
+    str | None,
+    typer.Option("--executor", metavar="WHERE", help="local (default), or dask://HOST:PORT: a cluster's scheduler."),
+]
+MemoryOption = Annotated[
+    str | None,
+    typer.Option("--memory", metavar="SIZE", help="What --jobs may use together; what is free if absent."),
+]
+GateOption = Annotated[
+    str | None,
+    typer.Option(
+        "--gate",
+        metavar="MODE",
+        help="every (default): execute each artifact; release: all its functions; structure: one of each kind.",
+    ),
+]
 CalibrationOption = Annotated[
     Path | None,
     typer.Option("--calibration", metavar="FILE", help="Plan loading with these measured times; see calibrate."),

@@ -9,20 +9,20 @@ import typer
 
 
 def schema(
-    what: Annotated[str, typer.Argument(metavar="recipe|manifest", help="Which file's schema.")],
+    what: Annotated[str, typer.Argument(metavar="recipe|manifest|matrix", help="Which file's schema.")],
 ) -> None:
-    """Print the JSON Schema of recipes or manifests."""
+    """Print the JSON Schema of recipes, manifests or matrices of builds."""
     from toolchain.ui.console import Console
 
     with Console(as_json=True, verbose=False) as console:
         from toolchain.errors import RecipeError
         from toolchain.formats.manifest import Manifest
+        from toolchain.formats.matrix import Matrix
         from toolchain.formats.recipe import Recipe
 
-        models: dict[str, Any] = {"recipe": Recipe, "manifest": Manifest}
+        models: dict[str, Any] = {"recipe": Recipe, "manifest": Manifest, "matrix": Matrix}
         if what not in models:
             close = difflib.get_close_matches(what, models, n=1)
-            raise RecipeError(
-                f"schema {what}: expected 'recipe' or 'manifest'" + (f"; did you mean '{close[0]}'?" if close else "")
-            )
+            hint = f"; did you mean '{close[0]}'?" if close else ""
+            raise RecipeError(f"schema {what}: expected 'recipe', 'manifest' or 'matrix'{hint}")
         console.answer(models[what].model_json_schema(), None)

@@ -48,13 +48,22 @@ def load_recipe(name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     Raises:
         RecipeError: names the key, what is wrong with it, and the key that was meant where one is close.
     """
-    path = find_recipe(name)
-    data = read_yaml(path)
-    if not isinstance(data, dict):
-        raise RecipeError(f"{path}: expected keys and values; see 'sora-compile schema recipe'")
+    data = recipe_data(find_recipe(name))
     for override in overrides:
         _override(data, override)
     return parse_recipe(data)
+
+
+def recipe_data(path: Path) -> dict[str, Any]:
+    """What a recipe's file says, as plain data.
+
+    Raises:
+        RecipeError: it cannot be read, or holds no keys.
+    """
+    data = read_yaml(path)
+    if not isinstance(data, dict):
+        raise RecipeError(f"{path}: expected keys and values; see 'sora-compile schema recipe'")
+    return data
 
 
 def parse_recipe(data: Mapping[str, Any]) -> Recipe:
@@ -78,26 +87,38 @@ def _override(data: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise RecipeError(f"--set {override}: expected key=value, such as sampler.steps=20")
-    *parents, last = key.split(".")
     try:
         value = text if _names_passes(key, text) else yaml.load(text, Loader=UniqueKeyLoader)
     except (yaml.YAMLError, RecursionError) as e:
         raise RecipeError(f"--set {override}: the value is not YAML") from e
+    set_key(data, key, value, f"--set {override}")
+
+
+def set_key(data: dict[str, Any], key: str, value: Any, where: str) -> None:
+    """Set a key of a recipe's plain data, such as ``sampler.steps`` or ``transformer.passes.0``.
+
+    Args:
+        where: who sets it, for errors.
+
+    Raises:
+        RecipeError: there is no such place in what the recipe has.
+    """
+    *parents, last = key.split(".")
     place: Any = data
     for i, part in enumerate(parents):
         if isinstance(place, list):
             if not part.isdigit() or int(part) >= len(place):
-                raise RecipeError(f"--set {override}: '{part}' is not an index into a list of {len(place)}")
+                raise RecipeError(f"{where}: '{part}' is not an index into a list of {len(place)}")
             place = place[int(part)]
         elif isinstance(place, dict):
             if isinstance(place.get(part), str) and part == "target":
                 place[part] = {"name": place[part]}
             place = place.setdefault(part, {})
         if not isinstance(place, (dict, list)):
-            raise RecipeError(f"--set {override}: '{'.'.join(parents[: i + 1])}' has no keys in it")
+            raise RecipeError(f"{where}: '{'.'.join(parents[: i + 1])}' has no keys in it")
     if isinstance(place, dict):
         place[last] = value
     elif last.isdigit() and int(last) < len(place):
         place[int(last)] = value
     else:
-        raise RecipeError(f"--set {override}: '{last}' is not an index into a list of {len(place)}")
+        raise RecipeError(f"{where}: '{last}' is not an index into a list of {len(place)}")

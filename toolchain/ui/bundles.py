@@ -45,10 +45,10 @@ def bundle_summary(bundle: Bundle) -> RenderableType:
     m = bundle.manifest
     blocks = sum(len(c.blocks) for c in m.components.values())
     total = sum(f.bytes for f in bundle.files())
-    return Text(f"{bundle.path}\n{m.target.name}: {blocks} blocks, {readable_size(total)}; {_proof(m)}")
+    return Text(f"{bundle.path}\n{m.target.name}: {blocks} blocks, {readable_size(total)}; {proof(m)}")
 
 
-def _proof(m: Manifest) -> str:
+def proof(m: Manifest) -> str:
     """What was executed, in a few words."""
     every = [a for c in m.components.values() for b in c.blocks for a in (b.accuracy or {}).values()]
     worst = max((a.relative_error for a in every), default=0.0)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from toolchain.errors import RecipeError, ResourceError, SoraCompileError
+from toolchain.errors import RecipeError, ResourceError, SoraCompileError, interrupted
 from toolchain.listener import Listener
 
 if TYPE_CHECKING:
@@ -26,10 +26,14 @@ INTERRUPTED = 130
 
 
 class Console:
-    """Runs the body of a command: turns errors into one line and an exit code."""
+    """Runs the body of a command: turns errors into one line and an exit code.
 
-    def __init__(self, as_json: bool, verbose: bool) -> None:
-        self.as_json, self.verbose = as_json, verbose
+    Args:
+        kept: what stays of a command that is interrupted, if anything does.
+    """
+
+    def __init__(self, as_json: bool, verbose: bool, kept: str | None = None) -> None:
+        self.as_json, self.verbose, self.kept = as_json, verbose, kept
         # lowering redirects the process's streams to silence converters; these stay what they were
         self._out = os.fdopen(os.dup(1), "w", encoding="utf-8")
         self._err = os.fdopen(os.dup(2), "w", encoding="utf-8")
@@ -40,7 +44,9 @@ class Console:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        code, line = _explain(error)
+        code, line = explained(error)
+        if code == INTERRUPTED and self.kept:
+            line = f"interrupted; {self.kept}"
         if line:
             if self.verbose and trace is not None:
                 self._err.write("".join(traceback.format_exception(error)))
@@ -103,10 +109,11 @@ class Console:
         return Progress(*columns, text, console=console, transient=True, disable=not console.is_terminal)
 
 
-def _explain(error: BaseException | None) -> tuple[int, str | None]:
+def explained(error: BaseException | None) -> tuple[int, str | None]:
+    """A command's exit code, and the line about what it ended with; None if there is nothing to say."""
     if error is None or isinstance(error, SystemExit):
         return 0, None
-    if _interrupted(error):
+    if interrupted(error):
         return INTERRUPTED, "interrupted; nothing was written"
     if isinstance(error, SoraCompileError):
         return error.exit_code, " ".join(str(error).split())
@@ -118,19 +125,14 @@ def _explain(error: BaseException | None) -> tuple[int, str | None]:
     return 1, f"internal error ({type(error).__name__}): {reason}; run again with -v and report it"
 
 
-def _interrupted(error: BaseException | None) -> bool:
-    """Whether Ctrl-C is behind an error: libraries wrap it in errors of their own."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
-        error = error.__cause__ or error.__context__
-    return error is not None
-
-
 class ConsoleListener(Listener):
     """Draws progress; prints graphs after the passes that were asked for."""
 
     def __init__(self, bar: Progress, verbose: bool, print_after: str | None) -> None:
         self._bar, self._verbose, self._print_after = bar, verbose, print_after
         self._tasks: dict[str, TaskID] = {}
+        self._builds: TaskID | None = None
+        self._pool: TaskID | None = None
         self._remarks: set[str] = set()
 
     def check_print_after(self, recipe: Recipe) -> None:
@@ -154,6 +156,28 @@ class ConsoleListener(Listener):
             from toolchain.ir.graph_text import graph_text
 
             self._write(f"// after {after} ({component})\n{graph_text(graph)}")
+
+    def build(self, name: str, number: int, builds: int) -> None:
+        if self._builds is None:
+            self._builds = self._bar.add_task("", total=builds, component="builds")
+        self._bar.update(self._builds, completed=number - 1, description=name)
+
+    def built(self, name: str, error: BaseException | None) -> None:
+        for task in self._tasks.values():
+            self._bar.remove_task(task)
+        self._tasks.clear()
+        if error is not None:
+            self._write(f"failed: {explained(error)[1]}")
+        elif self._verbose:
+            self._write(f"{name}: done")
+
+    def lined_up(self, tasks: int, cached: int) -> None:
+        if tasks:
+            self._pool = self._bar.add_task(f"{cached} in the cache", total=tasks, component="tasks")
+
+    def task_done(self, done: int, tasks: int) -> None:
+        if self._pool is not None:
+            self._bar.update(self._pool, completed=done)
 
     def start(self, component: str, blocks: list[str]) -> None:
         self._tasks[component] = self._bar.add_task("", total=len(blocks), component=component)
