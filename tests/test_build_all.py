@@ -96,7 +96,7 @@ def test_a_mistake_in_any_is_said_before_anything_is_built(run_cli: Any, project
     ran = run_cli("build-all", matrix, cwd=tmp_path, env={"SORA_COMPILE_CACHE": str(tmp_path / "cache")})
     assert ran.code == 3
     assert ran.err.startswith(f"sora-compile: {tmp_path}/b-fourth: checkpoint 'none' does not exist: looked for")
-    assert list(Store(tmp_path / "cache").entries()) == []
+    assert {e.kind for e in Store(tmp_path / "cache").entries()} <= {"imports"}
     matrix = matrix_of(project, tmp_path, device={"phone": {"device": "iphone-15-prow"}})
     with pytest.raises(RecipeError, match=rf"^{tmp_path}/b-phone: unknown device 'iphone-15-prow'; near ones are iph"):
         toolchain.build_all(matrix, store=Store(tmp_path / "cache"))
