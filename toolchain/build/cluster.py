@@ -37,7 +37,7 @@ def connected(address: str) -> Iterator[Cluster]:
     place = f"tcp://{address.removeprefix('dask://')}"
     logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what matters is raised here, as one line
     try:
-        client = Client(place, timeout=CONNECT_SECONDS, set_as_default=False)  # type: ignore[no-untyped-call]
+        client = Client(place, timeout=CONNECT_SECONDS, set_as_default=False)
     except (OSError, ValueError) as e:  # asyncio's timeout is an OSError
         raise ResourceError(f"--executor {address}: no scheduler answers there; start one ('dask scheduler')") from e
     with client:
