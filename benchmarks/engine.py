@@ -1,10 +1,12 @@
-"""Run a full-width transformer pair eagerly and with the Core ML engine, side by side; print seconds and errors.
+"""How fast a target's engine is on this machine, against eager PyTorch and against the machine's own speed.
 
-    python benchmarks/engine.py [--rounds 5] [--threads N]
+    python benchmarks/engine.py [--target coreml] [--parts transformer vae text_encoder] [--rounds 5] [--threads N]
 
-One STDiT3-XL/2 pair, hidden size 1152, x [2, 2880, 1152], 300 text tokens (a 68-frame video of 192 × 192 has
-20 latent frames of 144 patches), with random weights. Each round calls eager float32 and both packages in
-turn; the median of the rounds is printed, with the least in brackets.
+One block of every structure of the full-size model (68 frames of 192 × 192: a pair of STDiT3-XL/2, a layer of
+T5-XXL, every part of the VAE's decoder), by the shipped recipe of the target, with random weights. Each round runs
+eager float32, as the gate does it, and the artifact, in turns; the median of the rounds is printed. "of peak" is how
+many floating-point operations a second eager does of its matrix products, convolutions and attention, against one
+large product of matrices in the same run: what is missing is spent on everything else.
 """
 
 from __future__ import annotations
@@ -18,16 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from parts import distinct, plan
 from synthetic import value
+from torch.utils.flop_counter import FlopCounterMode
 
-PRECISIONS = ("float32", "float16")
-RECIPE: dict[str, Any] = {
-    "name": "full-width",
-    "model": "open-sora-v1.2",
-    "video": {"frames": 68, "height": 192, "width": 192},
-    "sampler": {"steps": 30},
-    "transformer": {"checkpoint": "none", "config": {"depth": 1}, "passes": ["partition"]},
-}
+PARTS = ("transformer", "vae", "text_encoder")
+LEAST_FLOPS = 1e9
+"""Blocks that do less take no time."""
+SIZE = 2048
 
 
 def timed(call: Callable[[], Any]) -> tuple[float, Any]:
@@ -36,57 +36,75 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - began, result
 
 
+def peak() -> float:
+    """Floating-point operations a second of a product of two large float32 matrices."""
+    a, b = torch.randn(SIZE, SIZE), torch.randn(SIZE, SIZE)
+    return 2 * SIZE**3 / min(timed(lambda: a @ b)[0] for _ in range(5))
+
+
+def compare(component: str, name: str, target: str, rounds: int) -> None:
+    """Print the row of a block, unless it does next to nothing."""
+    from toolchain.accuracy.metrics import measure
+    from toolchain.accuracy.references import run_eager
+
+    family, part = plan(component, target)
+    pair = next(p for p in part.pairs if p.name == name)
+    block, plain = pair.lowered, pair.plain
+    generator = torch.Generator().manual_seed(0)
+    names = sorted({n for w in plain.weights.values() for n in w.source.tensors})
+    tensors = {n: value(n, part.definition.expected[n], generator) for n in names}
+    specs = {i.name: i for graph in part.graphs for i in graph.inputs}
+    inputs = {
+        p.name: family.sample_input(specs[p.name], generator)
+        if block.sources[p.name].startswith("inputs.")
+        else torch.randn(p.shape, generator=generator)
+        for p in plain.inputs
+    }
+
+    def weights_of(b: Any) -> dict[str, torch.Tensor]:
+        return {k: w.source.value(tensors.__getitem__).contiguous() for k, w in b.weights.items()}
+
+    weights = weights_of(plain)
+    with FlopCounterMode(display=False) as counter:
+        case = run_eager(plain, "base", weights, inputs)
+    flops = counter.get_total_flops()
+    if flops < LEAST_FLOPS:
+        return
+    with tempfile.TemporaryDirectory() as tmp:
+        artifact = part.target.lower(block, weights_of(block), Path(tmp) / f"block{part.target.suffix}")
+        load, engine = timed(lambda: part.target.engine(artifact.path, block.inputs, block.outputs))
+        eager_seconds, engine_seconds, speeds = [], [], []
+        for _ in range(rounds):
+            speeds.append(peak())
+            eager_seconds.append(timed(lambda: run_eager(plain, "base", weights, inputs))[0])
+            seconds, figures = timed(lambda: measure(block, ["base"], engine, [case], 1.0))
+            engine_seconds.append(seconds)
+    eager, own = statistics.median(eager_seconds), statistics.median(engine_seconds)
+    share = flops / eager / statistics.median(speeds)
+    error = figures["base"].relative_error
+    print(
+        f"| {component}/{name} | {part.target.precision} | {flops / 1e12:.2f} | {eager:.2f} | {100 * share:.0f} % "
+        f"| {own:.2f} | {own / eager:.2f} | {load:.2f} | {error:.1e} |",
+        flush=True,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", default="coreml", choices=["coreml", "executorch"])
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    from toolchain.formats.recipe_file import parse_recipe
-    from toolchain.planning.plan import plan
-
-    with tempfile.TemporaryDirectory() as tmp:
-        calls: dict[str, Callable[[], dict[str, torch.Tensor]]] = {}
-        loads: dict[str, float] = {}
-        for precision in PRECISIONS:
-            recipe = parse_recipe(RECIPE | {"target": {"name": "coreml", "precision": precision}})
-            part = plan(recipe).components["transformer"]
-            pair = next(p for p in part.pairs if p.name.startswith("pair"))
-            block, eager = pair.lowered, pair.plain
-            generator = torch.Generator().manual_seed(0)
-            weights = {k: value(w.source.tensors[0], w.shape, generator) for k, w in sorted(eager.weights.items())}
-            inputs = {p.name: torch.randn(p.shape, generator=generator) for p in eager.inputs}
-            if precision == PRECISIONS[0]:
-                module = eager.module("base", weights)
-
-                def run_eager(module: Any = module, inputs: Any = inputs, eager: Any = eager) -> Any:
-                    with torch.no_grad():
-                        return dict(zip((p.name for p in eager.outputs), module(*inputs.values()), strict=True))
-
-                calls["eager"] = run_eager
-            artifact = part.target.lower(block, weights, Path(tmp) / f"{precision}.mlpackage")
-            loads[precision], engine = timed(
-                lambda a=artifact, b=block, t=part.target: t.engine(a.path, b.inputs, b.outputs)
-            )
-            calls[precision] = lambda e=engine, i=inputs: e("base", i)
-        shapes = ", ".join(f"{p.name} {list(p.shape)}" for p in block.inputs)
-        print(f"{block.parameters / 1e6:.1f} M weights; {shapes}; {args.threads} threads, {args.rounds} rounds")
-        expected = calls["eager"]()
-        times: dict[str, list[float]] = {name: [] for name in calls}
-        errors = dict.fromkeys(calls, 0.0)
-        for _ in range(args.rounds):
-            for name, call in calls.items():
-                seconds, results = timed(call)
-                times[name].append(seconds)
-                errors[name] = max(
-                    float((results[k] - v).double().norm() / v.double().norm()) for k, v in expected.items()
-                )
-        base = statistics.median(times["eager"])
-        print("| | seconds a call | against eager | load, seconds | relative error |\n|---|---|---|---|---|")
-        for name, seconds in times.items():
-            median = statistics.median(seconds)
-            load = f"{loads[name]:.3f}" if name in loads else ""
-            print(f"| {name} | {median:.2f} ({min(seconds):.2f}) | {median / base:.2f} | {load} | {errors[name]:.1e} |")
+    print(
+        f"{args.target}, {args.threads} threads, {args.rounds} rounds; {peak() / 1e9:.0f} GFLOP/s are this machine's peak"
+    )
+    print("| block | precision | TFLOP | eager, s | of peak | engine, s | engine / eager | load, s | relative error |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for component in args.parts:
+        for name in distinct(component, args.target):
+            compare(component, name, args.target, args.rounds)
 
 
 if __name__ == "__main__":
