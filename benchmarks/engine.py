@@ -97,9 +97,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    print(
-        f"{args.target}, {args.threads} threads, {args.rounds} rounds; {peak() / 1e9:.0f} GFLOP/s are this machine's peak"
-    )
+    speed = peak() / 1e9
+    print(f"{args.target}, {args.threads} threads, {args.rounds} rounds; {speed:.0f} GFLOP/s is this machine's peak")
     print("| block | precision | TFLOP | eager, s | of peak | engine, s | engine / eager | load, s | relative error |")
     print("|---|---|---|---|---|---|---|---|---|")
     for component in args.parts:
