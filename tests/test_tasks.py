@@ -68,7 +68,7 @@ class Fake:
         monkeypatch.setattr(parallel, "recipe_for_tasks", lambda recipe, base: "recipe")
         monkeypatch.setattr(parallel, "run_task", self.run)
 
-    def run(self, task: Task) -> None:
+    def run(self, task: Task) -> tuple[()]:
         with self._lock:
             self._running += 1
             self.most = max(self.most, self._running)
@@ -80,6 +80,7 @@ class Fake:
         with self._lock:
             self._running -= 1
             self.done.append((task.kind, task.block))
+        return ()
 
     def order(self, name: str = "", **gates: str) -> Order:
         builders: Any = {"transformer": self.builder}
