@@ -17,7 +17,7 @@ class Listener:
     """
 
     def event(self, event: Event) -> None:
-        """Something was begun, or is done or failed, with what it took; what was done elsewhere comes when it is known."""
+        """Something was begun, was there already, is done or failed; of what another process did, when it has told."""
 
     def build(self, name: str, number: int, builds: int) -> None:
         """What follows is about one of several builds; ``number`` counts from 1."""

@@ -23,7 +23,7 @@ from toolchain.ir.blocks import Block
 from toolchain.listener import Listener
 from toolchain.planning.plan import Plan, plan_resolved
 from toolchain.planning.resolve import resolve
-from toolchain.system.events import Event, telling
+from toolchain.system.events import Event, What, doing, telling
 from toolchain.system.memory import return_large_allocations
 from toolchain.system.store import Store
 from toolchain.system.temporary import temporary_files_in
@@ -179,7 +179,8 @@ def differs(what: str, does: str) -> ResourceError:
 @functools.lru_cache(maxsize=KEPT_BUILDS)
 def _opened(recipe: str, base: str, store: str, direct: bool) -> Opened:
     """A build as this process sees it; the last ones are kept."""
-    planned = plan_resolved(resolve(Recipe.model_validate_json(recipe), Path(base), checkpoints=True))
+    with doing(What("plan")):
+        planned = plan_resolved(resolve(Recipe.model_validate_json(recipe), Path(base), checkpoints=True))
     return Opened(planned, builders(planned, Store(Path(store)), direct))
 
 

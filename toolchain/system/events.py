@@ -31,7 +31,7 @@ _WALL = time.time() - time.perf_counter()
 
 @dataclass(frozen=True)
 class What:
-    """What is done: its kind (``template``, ``artifact``, ``gate``, …), and what it is about as far as it is about one."""
+    """What is done: its kind (``template``, ``artifact``, ``gate``, …), and what it is about, as far as it is one."""
 
     kind: str
     component: str = ""

@@ -240,9 +240,9 @@ class Store:
         value = self.recalled(path)
         if value is not None:
             if what is not None:
-                cached(what, str(path))
+                cached(what, str(path.absolute()))
         else:
-            with contextlib.nullcontext() if what is None else doing(what, str(path)):
+            with contextlib.nullcontext() if what is None else doing(what, str(path.absolute())):
                 value = compute()
             if _stamp(path) == stamp:
                 self.remember(path, value)
