@@ -364,6 +364,8 @@ class Parallel:
     def _explained(self, error: BaseException, node: _Node) -> BaseException:
         """What an executor raised, for users."""
         if isinstance(error, BrokenExecutor):
+            if self._leaving:
+                return ResourceError(f"{node.task.what}: not built, since the build was stopped")
             names = ", ".join(sorted({n.task.what for n in (*self._running, node)}))
             return ResourceError(
                 f"{names}: a process that built {'it' if ',' not in names else 'one of these'} was killed, as happens "
