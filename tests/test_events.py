@@ -115,13 +115,14 @@ def test_places_where_no_file_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyP
         with pytest.raises(SoraCompileError) as caught:
             EventFile(Path(place))
         assert str(caught.value).startswith(says)
-    assert os.listdir() == ["pipe"]
+    assert [p.name for p in tmp_path.iterdir()] == ["pipe"]
 
 
 def test_a_disk_that_is_full(tmp_path: Path) -> None:
     """It costs the rest of the events; who builds is not told of it by an error."""
+    full = Path("/dev/full").open("w", encoding="utf-8")  # noqa: SIM115 - the file closes it
     with EventFile(tmp_path / "e") as file, telling(file.event), doing(What("build")):
-        file._file = open("/dev/full", "w")
+        file._file = full
         cached(What("digest"))
         cached(What("template"))
     assert file.lost == "No space left on device"
