@@ -20,8 +20,10 @@ from support import contents, write_project
 import toolchain
 from toolchain.build.cluster import admitted
 from toolchain.build.executors import executor_of
+from toolchain.build.spent import Record
 from toolchain.errors import AccuracyError, RecipeError
 from toolchain.formats.matrix import load_matrix
+from toolchain.system.events import process_name
 from toolchain.system.store import Store
 
 pytestmark = pytest.mark.slow
@@ -120,10 +122,11 @@ def address(cluster: Any) -> str:
     return f"dask://{cluster.scheduler_address.removeprefix('tcp://')}"
 
 
-class Killer(toolchain.Listener):
+class Killer(Record):
     """Kills one of a cluster's processes when some tasks are done."""
 
     def __init__(self, cluster: Any, after: int) -> None:
+        super().__init__()
         self.tasks, self.cached, self.killed = 0, 0, 0
         self._after = after
         self._process = next(iter(cluster.workers.values())).process.pid
@@ -149,6 +152,9 @@ def test_a_matrix_on_a_cluster(cluster: Any, project: Path, tmp_path: Path) -> N
     assert (killer.tasks, killer.cached, killer.killed) == (8 + 24 + 3, 0, 1)
     assert (counts(store)["templates"], counts(store)["artifacts"]) == (8, 24)
     assert list((store.root / "scratch").iterdir()) == []
+    told = [e for e in killer.ended if e.what.kind in ("template", "artifact")]
+    assert len({e.key for e in told}) == 8 + 24
+    assert process_name() not in {e.process for e in told}
     own = Store(tmp_path / "own")
     for name in ("third-onnx", "second-coreml"):
         alone(matrix, name, tmp_path / f"alone-{name}", own)

@@ -27,7 +27,9 @@ def test_what_a_build_prints(request: pytest.FixtureRequest, target: str) -> Non
     assert re.match(rf"{target}\b.*: 4 blocks, \d+\.\d [kM]B; ", second)
     done = [line for line in built.ran.err.splitlines() if line.startswith("transformer/")]
     assert [line.split(":")[0].removeprefix("transformer/") for line in done] == ["caption", "embed", "pair_0", "final"]
-    assert [line for line in built.ran.err.splitlines() if line not in done] == []
+    total, *summary = [line for line in built.ran.err.splitlines() if line not in done]
+    assert re.fullmatch(r"\d+\.\d\d s, of which", total)
+    assert {"build", "plan", "digest", "artifact", "gate", "bundle"} <= {line.split()[0] for line in summary}
     assert sorted(p.name for p in built.project.iterdir()) == ["bundle", "checkpoint", "recipe.yaml"]
 
 

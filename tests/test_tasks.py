@@ -25,6 +25,7 @@ from toolchain.build.parallel import ElsewhereError, Order, Parallel
 from toolchain.build.tasks import Task, recipe_for_tasks, run_task
 from toolchain.errors import LoweringError, ResourceError, SoraCompileError
 from toolchain.formats.recipe import Recipe
+from toolchain.system.events import Event, telling
 from toolchain.system.store import NewEntry, Store
 
 # --- a build of nothing ------------------------------------------------------------------------------
@@ -68,7 +69,7 @@ class Fake:
         monkeypatch.setattr(parallel, "recipe_for_tasks", lambda recipe, base: "recipe")
         monkeypatch.setattr(parallel, "run_task", self.run)
 
-    def run(self, task: Task) -> None:
+    def run(self, task: Task) -> tuple[()]:
         with self._lock:
             self._running += 1
             self.most = max(self.most, self._running)
@@ -80,6 +81,7 @@ class Fake:
         with self._lock:
             self._running -= 1
             self.done.append((task.kind, task.block))
+        return ()
 
     def order(self, name: str = "", **gates: str) -> Order:
         builders: Any = {"transformer": self.builder}
@@ -231,8 +233,16 @@ def kill_myself(_: Task) -> None:
 def test_a_killed_process_is_an_error_that_names_the_block(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel, "run_task", kill_myself)
     says = r"^transformer/first: a process that built it was killed, as happens when memory is short; use fewer --jobs"
-    with pytest.raises(ResourceError, match=says), fake.source(OwnProcesses(1), Admission(at_once=1)) as source:
+    events: list[Event] = []
+    with (
+        telling(events.append),
+        pytest.raises(ResourceError, match=says),
+        fake.source(OwnProcesses(1), Admission(at_once=1)) as source,
+    ):
         fake.all(source)
+    given, failed = (e for e in events if e.what.kind == "template")
+    assert (given.event, failed.event, given.what) == ("given", "failed", failed.what)
+    assert failed.error is not None and failed.error.startswith("transformer/first: a process that built it was killed")
 
 
 def interrupt_myself(task: Task) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from toolchain.accuracy.verify import verify
     from toolchain.build.compile import compile_recipe
+    from toolchain.build.event_file import EventFile
     from toolchain.build.matrix import build_all
     from toolchain.build.quantizing import quantize
     from toolchain.build.tuning import tune
@@ -25,9 +26,12 @@ if TYPE_CHECKING:
     from toolchain.listener import Listener
     from toolchain.planning.plan import Plan, plan
     from toolchain.player import Player, play
+    from toolchain.system.events import Event
 
 _HOMES = {
     "Bundle": "formats.bundle",
+    "Event": "system.events",
+    "EventFile": "build.event_file",
     "Listener": "listener",
     "Plan": "planning.plan",
     "Player": "player",
@@ -46,6 +50,8 @@ _HOMES = {
 
 __all__ = [
     "Bundle",
+    "Event",
+    "EventFile",
     "Listener",
     "Plan",
     "Player",

@@ -8,10 +8,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from toolchain.formats.manifest import Accuracy
     from toolchain.ir.graph import Graph
+    from toolchain.system.events import Event
 
 
 class Listener:
-    """Told of progress, in order; must not raise. :meth:`task_done` comes from other threads."""
+    """Told of progress, in order; must not raise. :meth:`task_done` and :meth:`event` come from other threads,
+    one at a time.
+    """
+
+    def event(self, event: Event) -> None:
+        """Something was begun, was there already, is done or failed; of what another process did, when it has told."""
 
     def build(self, name: str, number: int, builds: int) -> None:
         """What follows is about one of several builds; ``number`` counts from 1."""

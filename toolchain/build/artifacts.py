@@ -24,6 +24,7 @@ from toolchain.ir.weights import Weight
 from toolchain.planning.plan import ComponentPlan
 from toolchain.planning.resolve import ResolvedComponent
 from toolchain.system.code import code_digest
+from toolchain.system.events import What
 from toolchain.system.memory import release
 from toolchain.system.store import Entry, NewEntry, Store, key_of
 from toolchain.weights.block_digests import block_digest
@@ -90,7 +91,7 @@ class Builder:
             LoweringError: as :meth:`toolchain.ir.target.Target.lower` and :meth:`~toolchain.ir.target.Target.check`.
         """
         make = functools.partial(self._lower, uncalibrated(block))
-        return self.store.get_or_make("templates", self.template_key(block), make)
+        return self.store.get_or_make("templates", self.template_key(block), make, self._told("template", block))
 
     def _lower(self, block: Block, folder: Path) -> NewEntry:
         for seed in BINDING_SEEDS:
@@ -130,7 +131,11 @@ class Builder:
         Raises:
             LoweringError: as :meth:`template`.
         """
-        return self.store.get_or_make("artifacts", self.artifact_key(block), lambda folder: self._build(block, folder))
+        make = functools.partial(self._build, block)
+        return self.store.get_or_make("artifacts", self.artifact_key(block), make, self._told("artifact", block))
+
+    def _told(self, kind: str, block: Block) -> What:
+        return What(kind, self.plan.name, block.name)
 
     def _build(self, block: Block, folder: Path) -> NewEntry:
         target = self.plan.target

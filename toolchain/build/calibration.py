@@ -45,6 +45,7 @@ from toolchain.listener import Listener
 from toolchain.planning.plan import ComponentPlan, Plan, plan_resolved
 from toolchain.planning.resolve import resolve
 from toolchain.system.code import code_digest
+from toolchain.system.events import What
 from toolchain.system.store import Entry, NewEntry, Store, key_of
 from toolchain.weights.block_digests import block_digest
 from toolchain.weights.digests import tensor_digests
@@ -145,7 +146,7 @@ def calibrate(
         weights = (w for block in plan.blocks for w in block.weights.values())
     wanted = {tensors_of(w.source) for w in weights if w.storage.needs == "moments"}
     work = _Work(planned, plan, asked, wanted, store, digests, listener or Listener())
-    return ComponentCalibration(store.get_or_make(KIND, work.key, work.make))
+    return ComponentCalibration(store.get_or_make(KIND, work.key, work.make, What("calibration", component)))
 
 
 def calibrate_recipe(recipe: Recipe, base: Path, component: str) -> ComponentCalibration:

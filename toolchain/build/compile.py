@@ -16,6 +16,7 @@ from toolchain.formats.times import TimesFile, load_times
 from toolchain.listener import Listener
 from toolchain.planning.budgets import budgets_of
 from toolchain.planning.resolve import resolve_lightly
+from toolchain.system.events import What, cached, doing, telling
 from toolchain.system.memory import return_large_allocations
 from toolchain.system.store import Store, digest
 from toolchain.weights.digests import are_remembered
@@ -61,18 +62,19 @@ def compile_recipe(
         SoraCompileError: says what, where and what to do; ``exit_code`` is the command's.
     """
     listener, store, out, base = listener or Listener(), store or Store(), Path(out), Path(base or ".")
-    return_large_allocations()
-    ways = Ways(jobs, tasks_at_once, memory_bytes)
-    ways.check(executor)
-    prepare(out)
-    measured = None if calibration is None else load_times(Path(calibration))
-    done = unchanged(recipe, out, base, store, direct, measured)
-    if done is not None:
-        listener.remark(UNCHANGED)
-        return done
-    from toolchain.build.making import make_bundle
+    with telling(listener.event), doing(What("build", build=recipe.name)):
+        return_large_allocations()
+        ways = Ways(jobs, tasks_at_once, memory_bytes)
+        ways.check(executor)
+        prepare(out)
+        measured = None if calibration is None else load_times(Path(calibration))
+        done = unchanged(recipe, out, base, store, direct, measured)
+        if done is not None:
+            listener.remark(UNCHANGED)
+            return done
+        from toolchain.build.making import make_bundle
 
-    return make_bundle(recipe, out, base, store, listener, direct, ways, executor, measured)
+        return make_bundle(recipe, out, base, store, listener, direct, ways, executor, measured)
 
 
 def unchanged(
@@ -102,4 +104,5 @@ def up_to_date(out: Path, key: str, store: Store) -> Bundle | None:
                 return None
     except (OSError, UnicodeDecodeError, SoraCompileError):
         return None
+    cached(What("bundle"), key)
     return bundle

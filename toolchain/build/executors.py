@@ -6,15 +6,21 @@ Converters are neither thread- nor fork-safe, so an executor of our own has proc
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, util
+from multiprocessing.connection import Connection
 
 from toolchain.errors import RecipeError
 
 LOCAL, DASK = "local", "dask://"
+ENDING_SECONDS = 2.0
+"""How long processes have to end by themselves before they are killed."""
 
 
 @dataclass(frozen=True)
@@ -44,20 +50,39 @@ class Ways:
 
 
 class OwnProcesses(ProcessPoolExecutor):
-    """Spawned processes that only the first process interrupts."""
+    """Spawned processes that only the first process ends, and that end with it, however it ends.
+
+    Each reads from a pipe that nothing is written to: its other end is the first process's alone.
+    """
 
     def __init__(self, jobs: int) -> None:
-        super().__init__(jobs, get_context("spawn"), initializer=_ignore_interrupts)
+        context = get_context("spawn")
+        theirs, self._alive = context.Pipe(duplex=False)
+        super().__init__(jobs, context, initializer=_end_with_first, initargs=(theirs,))
 
     def kill(self) -> None:
         """End the processes at once, whatever they do."""
-        for process in list((self._processes or {}).values()):
+        processes = list((self._processes or {}).values())
+        self._alive.close()
+        deadline = time.monotonic() + ENDING_SECONDS
+        for process in processes:
+            process.join(max(0.0, deadline - time.monotonic()))
             process.kill()
         self.shutdown(wait=True, cancel_futures=True)
 
 
-def _ignore_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process hears it and stops this one
+def _end_with_first(first: Connection) -> None:
+    """Have this process end when the first one closes its end of the pipe, and for no signal that is sent to all."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_after, args=(first,), daemon=True).start()
+
+
+def _end_after(first: Connection) -> None:
+    with contextlib.suppress(EOFError, OSError):
+        first.recv_bytes()
+    util._run_finalizers(0)  # type: ignore[attr-defined]  # or Python warns of semaphores that libraries have made
+    os._exit(1)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from toolchain.ir.target import Engine, EngineUnavailableError
 from toolchain.listener import Listener
 from toolchain.planning.plan import Plan
 from toolchain.system.code import code_digest
+from toolchain.system.events import What
 from toolchain.system.memory import release
 from toolchain.system.store import Entry, NewEntry, key_of
 
@@ -129,9 +131,8 @@ class ComponentGate:
         thorough = runs == self._every_run(self._graphs[block.name])
         key = self._key(pair, artifact, runs)
         try:
-            found = self._builder.store.get_or_make(
-                "gates", key, lambda folder: self._execute(pair, artifact, thorough, folder)
-            )
+            make = functools.partial(self._execute, pair, artifact, thorough)
+            found = self._builder.store.get_or_make("gates", key, make, What("gate", block.component, block.name))
         except EngineUnavailableError as e:
             self._listener.remark(f"{self._builder.plan.target.name}: not executed: {e}")
             return None

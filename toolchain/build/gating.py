@@ -9,6 +9,7 @@ from toolchain.errors import AccuracyError
 from toolchain.listener import Listener
 from toolchain.planning.plan import Plan
 from toolchain.system.code import code_digest
+from toolchain.system.events import What
 from toolchain.system.store import NewEntry, key_of
 
 
@@ -51,7 +52,7 @@ def run_gate(planned: Plan, builder: Builder, key: str) -> None:
         return NewEntry()
 
     try:
-        builder.store.get_or_make("gates", key, lambda _: hold())
+        builder.store.get_or_make("gates", key, lambda _: hold(), What("gate", builder.plan.name))
     except AccuracyError as e:
         for text in said.texts:
             e.add_note(text)

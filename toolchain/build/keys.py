@@ -34,7 +34,7 @@ def _component(part: ResolvedComponent, store: Store) -> dict[str, Any]:
     return {
         "config": dict(part.config),
         "location": part.checkpoint.location,
-        "weights": checkpoint_digest(tensor_digests(part.checkpoint, store)),
+        "weights": checkpoint_digest(tensor_digests(part.checkpoint, store, part.name)),
         "tools": part.target.versions(),
         "code": code_digest(*bundle_modules(part), store=store),
     }

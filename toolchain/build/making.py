@@ -29,9 +29,11 @@ from toolchain.formats.bundle import RECIPE_FILE, Bundle, describe_file, staging
 from toolchain.formats.recipe import Recipe
 from toolchain.formats.times import TimesFile
 from toolchain.listener import Listener
+from toolchain.planning.budgets import budgets_of
 from toolchain.planning.plan import Plan, plan_resolved
 from toolchain.planning.resolve import resolve
 from toolchain.system.disk import FULL_ERRORS, readable_size
+from toolchain.system.events import What, doing
 from toolchain.system.store import NewEntry, Store
 from toolchain.weights.checkpoint import match
 
@@ -97,16 +99,19 @@ def draft(
     Raises:
         SoraCompileError: the recipe cannot be built; says why.
     """
-    recipe = settle_budgets(recipe, base, store, listener, jobs=ways.jobs, executor=executor)
-    build = resolve(recipe, base, checkpoints=True)
-    key = build_key(build, store, direct, measured)
-    done = up_to_date(out, key, store)
-    if done is not None:
-        return done
-    planned = plan_resolved(build, listener, measured)
-    planned.check_loading()
-    for name, part in planned.components.items():
-        match(part.resolved.checkpoint, part.definition.expected, name, part.definition.aliases)
+    if budgets_of(recipe):
+        with doing(What("budget")):
+            recipe = settle_budgets(recipe, base, store, listener, jobs=ways.jobs, executor=executor)
+    with doing(What("plan")):
+        build = resolve(recipe, base, checkpoints=True)
+        key = build_key(build, store, direct, measured)
+        done = up_to_date(out, key, store)
+        if done is not None:
+            return done
+        planned = plan_resolved(build, listener, measured)
+        planned.check_loading()
+        for name, part in planned.components.items():
+            match(part.resolved.checkpoint, part.definition.expected, name, part.definition.aliases)
     gated = recipe.gate.mode != "none" and not ways.serial(executor)
     with disk_full_explained(planned, store, out):
         made = builders(planned, store, direct, listener)
@@ -182,8 +187,10 @@ def _component(found: Draft, name: str, artifacts: Serial | Parallel, folder: Pa
         if gate is not None:
             _wait_for_gate(artifacts, found.gates.get(name), listener)
             passed = gate.hold(pair, artifact)
-        files = place_artifact(artifact, folder / name / f"{block.name}{plan.target.suffix}", folder)
-        goldens = place_goldens(passed, folder / GOLDENS / name / f"{block.name}.safetensors", folder)
+        with doing(What("bundle", name, block.name)) as said:
+            files = place_artifact(artifact, folder / name / f"{block.name}{plan.target.suffix}", folder)
+            goldens = place_goldens(passed, folder / GOLDENS / name / f"{block.name}.safetensors", folder)
+            said.bytes_written = sum(f.bytes for f in (*files, *([goldens] if goldens else ())))
         listener.finished(name, block.name, None if passed is None else passed.accuracy)
         functions = tuple(artifact.meta["functions"])
         described.append(
@@ -209,4 +216,7 @@ def _with_golden_video(manifest: m.Manifest, planned: Plan, folder: Path, listen
         return manifest
     from toolchain.accuracy.golden_video import make
 
-    return manifest.model_copy(update={"golden": make(manifest, planned, folder, listener)})
+    with doing(What("video")) as said:
+        golden = make(manifest, planned, folder, listener)
+        said.bytes_written = golden.file.bytes
+    return manifest.model_copy(update={"golden": golden})

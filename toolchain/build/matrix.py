@@ -17,6 +17,7 @@ from toolchain.formats.bundle import Bundle, prepare
 from toolchain.formats.matrix import MatrixBuild, load_matrix
 from toolchain.listener import Listener
 from toolchain.planning.budgets import budgets_of
+from toolchain.system.events import What, doing, telling
 from toolchain.system.memory import return_large_allocations
 from toolchain.system.store import Store
 
@@ -58,6 +59,20 @@ def build_all(
             for what is found before anything is built.
     """
     listener, store = listener or Listener(), store or Store()
+    with telling(listener.event), doing(What("builds")):
+        return _build_all(matrix, listener, jobs, executor, memory_bytes, store, changes, keep_going)
+
+
+def _build_all(
+    matrix: str | Path,
+    listener: Listener,
+    jobs: int,
+    executor: Executor | str | None,
+    memory_bytes: int | None,
+    store: Store,
+    changes: Mapping[str, Any] | None,
+    keep_going: bool,
+) -> list[Outcome]:
     return_large_allocations()
     ways = Ways(jobs, memory_bytes=memory_bytes)
     ways.check(executor)
@@ -100,7 +115,7 @@ def _outcome(
         listener.remark(f"{build.name}: nothing has changed since this bundle was built")
         return Outcome(build.name, build.choices, build.out, found)
     try:
-        with disk_full_explained(found.planned, store, build.out):
+        with doing(What("build", build=build.name)), disk_full_explained(found.planned, store, build.out):
             return Outcome(build.name, build.choices, build.out, finish(found, source, store, listener))
     except ElsewhereError as e:
         error = _named(e.error, e.build) if isinstance(e.error, Exception) else e

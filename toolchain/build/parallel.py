@@ -7,7 +7,7 @@ import functools
 import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import BrokenExecutor, Executor, Future
+from concurrent.futures import BrokenExecutor, Executor, Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -16,11 +16,12 @@ from toolchain.build.admission import EXECUTING_FACTOR, LOWERING_FACTOR, STAMPIN
 from toolchain.build.artifacts import Builder
 from toolchain.build.cluster import Cluster
 from toolchain.build.executors import OwnProcesses, Ways
-from toolchain.build.tasks import Task, recipe_for_tasks, run_task
+from toolchain.build.tasks import Task, events_of, recipe_for_tasks, run_task
 from toolchain.errors import ResourceError
 from toolchain.formats.recipe import Recipe
 from toolchain.ir.blocks import Block
 from toolchain.listener import Listener
+from toolchain.system.events import Event, What, doing, happened, teller
 from toolchain.system.memory import free_bytes
 from toolchain.system.store import Entry, Store
 
@@ -106,6 +107,11 @@ class _Node:
     def needed_bytes(self) -> int:
         return self.task.needed_bytes
 
+    @property
+    def told(self) -> What:
+        """What who hears of the build is told that it is."""
+        return What(self.task.kind, self.task.component, self.task.block)
+
 
 class Parallel:
     """Has what builds need made by an executor: templates first, then each block's artifact as its template is there,
@@ -135,6 +141,7 @@ class Parallel:
         self._store, self._executor, self._admission = store, executor, admission
         self._orders, self._listener, self._most_bytes = orders, listener or Listener(), most_bytes
         self._keep_going = keep_going
+        self._tell = teller()
         self._lock = threading.RLock()
         """Of everything below, which the executor's threads change as well. Not held while a task is submitted."""
         self._nodes: dict[tuple[str, str], _Node] = {}
@@ -142,7 +149,7 @@ class Parallel:
         self._cached: set[tuple[str, str]] = set()
         """What is in the store already, likewise."""
         self._waiting: list[_Node] = []
-        self._running: dict[_Node, Future[None] | None] = {}
+        self._running: dict[_Node, Future[tuple[Event, ...]] | None] = {}
         self._ended_tasks = 0
         self._failed: _Node | None = None
         self._submitting = self._leaving = False
@@ -202,8 +209,12 @@ class Parallel:
 
     def _wait(self, kind: str, key: str) -> None:
         node = self._nodes.get((kind, key))
-        if node is not None:
-            node.done.result()
+        if node is None:
+            return
+        if not node.done.done():
+            with doing(What("wait", node.task.component, node.task.block)):
+                wait([node.done])
+        node.done.result()
 
     # --- lining up ---------------------------------------------------------------------------------------
 
@@ -271,6 +282,7 @@ class Parallel:
                 return
             self._submitting = True
         while (node := self._next()) is not None:
+            self._tell(happened("given", node.told, node.task.key))
             try:
                 future = self._executor.submit(run_task, node.task)
             except Exception as e:  # it was shut down, or is broken
@@ -296,7 +308,7 @@ class Parallel:
             self._running.pop(node, None)
             self._admission.ended(node)
 
-    def _finished(self, node: _Node, future: Future[None]) -> None:
+    def _finished(self, node: _Node, future: Future[tuple[Event, ...]]) -> None:
         """Called in whatever thread of the executor's: what is raised here, nobody would hear of."""
         try:
             if future.cancelled():
@@ -304,6 +316,8 @@ class Parallel:
             error = future.exception()
             if error is not None:
                 raise error
+            for event in future.result():
+                self._tell(event)
             with self._lock:
                 if not (self._failed or self._leaving):
                     self._go_on(node)
@@ -330,7 +344,10 @@ class Parallel:
         """Nobody waits any longer for what needs it, or for anything."""
         broken = isinstance(error, BrokenExecutor)
         with self._lock:
+            events = events_of(error)
             error = self._explained(error, node)
+            for event in events or [happened("failed", node.told, node.task.key, error)]:
+                self._tell(event)
             if self._keep_going and not broken:
                 self._give_up(_all_that_need(node), node, error)
             else:
@@ -347,6 +364,8 @@ class Parallel:
     def _explained(self, error: BaseException, node: _Node) -> BaseException:
         """What an executor raised, for users."""
         if isinstance(error, BrokenExecutor):
+            if self._leaving:
+                return ResourceError(f"{node.task.what}: not built, since the build was stopped")
             names = ", ".join(sorted({n.task.what for n in (*self._running, node)}))
             return ResourceError(
                 f"{names}: a process that built {'it' if ',' not in names else 'one of these'} was killed, as happens "

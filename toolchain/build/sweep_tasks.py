@@ -104,13 +104,13 @@ def run_sweeps(
         for component, block, future in waiting:
             future.result()
             listener.finished(component, block, None)
-    except BrokenExecutor as e:
-        raise ResourceError(
-            "a process that measured blocks was killed, as happens when memory is short; use fewer --jobs"
-        ) from e
-    except BaseException:
+    except BaseException as e:
         if own is not None:
             own.kill()
+        if isinstance(e, BrokenExecutor):
+            raise ResourceError(
+                "a process that measured blocks was killed, as happens when memory is short; use fewer --jobs"
+            ) from e
         raise
     finally:
         for _, _, future in waiting:

@@ -23,6 +23,7 @@ from toolchain.ir.blocks import Block
 from toolchain.listener import Listener
 from toolchain.planning.plan import Plan, plan_resolved
 from toolchain.planning.resolve import resolve
+from toolchain.system.events import Event, What, doing, telling
 from toolchain.system.memory import return_large_allocations
 from toolchain.system.store import Store
 from toolchain.system.temporary import temporary_files_in
@@ -87,14 +88,14 @@ def builders(planned: Plan, store: Store, direct: bool, listener: Listener | Non
     """
     found = {}
     for name, plan in planned.components.items():
-        digests = tensor_digests(plan.resolved.checkpoint, store)
+        digests = tensor_digests(plan.resolved.checkpoint, store, name)
         measure = functools.partial(calibrate, planned, name, store, digests, listener)
         found[name] = Builder(plan, digests, store, direct, measure)
     return found
 
 
-def run_task(task: Task) -> None:
-    """Do what a task asks for, in this process; nothing is done if it is in the store.
+def run_task(task: Task) -> tuple[Event, ...]:
+    """Do what a task asks for, in this process; nothing is done if it is in the store. Gives what was done for it.
 
     A process does one task at a time, for converters are neither thread- nor fork-safe. It keeps what it has read of
     the last builds for more of their tasks.
@@ -107,7 +108,8 @@ def run_task(task: Task) -> None:
         RuntimeError: stands for an error that cannot be handed to another process.
     """
     return_large_allocations()
-    with errors_for_others():
+    events: list[Event] = []
+    with _with_errors(events), errors_for_others(), telling(events.append, raw=True):
         opened = _prepared(task)
         builder = opened.builders[task.component]
         with builder.store.scratch() as scratch, temporary_files_in(scratch):
@@ -117,6 +119,22 @@ def run_task(task: Task) -> None:
                 builder.template(opened.block(task))
             else:
                 builder.artifact(opened.block(task))
+    return tuple(events)
+
+
+def events_of(error: BaseException) -> tuple[Event, ...]:
+    """What was done for a task that failed with an error; nothing if its process could not say."""
+    return getattr(error, "events", ())
+
+
+@contextlib.contextmanager
+def _with_errors(events: list[Event]) -> Iterator[None]:
+    """An error takes what was done until then with it."""
+    try:
+        yield
+    except Exception as e:
+        e.events = tuple(events)  # type: ignore[attr-defined]
+        raise
 
 
 @dataclass(frozen=True)
@@ -161,7 +179,8 @@ def differs(what: str, does: str) -> ResourceError:
 @functools.lru_cache(maxsize=KEPT_BUILDS)
 def _opened(recipe: str, base: str, store: str, direct: bool) -> Opened:
     """A build as this process sees it; the last ones are kept."""
-    planned = plan_resolved(resolve(Recipe.model_validate_json(recipe), Path(base), checkpoints=True))
+    with doing(What("plan")):
+        planned = plan_resolved(resolve(Recipe.model_validate_json(recipe), Path(base), checkpoints=True))
     return Opened(planned, builders(planned, Store(Path(store)), direct))
 
 

@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 
 from toolchain.cli.options import (
+    BuildTraceOption,
     CalibrationOption,
+    EventsOption,
     ExecutorOption,
     GateOption,
     JobsOption,
@@ -40,6 +42,8 @@ def compile_(
     gate: GateOption = None,
     no_gate: NoGateOption = False,
     calibration: CalibrationOption = None,
+    events: EventsOption = None,
+    trace: BuildTraceOption = None,
 ) -> None:
     """Build a recipe into a bundle. (The default command.)"""
     from toolchain.ui.console import Console
@@ -48,12 +52,13 @@ def compile_(
         import toolchain
         from toolchain.errors import RecipeError
         from toolchain.formats.recipe_file import find_recipe
+        from toolchain.ui.spent import watched
         from toolchain.validation import read_bytes
 
         if gate is not None and no_gate:
             raise RecipeError("--gate and --no-gate: choose one")
         mode = "none" if no_gate else gate
-        with console.progress(print_after) as listener:
+        with watched(console, events, trace) as watch, console.progress(print_after, watch.listeners) as listener:
             path = find_recipe(recipe)
             loaded = toolchain.load_recipe(path, [*overrides, *([f"gate.mode={mode}"] if mode is not None else [])])
             listener.check_print_after(loaded)
@@ -70,7 +75,8 @@ def compile_(
             )
         from toolchain.ui.bundles import bundle_json, bundle_summary
 
-        console.answer(bundle_json(bundle), bundle_summary(bundle))
+        watch.say(console)
+        console.answer(bundle_json(bundle) | watch.summary_json(), bundle_summary(bundle))
 
 
 def plan(

@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from toolchain.cli.options import ExecutorOption, GateOption, JobsOption, JsonOption, MemoryOption, VerboseOption
+from toolchain.cli.options import (
+    BuildTraceOption,
+    EventsOption,
+    ExecutorOption,
+    GateOption,
+    JobsOption,
+    JsonOption,
+    MemoryOption,
+    VerboseOption,
+)
 
 
 def build_all(
@@ -22,6 +31,8 @@ def build_all(
         bool,
         typer.Option("-k", "--keep-going", help="Make the others when a build fails; ends as the first failure."),
     ] = False,
+    events: EventsOption = None,
+    trace: BuildTraceOption = None,
 ) -> None:
     """Make many bundles at once: recipes times checkpoints, devices, targets. What they share is built once."""
     from toolchain.ui.console import Console
@@ -29,9 +40,10 @@ def build_all(
     with Console(as_json, verbose, kept="bundles that are done stay, and so does what the cache has") as console:
         import toolchain
         from toolchain.ui.matrix import first_exit_code, outcomes_json, outcomes_table
+        from toolchain.ui.spent import watched
         from toolchain.validation import read_bytes
 
-        with console.progress(None) as listener:
+        with watched(console, events, trace) as watch, console.progress(None, watch.listeners) as listener:
             outcomes = toolchain.build_all(
                 matrix,
                 listener=listener,
@@ -41,6 +53,7 @@ def build_all(
                 changes={} if gate is None else {"gate.mode": gate},
                 keep_going=keep_going,
             )
-        console.answer(outcomes_json(outcomes), outcomes_table(outcomes))
+        watch.say(console)
+        console.answer(outcomes_json(outcomes) | watch.summary_json(), outcomes_table(outcomes))
         if code := first_exit_code(outcomes):
             raise SystemExit(code)

@@ -40,4 +40,10 @@ CalibrationOption = Annotated[
     Path | None,
     typer.Option("--calibration", metavar="FILE", help="Plan loading with these measured times; see calibrate."),
 ]
+EventsOption = Annotated[
+    Path | None, typer.Option("--events", metavar="FILE", help="Write what is done, as it happens, as JSON lines.")
+]
+BuildTraceOption = Annotated[
+    Path | None, typer.Option("--trace", metavar="FILE", help="Also write a Chrome trace of the build.")
+]
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")]

@@ -1,15 +1,15 @@
-"""A record of loads and runs, in the Chrome trace format (opens in Perfetto), beside what was predicted."""
+"""A record of loads and runs, as a Chrome trace, beside what was predicted."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from toolchain.formats.chrome_trace import ChromeTrace
 from toolchain.planning.loading.simulate import Timeline
 
 Category = Literal["load", "run"]
@@ -78,24 +78,27 @@ class Trace:
         Args:
             about: what was played.
         """
-        events = [*_events(PLAYED, "played", self)]
-        if predicted is not None:
-            events += _events(PREDICTED, "predicted", predicted)
-        return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": dict(about)}
+        return self._chrome(predicted).data(about)
 
     def write(self, path: Path, about: Mapping[str, Any], predicted: Trace | None = None) -> None:
         """Write :meth:`data` as JSON."""
-        path.write_text(json.dumps(self.data(about, predicted)), encoding="utf-8")
+        self._chrome(predicted).write(path, about)
+
+    def _chrome(self, predicted: Trace | None) -> ChromeTrace:
+        drawn = ChromeTrace()
+        _draw(drawn, PLAYED, "played", self)
+        if predicted is not None:
+            _draw(drawn, PREDICTED, "predicted", predicted)
+        return drawn
 
 
-def _events(process: int, name: str, trace: Trace) -> Iterable[dict[str, Any]]:
-    yield {"name": "process_name", "ph": "M", "pid": process, "args": {"name": name}}
+def _draw(drawn: ChromeTrace, process: int, name: str, trace: Trace) -> None:
+    drawn.name_process(process, name)
     for thread, lane in LANE_NAMES.items():
-        yield {"name": "thread_name", "ph": "M", "pid": process, "tid": thread, "args": {"name": lane}}
+        drawn.name_thread(process, thread, lane)
     for r in trace.records:
         title = r.block if r.function is None else f"{r.block}.{r.function}"
         what = {"block": r.block} | ({} if r.function is None else {"function": r.function})
-        span = {"name": title, "cat": r.category, "ph": "X", "pid": process, "tid": LANES[r.category]}
-        yield span | {"ts": r.start_s * 1e6, "dur": r.seconds * 1e6, "args": what}
+        drawn.span(process, LANES[r.category], title, r.category, r.start_s, r.seconds, what)
     for start, bytes_ in trace.memory:
-        yield {"name": "memory", "ph": "C", "pid": process, "ts": start * 1e6, "args": {"bytes": bytes_}}
+        drawn.counter(process, "memory", start, {"bytes": bytes_})

@@ -21,6 +21,7 @@ from typing import Any
 from toolchain.errors import ResourceError
 from toolchain.system.claims import claimed_folder, remove_abandoned
 from toolchain.system.disk import full_disk_named
+from toolchain.system.events import What, cached, doing
 
 ENTRY_FILE = "entry.json"
 DATA, SCRATCH = "data", "scratch"
@@ -134,19 +135,34 @@ class Store:
             _remove(folder)
         return None
 
-    def get_or_make(self, kind: str, key: str, make: Callable[[Path], NewEntry]) -> Entry:
+    def get_or_make(self, kind: str, key: str, make: Callable[[Path], NewEntry], what: What | None = None) -> Entry:
         """The entry, made now if need be: ``make`` fills the folder that it is given.
 
         Two processes that want the same entry make it once.
 
+        Args:
+            what: who hears of this thread's doings is told of it as this.
+
         Raises:
             ResourceError: the store cannot be written.
         """
-        found = self.get(kind, key)
-        if found is not None:
-            return found
-        with self._locked(kind, key):
-            return self.get(kind, key) or self._make(kind, key, make)
+        entry = self.get(kind, key)
+        if entry is None:
+            with self._locked(kind, key):
+                entry = self.get(kind, key)
+                if entry is None:
+                    return self._make_told(kind, key, make, what)
+        if what is not None:
+            cached(what, key)
+        return entry
+
+    def _make_told(self, kind: str, key: str, make: Callable[[Path], NewEntry], what: What | None) -> Entry:
+        if what is None:
+            return self._make(kind, key, make)
+        with doing(what, key) as said:
+            entry = self._make(kind, key, make)
+            said.bytes_written = entry.bytes
+            return entry
 
     def _make(self, kind: str, key: str, make: Callable[[Path], NewEntry]) -> Entry:
         with self.scratch() as scratch:
@@ -214,12 +230,20 @@ class Store:
 
     # --- digests of other files, remembered while size and time stay the same ----------------------------
 
-    def remembered(self, path: Path, compute: Callable[[], Any]) -> Any:
-        """``compute()`` of a file's content, as plain data; from memory if the file is what it was then."""
+    def remembered(self, path: Path, compute: Callable[[], Any], what: What | None = None) -> Any:
+        """``compute()`` of a file's content, as plain data; from memory if the file is what it was then.
+
+        Args:
+            what: as for :meth:`get_or_make`.
+        """
         stamp = _stamp(path)
         value = self.recalled(path)
-        if value is None:
-            value = compute()
+        if value is not None:
+            if what is not None:
+                cached(what, str(path.absolute()))
+        else:
+            with contextlib.nullcontext() if what is None else doing(what, str(path.absolute())):
+                value = compute()
             if _stamp(path) == stamp:
                 self.remember(path, value)
         return value

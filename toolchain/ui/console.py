@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from toolchain.formats.manifest import Accuracy
     from toolchain.formats.recipe import Recipe
     from toolchain.ir.graph import Graph
+    from toolchain.system.events import Event
 
 INTERRUPTED = 130
 
@@ -94,10 +95,14 @@ class Console:
             yield update
 
     @contextlib.contextmanager
-    def progress(self, print_after: str | None) -> Iterator[ConsoleListener]:
-        """A listener that draws a progress bar (on a terminal), or writes a line a block with ``-v``."""
+    def progress(self, print_after: str | None, also: Sequence[Listener] = ()) -> Iterator[ConsoleListener]:
+        """A listener that draws a progress bar (on a terminal), or writes a line a block with ``-v``.
+
+        Args:
+            also: are told of events.
+        """
         with self._bar() as bar:
-            yield ConsoleListener(bar, self.verbose, print_after)
+            yield ConsoleListener(bar, self.verbose, print_after, also)
 
     def _bar(self) -> Progress:
         from rich.console import Console as RichConsole
@@ -126,10 +131,10 @@ def explained(error: BaseException | None) -> tuple[int, str | None]:
 
 
 class ConsoleListener(Listener):
-    """Draws progress; prints graphs after the passes that were asked for."""
+    """Draws progress; prints graphs after the passes that were asked for; hands events on to ``also``."""
 
-    def __init__(self, bar: Progress, verbose: bool, print_after: str | None) -> None:
-        self._bar, self._verbose, self._print_after = bar, verbose, print_after
+    def __init__(self, bar: Progress, verbose: bool, print_after: str | None, also: Sequence[Listener] = ()) -> None:
+        self._bar, self._verbose, self._print_after, self._also = bar, verbose, print_after, also
         self._tasks: dict[str, TaskID] = {}
         self._builds: TaskID | None = None
         self._pool: TaskID | None = None
@@ -156,6 +161,10 @@ class ConsoleListener(Listener):
             from toolchain.ir.graph_text import graph_text
 
             self._write(f"// after {after} ({component})\n{graph_text(graph)}")
+
+    def event(self, event: Event) -> None:
+        for listener in self._also:
+            listener.event(event)
 
     def build(self, name: str, number: int, builds: int) -> None:
         if self._builds is None:

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from toolchain.system.events import What
 from toolchain.system.store import Store
 from toolchain.weights.checkpoint import Checkpoint
 
@@ -17,12 +18,17 @@ if TYPE_CHECKING:
     import torch
 
 
-def tensor_digests(checkpoint: Checkpoint, store: Store | None = None) -> dict[str, str]:
-    """sha256 of every tensor's dtype, shape and bytes, by name; remembered by ``store`` while the files stay."""
+def tensor_digests(checkpoint: Checkpoint, store: Store | None = None, component: str = "") -> dict[str, str]:
+    """sha256 of every tensor's dtype, shape and bytes, by name; remembered by ``store`` while the files stay.
+
+    Args:
+        component: whose weights they are, for who is told what is done.
+    """
     digests: dict[str, str] = {}
+    what = What("digest", component)
     for path in checkpoint.files():
         compute = functools.partial(_digests, checkpoint, path)
-        digests |= compute() if store is None else store.remembered(path, compute)
+        digests |= compute() if store is None else store.remembered(path, compute, what)
     return digests
 
 
