@@ -33,6 +33,7 @@ def as_format_1(data: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     sampler |= {"merged_steps": recipe.sampler.merged_steps, "timesteps": list(timesteps), "model_fps": 8.0}
     del text["suffixes"], text["rate"]
     text |= {"cleaning": "open-sora-v1.2", "aesthetic_score": 6.5}
+    assert all(s["tiles"] is None for s in stages)
     chunks = [{"latents": p["takes"], "frames": p["gives"], "function": p["function"]} for p in stages[0]["pieces"]]
     data["decoding"] = {"chunks": chunks, "frames_per_call": stages[1]["pieces"][0]["takes"]}
     for component in data["components"].values():

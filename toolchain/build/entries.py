@@ -154,9 +154,8 @@ def sampler(recipe: Recipe, sampling: Sampling) -> SamplerEntry:
 
 
 def _decoding(build: ResolvedBuild) -> m.DecodingEntry | None:
-    if "vae" not in build.components:
-        return None
-    return m.DecodingEntry(stages=list(decoding_stages(build)))
+    stages = list(decoding_stages(build))
+    return m.DecodingEntry(stages=stages) if stages else None
 
 
 def _text(build: ResolvedBuild, tokenizer: m.File | None) -> m.TextEntry | None:

@@ -5,6 +5,7 @@ Light: tensors are only handed through, so torch is not imported.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -37,7 +38,7 @@ class Tiles(Entry):
         if self.overlap >= min(self.height, self.width):
             raise ValueError(f"tiles: overlap {self.overlap} is not less than height and width")
         for name, starts, size in (("tops", self.tops, self.height), ("lefts", self.lefts, self.width)):
-            steps = [b - a for a, b in zip(starts, starts[1:], strict=False)]
+            steps = [b - a for a, b in itertools.pairwise(starts)]
             if starts[0] != 0 or any(not 0 < step <= size for step in steps):
                 raise ValueError(f"tiles: {name} {starts} leave gaps between tiles of {size}, or are out of order")
         return self
@@ -98,7 +99,8 @@ def tiles_of(
 
 
 def starts(length: int, size: int, overlap: int) -> list[int]:
-    """Where tiles of ``size`` start that cover ``length``; neighbours overlap by ``overlap``, the last two maybe more."""
+    """Where tiles of ``size`` start that cover ``length``; neighbours overlap by ``overlap``, the last two by more if
+    they must."""
     return [*range(0, length - size, size - overlap), length - size]
 
 

@@ -56,7 +56,7 @@ def video_run(planned: Plan, device: Device | None) -> Run:
         RecipeError: the device has no throughput for a precision.
     """
     build = planned.resolved
-    stages = decoding_stages(build) if "vae" in planned.components else ()
+    stages = decoding_stages(build)
     parts = {name: [_part(c, b, device) for b in c.blocks] for name, c in planned.components.items()}
     beside: dict[tuple[str, str], int] = {("vae", s.rate): _frames_bytes(planned.components["vae"], s) for s in stages}
     order = rounds(planned.components, planned.sampling.calls(_difference_bytes(build)), stages)
@@ -64,14 +64,16 @@ def video_run(planned: Plan, device: Device | None) -> Run:
 
 
 def decoding_stages(build: ResolvedBuild) -> Sequence[Stage]:
-    """The stages from latents to pixels, of a build that has a VAE.
+    """The stages from latents to pixels; none without a VAE.
 
     Raises:
         RecipeError: they cannot be as the recipe asks for.
     """
-    stages = build.family.stages(build.recipe, build.configs)
     vae = build.recipe.vae
-    if vae is not None and vae.tiles is not None and all(s.tiles is None for s in stages):
+    if vae is None:
+        return ()
+    stages = build.family.stages(build.recipe, build.configs)
+    if vae.tiles is not None and all(s.tiles is None for s in stages):
         raise RecipeError(f"vae.tiles: model '{build.recipe.model}' does not decode in tiles; leave it out")
     return stages
 
