@@ -27,7 +27,7 @@ TILES = {"height": 24, "width": 32, "overlap": 8}
 
 @pytest.fixture(scope="module")
 def tiled(recipe_data: dict[str, Any]) -> Recipe:
-    vae = recipe_data["vae"] | {"tiles": TILES}
+    vae = {"checkpoint": "vae", "frames_per_call": 4, "tiles": TILES}
     return parse_recipe({**recipe_data, "vae": vae, "gate": {"mode": "none"}, "target": "onnx"})
 
 
