@@ -1,10 +1,11 @@
 """What decoding in tiles costs in quality, and saves in memory: the miniature eagerly, the full-size VAE as planned.
 
-    python benchmarks/tiles.py [--prompts 24] [--plan-only]
+    python benchmarks/tiles.py [--prompts 12] [--plan-only]
 
 Quality: the shipped miniature at 64 x 64, eager in float32; the same latents decoded whole and in tiles, prompts and
 figures as in ``benchmarks/quality.py``. "worst" is the least PSNR of all prompts, "seam" the mean absolute step between
-pixels on both sides of a line where a tile begins, over the same of whole frames.
+pixels on both sides of a line where a tile begins, over the same of whole frames. "whole norms" is the PSNR if group
+norms take mean and variance from whole frames, which no bundle does: what is left is of attention and of borders.
 
 Memory: of the spatial decoder, as the planner predicts it, nothing is lowered: what its blocks hold beside their
 weights at most; the same with whole frames before and after the decoder, which wait beside any call; and how many
@@ -14,10 +15,13 @@ pixels are computed for one of a frame. Last for each size, the same of the temp
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -25,7 +29,9 @@ import toolchain
 from benchmarks.quality import Video, figures, prompts
 from toolchain.accuracy.eager import EagerPipeline
 from toolchain.formats.recipe_file import find_recipe
-from toolchain.formats.tiles import Tiles
+from toolchain.formats.tiles import Tiles, in_tiles, tiles_of
+from toolchain.models.open_sora_v1_2 import vae_leaves
+from toolchain.models.open_sora_v1_2.vae import OpenSoraVAE, OpenSoraVAEConfig, as_frames
 from toolchain.planning.plan import Plan, plan_resolved
 from toolchain.planning.resolve import resolve
 from toolchain.planning.video import decoding_stages, video_run
@@ -55,6 +61,35 @@ def pipeline(size: tuple[int, int] | None) -> EagerPipeline:
     return EagerPipeline(toolchain.load_recipe("tiny", options(size)), find_recipe("tiny").parent)
 
 
+def whole_norms(vae: OpenSoraVAE, tiles: Tiles, x_z: torch.Tensor) -> torch.Tensor:
+    """``x_z`` ``[n, C, h, w]`` decoded in tiles, every group norm with the mean and variance of whole frames."""
+    kept: dict[torch.nn.GroupNorm, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def recorded(x: torch.Tensor, norm: torch.nn.GroupNorm) -> torch.Tensor:
+        groups = x.reshape(x.shape[0], norm.num_groups, -1)
+        kept[norm] = (groups.mean(-1, keepdim=True), groups.var(-1, keepdim=True, unbiased=False))
+        return normed(x, norm)
+
+    def normed(x: torch.Tensor, norm: torch.nn.GroupNorm) -> torch.Tensor:
+        mean, variance = kept[norm]
+        groups = (x.reshape(x.shape[0], norm.num_groups, -1) - mean) / (variance + norm.eps).sqrt()
+        flat = groups.reshape(x.shape[0], x.shape[1], -1)
+        return (flat * norm.weight[:, None] + norm.bias[:, None]).reshape(x.shape)
+
+    with mock.patch.object(vae_leaves, "group_norm", recorded):
+        vae.spatial_vae.decode(x_z)
+    with mock.patch.object(vae_leaves, "group_norm", normed):
+        return in_tiles(tiles, x_z, vae.spatial_vae.decode)
+
+
+def load_vae() -> OpenSoraVAE:
+    """The miniature's."""
+    folder = find_recipe("tiny").parent / "tiny/vae"
+    vae = OpenSoraVAE(OpenSoraVAEConfig.from_json(json.loads((folder / "config.json").read_text())))
+    vae.load_state_dict(load_file(folder / "model.safetensors"))
+    return vae.eval().requires_grad_(False)
+
+
 def seam(frames: torch.Tensor, whole: torch.Tensor, size: tuple[int, int]) -> float:
     """How much pixels differ across the lines where tiles begin or end, over how much they do in whole frames."""
     side, starts = frames.shape[-1], range(0, frames.shape[-1] - size[0], size[0] - size[1])
@@ -71,18 +106,23 @@ def quality(count: int) -> None:
     own = pipeline(None)
     latents = [own.denoise(*own.encode(s.prompt()), seed) for seed, s in enumerate(scenes)]
     whole = [Video(own.decode(z), 0, 0.0) for z in latents]
+    vae = load_vae()
+    frames = [as_frames(vae.decode_temporal(z, len(v.frames))) for z, v in zip(latents, whole, strict=True)]
     print(f"{count} prompts")
-    print("| tiles | PSNR, dB | worst | SSIM | all right | seam |\n|---|---|---|---|---|---|")
+    print("| tiles | PSNR, dB | worst | SSIM | all right | seam | whole norms |\n|---|---|---|---|---|---|---|")
     for size in (None, *QUALITY):
         made = whole if size is None else [Video(pipe.decode(z), 0, 0.0) for pipe in [pipeline(size)] for z in latents]
         f = figures(made, scenes, whole)
         if size is None:
-            print(f"| {name(size)} | | | | {f['all']:.0%} | 1.00 |", flush=True)
+            print(f"| {name(size)} | | | | {f['all']:.0%} | 1.00 | |", flush=True)
             continue
         seams = [seam(a.frames, b.frames, size) for a, b in zip(made, whole, strict=True)]
+        side, px = size
+        cut = tiles_of((8, 8), height_px=side, width_px=side, overlap_px=px, factor=8)
+        normed = [Video(whole_norms(vae, cut, x), 0, 0.0) for x in frames]
         print(
             f"| {name(size)} | {f['psnr']:.1f} | {f['worst']:.1f} | {f['ssim']:.3f} | {f['all']:.0%} "
-            f"| {sum(seams) / len(seams):.2f} |",
+            f"| {sum(seams) / len(seams):.2f} | {figures(normed, scenes, whole)['psnr']:.1f} |",
             flush=True,
         )
 
@@ -120,7 +160,7 @@ def memory() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=24)
+    parser.add_argument("--prompts", type=int, default=12)
     parser.add_argument("--plan-only", action="store_true", help="memory alone")
     args = parser.parse_args()
     torch.set_num_threads(1)
