@@ -64,6 +64,7 @@ def test_it_says_what_todays_says(older: Bundle, bundle: Bundle) -> None:
     found, today = (b.manifest.model_dump(mode="json") for b in (older, bundle))
     for component in today["components"].values():
         component["passes"] = ""  # the first format had no options in it
+    today["gate"]["mode"] = "release"  # what the older word for this mode meant
     loads = loads_of(found.pop("loading")["plan"])
     assert loads == loads_of(today.pop("loading")["plan"])  # everything stays, in both
     assert found == today
