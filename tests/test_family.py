@@ -117,6 +117,12 @@ def test_what_the_family_refuses_is_refused_when_the_recipe_is_loaded(toy: Path)
         recipe(video={"frames": 5, "height": 18, "width": 24})
 
 
+def test_tiles_of_a_family_that_decodes_whole_frames(toy: Path) -> None:
+    asked = recipe(vae={"checkpoint": "vae", "tiles": {"height": 8, "width": 8, "overlap": 0}})
+    with pytest.raises(RecipeError, match=r"^vae\.tiles: model 'toy' does not decode in tiles; leave it out$"):
+        toolchain.plan(asked, base=toy)
+
+
 def test_a_family_that_is_not_there_names_the_nearest(toy: Path) -> None:
     with pytest.raises(RecipeError) as error:
         recipe(model="tov")

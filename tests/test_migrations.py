@@ -48,7 +48,7 @@ def manifest(tmp_path: Path) -> Manifest:
 
 def test_it_is_of_todays_version(manifest: Manifest) -> None:
     assert OLD["format_version"] == 1
-    assert manifest.format_version == FORMAT_VERSION == 6
+    assert manifest.format_version == FORMAT_VERSION == 7
     assert Manifest.model_validate(manifest.model_dump(mode="json")) == manifest
 
 
@@ -99,8 +99,13 @@ def test_outputs_say_what_they_give(manifest: Manifest) -> None:
 def test_decoding_is_in_stages(manifest: Manifest) -> None:
     assert manifest.decoding is not None
     assert [s.model_dump() for s in manifest.decoding.stages] == [
-        {"rate": "chunk", "layout": "clip", "pieces": [{"takes": 5, "gives": 17, "function": "base"}]},
-        {"rate": "frames", "layout": "frames", "pieces": [{"takes": 1, "gives": 1, "function": "base"}] * 17},
+        {"rate": "chunk", "layout": "clip", "pieces": [{"takes": 5, "gives": 17, "function": "base"}], "tiles": None},
+        {
+            "rate": "frames",
+            "layout": "frames",
+            "pieces": [{"takes": 1, "gives": 1, "function": "base"}] * 17,
+            "tiles": None,
+        },
     ]
 
 

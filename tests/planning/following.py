@@ -26,8 +26,10 @@ def calls_of(manifest: dict[str, Any]) -> list[tuple[str, str]]:
         run("transformer", manifest["sampler"]["each"], step["function"], reused["blocks"])
     if "vae" in manifest["components"]:
         for stage in manifest["decoding"]["stages"]:
+            tiles = stage["tiles"] or {"tops": [0], "lefts": [0]}
             for piece in stage["pieces"]:
-                run("vae", stage["rate"], piece["function"])
+                for _ in [(top, left) for top in tiles["tops"] for left in tiles["lefts"]]:
+                    run("vae", stage["rate"], piece["function"])
     return found
 
 

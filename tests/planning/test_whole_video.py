@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from toolchain.formats.recipe_file import find_recipe, load_recipe
 from toolchain.formats.times import MeasuredStructure, MeasuredTimes, load_times
 from toolchain.ir.target import distinct_functions
 from toolchain.planning.loading.predict import everything_bytes, predict
-from toolchain.planning.loading.run import Run
+from toolchain.planning.loading.run import Call, Run
 from toolchain.planning.loading.unrolled import unroll
 from toolchain.planning.loading.whole import Function, Part, whole_run
 from toolchain.planning.plan import Plan
@@ -83,6 +84,29 @@ def test_a_whole_video_is_followed(leap: str) -> None:
     assert [f for b, f in calls if b == "transformer/pair_0"] == ["merged"] * 10 + ["base"] * (steps - 10)
     assert {b.partition("/")[0] for b, _ in calls} == {"text_encoder", "transformer", "vae"}
     assert calls.count(("vae/spatial_00_15", "base")) == 17  # a frame a call
+
+
+@pytest.mark.slow
+def test_a_video_in_tiles_is_followed() -> None:
+    """Every tile is a call; what blocks hold is a tile's, and whole frames wait beside them."""
+    asked = ("target=onnx", "sampler.steps=2", "sampler.leap=null")
+    whole, tiles = (planned("tiny", *asked, *more) for more in ((), ("vae.tiles={height: 32, width: 40, overlap: 8}",)))
+    data = manifest_of(tiles)
+    assert tiles.loading.timeline.peak_bytes <= follow(data)
+    assert calls_of(data).count(("vae/spatial_00_15", "base")) == 17 * 3 * 2
+    block = "vae/spatial_00_15"
+    (least,), (most,) = ({c for c in calls(p) if c.block == block} for p in (tiles, whole))
+    chunk = (5 + 17) * 4 * 8 * 8  # what goes into the temporal decoder, and comes out of it
+    frames = 17 * (4 * 8 * 8 + 3 * 64 * 64)  # whole ones are there, whatever blocks take
+    assert most.live_bytes == 4 * (chunk + frames + 4 * 8 * 8 + 3 * 64 * 64)
+    assert least.live_bytes == 4 * (chunk + frames + 4 * 4 * 5 + 3 * 32 * 40)
+    assert least.activation_bytes < most.activation_bytes / 2
+
+
+def calls(planned: Plan) -> Iterator[Call]:
+    made = planned.loading.entry().made_from
+    assert made is not None
+    return Run.from_data(made.run).calls()
 
 
 def test_a_video_that_reuses_is_followed() -> None:
@@ -250,7 +274,9 @@ def videos(draw: st.DrawFn) -> tuple[dict[str, Any], Run]:
         parts[name] = own
     asked = st.lists(st.sampled_from(["base", "other"]), min_size=1, max_size=6)
     steps = draw(asked)
-    stages = [{"rate": r, "pieces": [{"function": f} for f in draw(asked)]} for r in rates["vae"]]
+    places = st.lists(st.integers(0, 9), min_size=1, max_size=2)
+    tiles = st.none() | st.fixed_dictionaries({"tops": places, "lefts": places})
+    stages = [{"rate": r, "pieces": [{"function": f} for f in draw(asked)], "tiles": draw(tiles)} for r in rates["vae"]]
     beside = {("vae", "frames"): draw(sizes)}
     order = [Round(n, r, f) for n, r, f in _rounds(parts, steps, stages)]
     run = whole_run(parts, order, beside)
@@ -277,7 +303,14 @@ def videos(draw: st.DrawFn) -> tuple[dict[str, Any], Run]:
 def _rounds(parts: Any, steps: Any, stages: Any) -> Any:
     from types import SimpleNamespace
 
-    plain = [SimpleNamespace(rate=s["rate"], pieces=[SimpleNamespace(**p) for p in s["pieces"]]) for s in stages]
+    plain = [
+        SimpleNamespace(
+            rate=s["rate"],
+            pieces=[SimpleNamespace(**p) for p in s["pieces"]],
+            tiles=s["tiles"] and SimpleNamespace(count=len(s["tiles"]["tops"]) * len(s["tiles"]["lefts"])),
+        )
+        for s in stages
+    ]
     return [(r.component, r.rate, r.function) for r in rounds(parts, [StepCalls(f) for f in steps], plain)]
 
 

@@ -24,6 +24,7 @@ from toolchain.planning.memory import BlockMemory
 from toolchain.planning.plan import ComponentPlan, Plan
 from toolchain.planning.resolve import ResolvedBuild
 from toolchain.planning.sampling import Sampling
+from toolchain.planning.video import decoding_stages
 from toolchain.version import VERSION
 
 
@@ -153,9 +154,8 @@ def sampler(recipe: Recipe, sampling: Sampling) -> SamplerEntry:
 
 
 def _decoding(build: ResolvedBuild) -> m.DecodingEntry | None:
-    if "vae" not in build.components:
-        return None
-    return m.DecodingEntry(stages=list(build.family.stages(build.recipe, build.configs)))
+    stages = list(decoding_stages(build))
+    return m.DecodingEntry(stages=stages) if stages else None
 
 
 def _text(build: ResolvedBuild, tokenizer: m.File | None) -> m.TextEntry | None:

@@ -19,6 +19,11 @@ class Piece(Protocol):
     def function(self) -> str: ...
 
 
+class Tiles(Protocol):
+    @property
+    def count(self) -> int: ...
+
+
 class Stage(Protocol):
     """A stage of decoding, as the manifest has it."""
 
@@ -27,6 +32,9 @@ class Stage(Protocol):
 
     @property
     def pieces(self) -> Sequence[Piece]: ...
+
+    @property
+    def tiles(self) -> Tiles | None: ...
 
 
 class Step(Reusing, Protocol):
@@ -150,4 +158,5 @@ def rounds(
     if "vae" in components:
         for stage in stages:
             for piece in stage.pieces:
-                yield Round("vae", stage.rate, piece.function)
+                for _ in range(stage.tiles.count if stage.tiles is not None else 1):
+                    yield Round("vae", stage.rate, piece.function)

@@ -17,10 +17,11 @@ from toolchain.formats.calls import Rate, rounds, step_calls
 from toolchain.formats.loading import Entry, Loading, check_plan
 from toolchain.formats.sampling import SamplerEntry, check_conditional, check_ranges
 from toolchain.formats.schedule import BASE
+from toolchain.formats.tiles import Tiles
 from toolchain.ir.dtypes import PortType
 from toolchain.ir.feeds import Feed, Given
 
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 FILE_NAME = "manifest.json"
 
 
@@ -187,6 +188,13 @@ class Component(Entry):
         """The outputs that are what ``gives`` says."""
         return [o for o in self.outputs if o.gives == gives]
 
+    def frame_sizes(self, rate: Rate) -> tuple[list[int], list[int]]:
+        """Rows and columns of the frames that the blocks of a rate of decoding take and give; ``[]`` for none."""
+        results = {o.source for o in self.outputs if o.rate == rate}
+        taken = (i.shape for i in self.inputs if i.rate == rate and i.feed.kind == "frames")
+        given = (o.shape for b in self.blocks for o in b.outputs if f"{b.name}.{o.name}" in results)
+        return next(taken, [])[-2:], next(given, [])[-2:]
+
     @model_validator(mode="after")
     def _names_agree(self) -> Component:
         blocks = {b.name: b for b in self.blocks}
@@ -262,11 +270,13 @@ class Stage(Entry):
 
     ``layout`` says how a stage takes and gives frames: ``clip`` is ``[1, C, T, H, W]``, ``frames`` is ``[T, C, H, W]``.
     A last piece with fewer frames than the input has is filled up with any; frames do not influence one another.
+    With ``tiles``, the blocks run once for each tile of a piece.
     """
 
     rate: Rate
     layout: Literal["clip", "frames"]
     pieces: list[Piece]
+    tiles: Tiles | None = Field(default=None, description="Tiles in space that are computed one by one; null: none.")
 
 
 class DecodingEntry(Entry):
@@ -317,7 +327,7 @@ class TargetEntry(Entry):
 class Manifest(Entry):
     """The whole bundle."""
 
-    format_version: Literal[6] = 6
+    format_version: Literal[7] = 7
     name: str
     model: str
     target: TargetEntry
@@ -358,6 +368,16 @@ class Manifest(Entry):
         if "transformer" in self.components:
             check_ranges(self.sampler, self.components["transformer"])
             check_conditional(self.sampler, self.components["transformer"])
+        return self
+
+    @model_validator(mode="after")
+    def _tiles_agree(self) -> Manifest:
+        frame = [self.geometry.latent_height, self.geometry.latent_width]
+        for stage in self.decoding.stages if self.decoding and "vae" in self.components else []:
+            taken, given = self.components["vae"].frame_sizes(stage.rate)
+            if stage.tiles is not None:
+                stage.tiles.check(taken, given, frame)
+            frame = given if stage.tiles is None else [n * stage.tiles.scale for n in frame]
         return self
 
     @model_validator(mode="after")

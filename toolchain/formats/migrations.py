@@ -113,6 +113,13 @@ def _from_5(data: Data) -> Data:
     return data | {"format_version": 6}
 
 
+def _from_6(data: Data) -> Data:
+    """Until format 6 every stage of decoding took whole frames."""
+    for stage in data["decoding"]["stages"] if data["decoding"] else []:
+        stage["tiles"] = None
+    return data | {"format_version": 7}
+
+
 def _loaded_when_needed(name: str, component: Data, group: Iterable[Round]) -> Iterator[Data]:
     blocks = {b["name"]: b for b in component["blocks"]}
     held: list[str] = []
@@ -143,5 +150,5 @@ def _stages(decoding: Data, frames: int) -> list[Data]:
     ]
 
 
-_STEPS: Mapping[int, Callable[[Data], Data]] = {1: _from_1, 2: _from_2, 3: _from_3, 4: _from_4, 5: _from_5}
+_STEPS: Mapping[int, Callable[[Data], Data]] = {1: _from_1, 2: _from_2, 3: _from_3, 4: _from_4, 5: _from_5, 6: _from_6}
 """From each older version to the next."""

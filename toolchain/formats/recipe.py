@@ -192,11 +192,22 @@ class TextEncoderRecipe(ComponentRecipe):
     )
 
 
+class TilesRecipe(Strict):
+    """Tiles in space, in pixels: multiples of what one latent stands for, at most a frame."""
+
+    height: int = Field(ge=1)
+    width: int = Field(ge=1)
+    overlap: int = Field(ge=0, description="Of neighbouring tiles, over which one fades into the other.")
+
+
 class VaeRecipe(ComponentRecipe):
     frames_per_call: int | None = Field(
         default=None,
         ge=1,
         description="Frames that the spatial decoder takes at once; a divisor of the frames up to 4 if absent.",
+    )
+    tiles: TilesRecipe | None = Field(
+        default=None, description="What the spatial decoder takes of each frame at once; whole frames if absent."
     )
     encoder: bool = Field(default=False, description="Lower the encoder too, for images given as condition.")
 

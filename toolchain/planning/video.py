@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from math import prod
 from typing import TYPE_CHECKING
 
+from toolchain.errors import RecipeError
 from toolchain.formats.calls import rounds
 from toolchain.formats.device import Device
 from toolchain.formats.loading import Times
@@ -55,11 +56,26 @@ def video_run(planned: Plan, device: Device | None) -> Run:
         RecipeError: the device has no throughput for a precision.
     """
     build = planned.resolved
-    stages: Sequence[Stage] = build.family.stages(build.recipe, build.configs) if "vae" in planned.components else ()
+    stages = decoding_stages(build)
     parts = {name: [_part(c, b, device) for b in c.blocks] for name, c in planned.components.items()}
     beside: dict[tuple[str, str], int] = {("vae", s.rate): _frames_bytes(planned.components["vae"], s) for s in stages}
     order = rounds(planned.components, planned.sampling.calls(_difference_bytes(build)), stages)
     return whole_run(parts, order, beside)
+
+
+def decoding_stages(build: ResolvedBuild) -> Sequence[Stage]:
+    """The stages from latents to pixels; none without a VAE.
+
+    Raises:
+        RecipeError: they cannot be as the recipe asks for.
+    """
+    vae = build.recipe.vae
+    if vae is None:
+        return ()
+    stages = build.family.stages(build.recipe, build.configs)
+    if vae.tiles is not None and all(s.tiles is None for s in stages):
+        raise RecipeError(f"vae.tiles: model '{build.recipe.model}' does not decode in tiles; leave it out")
+    return stages
 
 
 def _difference_bytes(build: ResolvedBuild) -> int:
@@ -95,5 +111,7 @@ def _frame_numbers(component: ComponentPlan, stage: Stage) -> Iterator[int]:
     time = 2 if stage.layout == "clip" else 0
     taken = next(p for b in own for p in b.inputs if b.sources[p.name].startswith("inputs."))
     given = next(p for b in own for p in b.outputs if p.name in b.results)
+    tiles = stage.tiles
     for port, frames in ((taken, sum(p.takes for p in stage.pieces)), (given, sum(p.gives for p in stage.pieces))):
-        yield prod((*port.shape[:time], *port.shape[time + 1 :])) * frames
+        numbers = prod((*port.shape[:time], *port.shape[time + 1 :])) * frames
+        yield numbers if tiles is None else numbers * prod(tiles.frame) // (tiles.height * tiles.width)

@@ -11,9 +11,10 @@ import torch
 
 from toolchain.errors import BundleError
 from toolchain.formats.bundle import Bundle, load_bundle
-from toolchain.formats.manifest import Stage
+from toolchain.formats.manifest import Piece, Stage
 from toolchain.formats.sampling import RangeEntry
 from toolchain.formats.schedule import Step
+from toolchain.formats.tiles import in_tiles
 from toolchain.ir.feeds import Given
 from toolchain.ir.target import Engine
 from toolchain.player.following import Figures, followed
@@ -196,10 +197,14 @@ class Player:
                 raise BundleError(f"'{self.bundle.path}': decoding takes more than the {len(frames)} frames there are")
             start += piece.takes
             filled = torch.cat((own, own[-1:].expand(piece.takes - len(own), *own.shape[1:])))
-            given = filled.transpose(0, 1)[None] if stage.layout == "clip" else filled
-            result = vae.result(vae.run(stage.rate, {"frames": given}, piece.function), gives)
-            clip = result[0].transpose(0, 1) if stage.layout == "clip" else result
-            results.append(clip[: piece.gives])
+
+            def run(part: torch.Tensor, piece: Piece = piece) -> torch.Tensor:
+                given = part.transpose(0, 1)[None] if stage.layout == "clip" else part
+                result = vae.result(vae.run(stage.rate, {"frames": given}, piece.function), gives)
+                clip = result[0].transpose(0, 1) if stage.layout == "clip" else result
+                return clip[: piece.gives]
+
+            results.append(in_tiles(stage.tiles, filled, run))
         return torch.cat(results)
 
     def video(self, prompt: str, seed: int = 0) -> torch.Tensor:

@@ -15,7 +15,7 @@ from toolchain.formats.manifest import BlockEntry, Component, Manifest
 from toolchain.formats.sampling import SamplerEntry
 from toolchain.system.disk import readable_size
 from toolchain.ui.loading import loading_text
-from toolchain.ui.phrases import by_storage, merged_calls, runs
+from toolchain.ui.phrases import by_storage, merged_calls, runs, tiled_text
 
 
 def bundle_json(bundle: Bundle) -> dict[str, Any]:
@@ -104,6 +104,7 @@ def bundle_table(bundle: Bundle) -> RenderableType:
         f"{len(s.steps)} denoiser calls, {merged_calls(s.steps)} of them merged, guidance {s.guidance}{leap}",
         *_left_out(s),
         *_int8_inputs(m),
+        *tiled_text(m.decoding.stages if m.decoding else ()),
         loading_text(m.loading, m.memory_budget_bytes),
         f"gate: {m.gate.mode}; built with {', '.join(f'{k} {v}' for k, v in m.tools.items())}",
     ]

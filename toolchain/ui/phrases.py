@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from toolchain.formats.calls import Step
+from toolchain.formats.manifest import Stage
 from toolchain.formats.schedule import MERGED
 from toolchain.ir.functions import conditional, ungrouped
 from toolchain.system.disk import readable_size
@@ -19,6 +20,20 @@ def runs(rate: str) -> str:
 def merged_calls(steps: Iterable[Step]) -> int:
     """How many steps run with merged tokens."""
     return sum(ungrouped(s.function) in (MERGED, conditional(MERGED)) for s in steps)
+
+
+def tiled(stages: Iterable[Stage]) -> list[tuple[int, str]]:
+    """Of the stages that cut frames into tiles, how many of a frame, and of which size."""
+    return [
+        (t.count, f"of {t.width * t.scale}×{t.height * t.scale} pixels, which overlap by {t.overlap * t.scale} or more")
+        for t in (s.tiles for s in stages)
+        if t is not None
+    ]
+
+
+def tiled_text(stages: Iterable[Stage]) -> list[str]:
+    """The same, a sentence each."""
+    return [f"the decoder takes frames in {count} tiles {what}" for count, what in tiled(stages)]
 
 
 def by_storage(bytes_: Mapping[str, int]) -> str:

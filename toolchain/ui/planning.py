@@ -13,9 +13,10 @@ from toolchain.build.entries import bytes_by_storage
 from toolchain.formats.loading import loads_of
 from toolchain.ir.target import distinct_functions
 from toolchain.planning.plan import ComponentPlan, Plan
+from toolchain.planning.video import decoding_stages
 from toolchain.system.disk import readable_size
 from toolchain.ui.loading import loading_json, loading_text, loads_text
-from toolchain.ui.phrases import by_storage, merged_calls, runs
+from toolchain.ui.phrases import by_storage, merged_calls, runs, tiled_text
 
 
 def plan_json(planned: Plan) -> dict[str, Any]:
@@ -30,6 +31,7 @@ def plan_json(planned: Plan) -> dict[str, Any]:
         "merged_calls": merged_calls(steps),
         "reusing_calls": sum(s.reuse is not None for s in steps),
         "conditional_calls": sum(s.guidance == "conditional" for s in steps),
+        "tiles": [s.tiles.model_dump(mode="json") for s in decoding_stages(planned.resolved) if s.tiles is not None],
         "loading": loading_json(loading, planned.loading.budget_bytes),
         "components": {name: _component_json(c, loads) for name, c in planned.components.items()},
     }
@@ -98,13 +100,14 @@ def plan_table(planned: Plan) -> RenderableType:
                 f"{_most(planned.components[name])}"
             )
         )
+    tiles = "".join(f"{said}\n" for said in tiled_text(decoding_stages(planned.resolved)))
     video, dims = planned.recipe.video, data["components"]["transformer"]["dims"]
     groups.append(
         Text(
             f"{video.frames} frames of {video.width}×{video.height} at {video.fps}/s: "
             f"latents {dims['T']}×{dims['H']}×{dims['W']}, {dims['N']} tokens; "
             f"{data['denoiser_calls']} denoiser calls, {data['merged_calls']} of them merged; "
-            f"{planned.target.name}\n{loading_text(planned.loading.entry(), planned.loading.budget_bytes)}"
+            f"{planned.target.name}\n{tiles}{loading_text(planned.loading.entry(), planned.loading.budget_bytes)}"
         )
     )
     return Group(*groups)

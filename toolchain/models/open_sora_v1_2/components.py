@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from toolchain.formats.manifest import Geometry
+from toolchain.formats.tiles import Tiles
 from toolchain.models.family import Definition, Forms
 from toolchain.models.open_sora_v1_2 import vae_lowered as lowered
 from toolchain.models.open_sora_v1_2.stdit3 import LoweredSTDiT3, STDiT3, STDiT3Config
@@ -52,8 +53,13 @@ def transformer(config: Mapping[str, Any], geometry: Geometry, *, fps: float, fr
     return Definition("transformer", asdict(parsed), _shapes(model), (Forms(form),))
 
 
-def vae(config: OpenSoraVAEConfig, geometry: Geometry, frames_per_call: int, encoder: bool) -> Definition:
-    """The decoder's parts, and the encoder's if wanted; the last, shorter chunk is the function ``tail``."""
+def vae(
+    config: OpenSoraVAEConfig, geometry: Geometry, frames_per_call: int, tiles: Tiles | None, encoder: bool
+) -> Definition:
+    """The decoder's parts, and the encoder's if wanted; the last, shorter chunk is the function ``tail``.
+
+    ``tiles`` are the spatial decoder's; all other parts take whole frames.
+    """
     with torch.device("meta"):
         model = OpenSoraVAE(config)
     height, width = geometry.latent_height, geometry.latent_width
@@ -62,7 +68,8 @@ def vae(config: OpenSoraVAEConfig, geometry: Geometry, frames_per_call: int, enc
         name: lowered.LoweredTemporalDecoder(model, latents=latents, frames=frames, height=height, width=width)
         for name, (latents, frames) in chunks.items()
     }
-    spatial = lowered.LoweredSpatialDecoder(model, frames=frames_per_call, height=height, width=width)
+    rows, columns = (height, width) if tiles is None else (tiles.height, tiles.width)
+    spatial = lowered.LoweredSpatialDecoder(model, frames=frames_per_call, height=rows, width=columns)
     forms = [Forms(temporal.pop("base"), temporal), Forms(spatial)]
     if encoder:
         px = {"height_px": geometry.height, "width_px": geometry.width}

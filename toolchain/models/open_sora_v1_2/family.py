@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from toolchain.errors import RecipeError
 from toolchain.formats.manifest import Geometry, Piece, Stage
+from toolchain.formats.tiles import Tiles, tiles_of
 from toolchain.models.family import Configs, Definition, EagerModels, ModelFamily, PromptPreparation
 from toolchain.models.open_sora_v1_2.prompts import suffixes
 from toolchain.models.open_sora_v1_2.timesteps import timesteps, transform_ratio
@@ -89,7 +90,8 @@ class OpenSoraV12(ModelFamily):
         if "vae" in configs:
             with _named("vae"):
                 encoder = recipe.vae is not None and recipe.vae.encoder
-                parts["vae"] = components.vae(_vae_config(configs), geometry, _frames_per_call(recipe), encoder)
+                own, tiles = _vae_config(configs), self._tiles(recipe, configs)
+                parts["vae"] = components.vae(own, geometry, _frames_per_call(recipe), tiles, encoder)
         if "text_encoder" in parts:
             given = parts["text_encoder"].config["d_model"]
             taken = parts["transformer"].config["caption_channels"]
@@ -118,16 +120,31 @@ class OpenSoraV12(ModelFamily):
                 rate="frames",
                 layout="frames",
                 pieces=[Piece(takes=together, gives=given, function="base") for given in groups],
+                tiles=self._tiles(recipe, configs),
             ),
         )
 
     def eager(self, recipe: Recipe, configs: Configs, weights: Mapping[str, Mapping[str, torch.Tensor]]) -> EagerModels:
         from toolchain.models.open_sora_v1_2.eager import EagerOpenSora
 
-        return EagerOpenSora(configs, weights, recipe.video.frames)
+        return EagerOpenSora(configs, weights, recipe.video.frames, self._tiles(recipe, configs))
 
     def default_partition(self, component: str) -> str:
         return "partition{max_bytes=200MB}" if component == "vae" else "partition"
+
+    def _tiles(self, recipe: Recipe, configs: Configs) -> Tiles | None:
+        """Tiles that the spatial decoder takes."""
+        asked = recipe.vae.tiles if recipe.vae is not None else None
+        if asked is None:
+            return None
+        geometry = self.geometry(recipe, configs)
+        return tiles_of(
+            (geometry.latent_height, geometry.latent_width),
+            height_px=asked.height,
+            width_px=asked.width,
+            overlap_px=asked.overlap,
+            factor=_vae_config(configs).spatial.factor,
+        )
 
     def _tokens(self, configs: Configs) -> int:
         """Tokens of a prompt, padding included."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from toolchain.formats.tiles import Tiles, in_tiles
 from toolchain.models.open_sora_v1_2.vae_config import OpenSoraVAEConfig
 from toolchain.models.open_sora_v1_2.vae_leaves import Denormalize
 from toolchain.models.open_sora_v1_2.vae_spatial import SpatialVAE
@@ -93,14 +94,17 @@ class OpenSoraVAE(nn.Module):
         """One micro chunk: ``z`` ``[B, C, t, h, w]`` to ``x_z`` ``[B, C, frames, h, w]``."""
         return self.temporal_vae.decode(self.denormalize(z, self.scale, self.shift), frames)
 
-    def decode(self, z: torch.Tensor, num_frames: int) -> torch.Tensor:
+    def decode(self, z: torch.Tensor, num_frames: int, tiles: Tiles | None = None) -> torch.Tensor:
         """``z`` ``[B, C, t, h, w]`` to pixels ``[B, 3, num_frames, H, W]``, about -1 … 1.
+
+        With ``tiles`` the spatial autoencoder sees one at a time: memory becomes less, numbers change.
 
         Raises:
             ValueError: a video of ``num_frames`` has another number of latent frames.
         """
         x_z = as_frames(self.decode_temporal(z, num_frames))
-        pixels = [self.spatial_vae.decode(part) for part in torch.split(x_z, self.config.micro_batch_size)]
+        parts = torch.split(x_z, self.config.micro_batch_size)
+        pixels = [in_tiles(tiles, part, self.spatial_vae.decode) for part in parts]
         return as_video(torch.cat(pixels), z.shape[0])
 
 

@@ -13,12 +13,13 @@ from toolchain.build.entries import bytes_by_storage, sampler
 from toolchain.errors import BundleError
 from toolchain.formats.bundle import Bundle
 from toolchain.formats.loading import Loading, loads_of
-from toolchain.formats.manifest import Accuracy, BlockEntry, Component, File, Gate, Geometry, GoldenVideo
+from toolchain.formats.manifest import Accuracy, BlockEntry, Component, File, Gate, Geometry, GoldenVideo, Stage
 from toolchain.formats.sampling import SamplerEntry
 from toolchain.formats.yaml_text import UniqueKeyLoader
 from toolchain.ir.blocks import Block
 from toolchain.ir.target import distinct_functions
 from toolchain.planning.plan import ComponentPlan, Plan
+from toolchain.planning.video import decoding_stages
 
 ErrorOf = Literal["lowering", "quantization"]
 
@@ -121,6 +122,7 @@ class Facts:
     geometry: Geometry
     memory_budget_bytes: int | None
     sampler: SamplerEntry
+    stages: tuple[Stage, ...]
     components: tuple[ComponentFacts, ...]
     loading: Loading
     checkpoints: tuple[Checkpoint, ...]
@@ -166,6 +168,7 @@ def bundle_facts(bundle: Bundle) -> Facts:
         geometry=m.geometry,
         memory_budget_bytes=m.memory_budget_bytes,
         sampler=m.sampler,
+        stages=tuple(m.decoding.stages) if m.decoding else (),
         components=tuple(_built_component(name, c, loads_of(m.loading.plan)) for name, c in m.components.items()),
         loading=m.loading,
         checkpoints=tuple(_checkpoints(recipe, list(m.components))),
@@ -232,6 +235,7 @@ def plan_facts(planned: Plan) -> Facts:
         geometry=build.family.geometry(recipe, build.configs),
         memory_budget_bytes=build.memory_budget,
         sampler=sampler(recipe, planned.sampling),
+        stages=tuple(decoding_stages(build)),
         components=tuple(_planned_component(c, loads_of(loading.plan)) for c in planned.components.values()),
         loading=loading,
         checkpoints=tuple(_checkpoints(text, list(planned.components))),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from toolchain.formats.manifest import GateMode
 from toolchain.formats.schedule import StaticLeap
 from toolchain.system.disk import readable_size
-from toolchain.ui.phrases import merged_calls
+from toolchain.ui.phrases import merged_calls, tiled
 from toolchain.ui.report.facts import ErrorOf, Facts, Measured
 from toolchain.ui.report.timeline import COMPUTE, LOADER, Timeline
 
@@ -32,7 +32,8 @@ class Card:
 
 def cards(facts: Facts) -> list[Card]:
     """The figures at a page's head, what matters most first."""
-    return [*_sizes(facts), *_calls(facts), *_proof(facts)]
+    tiles = [Card("Tiles of a frame", str(count), what) for count, what in tiled(facts.stages)]
+    return [*_sizes(facts), *_calls(facts), *tiles, *_proof(facts)]
 
 
 def _sizes(facts: Facts) -> list[Card]:
