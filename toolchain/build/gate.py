@@ -38,12 +38,12 @@ CROWDED = 0.5
 
 @dataclass(frozen=True)
 class Passed:
-    """What the gate found out about a block; ``goldens`` is the file to put into the bundle."""
+    """What the gate found out about a block; ``goldens`` is the file to put into the bundle, if there is one."""
 
     accuracy: dict[str, m.Accuracy]
     quantization: dict[str, m.Accuracy] | None
     activations: dict[str, m.Activations]
-    goldens: Path
+    goldens: Path | None
 
 
 class ComponentGate:
@@ -151,7 +151,8 @@ class ComponentGate:
         self._warn(block, activations)
         if self._recipe.gate.mode == "structure":
             return None
-        return Passed(accuracy, quantization, activations, found.data / GOLDENS)
+        has_goldens = any(file.path == GOLDENS for file in found.files)
+        return Passed(accuracy, quantization, activations, found.data / GOLDENS if has_goldens else None)
 
     def _key(self, pair: BlockPair, artifact: Entry, runs: Sequence[Run]) -> str:
         """What the store knows the result by: all that decides it."""
@@ -174,7 +175,7 @@ class ComponentGate:
         return target.engine(artifact.data / f"{ARTIFACT_STEM}{target.suffix}", block.inputs, block.outputs)
 
     def _execute(self, pair: BlockPair, artifact: Entry, thorough: bool, folder: Path) -> NewEntry:
-        """``thorough``: on its goldens, too, where these are not among what it is run on anyway."""
+        """``thorough``: on its goldens, too. Else it has those only that are among what it is run on anyway."""
         block, plain = pair.lowered, pair.plain
         engine = self._engine(block, artifact)
         limit = self._limit(block)
@@ -190,11 +191,13 @@ class ComponentGate:
             weights = {}  # the engine expands the same ones: half a gigabyte of a table of words
         accuracy = measure(block, functions, engine, cases, limit)
         if has_goldens:
-            chosen = goldens.golden_cases(block, plain, functions, cases, weights)
-            goldens.write(folder / GOLDENS, block, chosen)
-            again = [f for f, (_, case) in chosen.items() if thorough and not any(case is c for c in cases)]
-            on_goldens = goldens.run(folder / GOLDENS, block.signatures, again, engine, limit)
-            accuracy = {f: worst([a, on_goldens.get(f, a)]) for f, a in accuracy.items()}
+            chosen = goldens.golden_cases(block, plain, functions, cases, weights if thorough else None)
+            if chosen:
+                goldens.write(folder / GOLDENS, block, chosen)
+            again = [f for f, (_, case) in chosen.items() if not any(case is c for c in cases)]
+            if again:
+                on_goldens = goldens.run(folder / GOLDENS, block.signatures, again, engine, limit)
+                accuracy = {f: worst([a, on_goldens.get(f, a)]) for f, a in accuracy.items()}
         release()
         return NewEntry(
             {

@@ -22,8 +22,8 @@ def place_artifact(artifact: Entry, out: Path, folder: Path) -> list[File]:
 
 
 def place_goldens(passed: Passed | None, path: Path, folder: Path) -> File | None:
-    """The goldens of a block that was executed."""
-    if passed is None:
+    """The goldens of a block that was executed, if it has any."""
+    if passed is None or passed.goldens is None:
         return None
     clone_or_copy(passed.goldens, path)
     return describe_file(path, folder)
