@@ -151,7 +151,8 @@ def test_a_matrix_on_a_cluster(cluster: Any, project: Path, tmp_path: Path) -> N
     # four blocks of four structures, twice; three checkpoints of each; one gate for each checkpoint's ONNX
     assert (killer.tasks, killer.cached, killer.killed) == (8 + 24 + 3, 0, 1)
     assert (counts(store)["templates"], counts(store)["artifacts"]) == (8, 24)
-    assert list((store.root / "scratch").iterdir()) == []
+    # whoever is killed may leave an empty lock, which is removed when it is old
+    assert [p.name for p in (store.root / "scratch").iterdir() if p.suffix != ".lock"] == []
     told = [e for e in killer.ended if e.what.kind in ("template", "artifact")]
     assert len({e.key for e in told}) == 8 + 24
     assert process_name() not in {e.process for e in told}

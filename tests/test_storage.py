@@ -147,7 +147,7 @@ def planned(target: Any, *passes: Any, instead: Target | None = None, compress: 
     part = build.components["transformer"]
     rewrites = (*part.passes.rewrites, *([Compress()] if compress else []))
     part = dataclasses.replace(
-        part, passes=Pipeline(rewrites, part.passes.partition), target=instead if instead is not None else part.target
+        part, pipeline=Pipeline(rewrites, part.passes.partition), target=instead if instead is not None else part.target
     )
     return plan_resolved(dataclasses.replace(build, components={"transformer": part}))
 
