@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from parts import distinct, plan
-from synthetic import value
+from parts import distinct, inputs_of, plan, weights_of
 from torch.utils.flop_counter import FlopCounterMode
 
 PARTS = ("transformer", "vae", "text_encoder")
@@ -50,28 +49,14 @@ def compare(component: str, name: str, target: str, rounds: int) -> None:
     family, part = plan(component, target)
     pair = next(p for p in part.pairs if p.name == name)
     block, plain = pair.lowered, pair.plain
-    generator = torch.Generator().manual_seed(0)
-    names = sorted({n for w in plain.weights.values() for n in w.source.tensors})
-    tensors = {n: value(n, part.definition.expected[n], generator) for n in names}
-    specs = {i.name: i for graph in part.graphs for i in graph.inputs}
-    inputs = {
-        p.name: family.sample_input(specs[p.name], generator)
-        if block.sources[p.name].startswith("inputs.")
-        else torch.randn(p.shape, generator=generator)
-        for p in plain.inputs
-    }
-
-    def weights_of(b: Any) -> dict[str, torch.Tensor]:
-        return {k: w.source.value(tensors.__getitem__).contiguous() for k, w in b.weights.items()}
-
-    weights = weights_of(plain)
+    weights, inputs = weights_of(part, pair, plain), inputs_of(family, part, plain)
     with FlopCounterMode(display=False) as counter:
         case = run_eager(plain, "base", weights, inputs)
     flops = counter.get_total_flops()
     if flops < LEAST_FLOPS:
         return
     with tempfile.TemporaryDirectory() as tmp:
-        artifact = part.target.lower(block, weights_of(block), Path(tmp) / f"block{part.target.suffix}")
+        artifact = part.target.lower(block, weights_of(part, pair, block), Path(tmp) / f"block{part.target.suffix}")
         load, engine = timed(lambda: part.target.engine(artifact.path, block.inputs, block.outputs))
         eager_seconds, engine_seconds, speeds = [], [], []
         for _ in range(rounds):

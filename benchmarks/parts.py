@@ -41,10 +41,30 @@ def distinct(component: str, target: str) -> list[str]:
     return list(seen.values())
 
 
-def one(component: str, name: str, target: str) -> dict[str, Any]:
-    """Lower one block with random weights, and hold it against eager where it can be run."""
+def weights_of(part: Any, pair: Any, block: Any) -> dict[str, torch.Tensor]:
+    """Random weights of one block of a pair; the same for both."""
     from synthetic import value
 
+    generator = torch.Generator().manual_seed(0)
+    names = sorted({n for w in pair.plain.weights.values() for n in w.source.tensors})
+    tensors = {n: value(n, part.definition.expected[n], generator) for n in names}
+    return {k: w.source.value(tensors.__getitem__).contiguous() for k, w in block.weights.items()}
+
+
+def inputs_of(family: Any, part: Any, block: Any) -> dict[str, torch.Tensor]:
+    """What a block is run on: the component's own inputs as the gate's are, all else normal noise."""
+    generator = torch.Generator().manual_seed(1)
+    specs = {i.name: i for graph in part.graphs for i in graph.inputs}
+    return {
+        p.name: family.sample_input(specs[p.name], generator)
+        if block.sources[p.name].startswith("inputs.")
+        else torch.randn(p.shape, generator=generator)
+        for p in block.inputs
+    }
+
+
+def one(component: str, name: str, target: str) -> dict[str, Any]:
+    """Lower one block with random weights, and hold it against eager where it can be run."""
     from toolchain.accuracy.metrics import measure
     from toolchain.accuracy.references import run_eager
     from toolchain.ir.target import EngineUnavailableError
@@ -54,17 +74,10 @@ def one(component: str, name: str, target: str) -> dict[str, Any]:
     family, part = plan(component, target)
     pair = next(p for p in part.pairs if p.name == name)
     block, eager = pair.lowered, pair.plain
-    names = {n for w in eager.weights.values() for n in w.source.tensors}
-    shapes = {n: s for n, s in part.definition.expected.items() if n in names}
-
-    def weights_of(b: Any) -> dict[str, torch.Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        tensors = {n: value(n, s, generator) for n, s in sorted(shapes.items())}
-        return {k: w.source.value(tensors.__getitem__).contiguous() for k, w in b.weights.items()}
 
     with tempfile.TemporaryDirectory() as tmp:
         began = time.perf_counter()
-        artifact = part.target.lower(block, weights_of(block), Path(tmp) / f"block{part.target.suffix}")
+        artifact = part.target.lower(block, weights_of(part, pair, block), Path(tmp) / f"block{part.target.suffix}")
         release()
         part.target.check(artifact.path, block)
         seconds = time.perf_counter() - began
@@ -75,15 +88,7 @@ def one(component: str, name: str, target: str) -> dict[str, Any]:
             engine = part.target.engine(path, block.inputs, block.outputs)
         except EngineUnavailableError:
             return result
-        generator = torch.Generator().manual_seed(1)
-        specs = {i.name: i for graph in part.graphs for i in graph.inputs}
-        inputs = {
-            p.name: family.sample_input(specs[p.name], generator)
-            if block.sources[p.name].startswith("inputs.")
-            else torch.randn(p.shape, generator=generator)
-            for p in block.inputs
-        }
-        case = run_eager(eager, "base", weights_of(eager), inputs)
+        case = run_eager(eager, "base", weights_of(part, pair, eager), inputs_of(family, part, block))
         result["error"] = measure(block, ["base"], engine, [case], 1.0)["base"].relative_error
     return result
 

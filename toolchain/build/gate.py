@@ -73,8 +73,8 @@ class ComponentGate:
             self._first[pair.name] = seen.setdefault((pair.lowered.structure(), pair.plain.structure()), pair.name)
         inputs = sample_inputs(graph, self._family, self._recipe.gate.seed, stretches(graph, self._planned))
         blocks = [pair.plain.unrounded() for pair in pairs]
-        runs, first = self._every_run(graph), {pair.name: self._first[pair.name] for pair in pairs}
-        references = References(blocks, runs, inputs, self._tables, self._builder.weights, first)
+        runs = self._every_run(graph)
+        references = References(blocks, runs, inputs, self._tables, self._builder.weights, self._first)
         chain: list[Any] = []
         for pair in pairs:
             self._references[pair.name], self._chain[pair.name] = references, chain
@@ -93,16 +93,14 @@ class ComponentGate:
             LoweringError: nothing was to be, but the block was lowered by itself, so its program may differ.
         """
         mode, every = self._recipe.gate.mode, self._every_run(self._graphs[pair.name])
-        alone = self._builder.direct or bool(artifact.meta.get("unbound"))
-        if mode == "release" or self._first[pair.name] == pair.name or (alone and mode == "every"):
+        if mode == "release" or self._first[pair.name] == pair.name or self._builder.direct:
             return every
+        unbound = artifact.meta.get("unbound")
         if mode == "every":
-            return [(BASE, 0)]
-        if self._builder.direct:
-            return every
-        if alone:
+            return every if unbound else [(BASE, 0)]
+        if unbound:
             raise LoweringError(
-                f"block '{pair.name}' cannot be stamped ({artifact.meta['unbound']}), so gate 'structure' cannot "
+                f"block '{pair.name}' cannot be stamped ({unbound}), so gate 'structure' cannot "
                 "vouch for it; use gate 'every'"
             )
         return []

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.build.cluster import admitted
+from toolchain.build.compile import UNCHANGED
 from toolchain.build.executors import Ways, executor_of
 from toolchain.build.making import Draft, disk_full_explained, draft, finish
 from toolchain.build.parallel import ElsewhereError, Parallel, Serial, artifact_source
@@ -112,7 +113,7 @@ def _outcome(
     build: MatrixBuild, found: Draft | Bundle, source: Serial | Parallel, store: Store, listener: Listener
 ) -> Outcome:
     if isinstance(found, Bundle):
-        listener.remark(f"{build.name}: nothing has changed since this bundle was built")
+        listener.remark(f"{build.name}: {UNCHANGED}")
         return Outcome(build.name, build.choices, build.out, found)
     try:
         with doing(What("build", build=build.name)), disk_full_explained(found.planned, store, build.out):

@@ -12,8 +12,9 @@ from typing import Any
 from toolchain import plugins
 from toolchain.errors import ResourceError
 from toolchain.formats.recipe import Recipe
-from toolchain.ir.target import Target
+from toolchain.ir.target import Target, package_versions
 from toolchain.system.code import code_digest
+from toolchain.version import VERSION
 
 TOKEN_FILE, TASKS = "token", ("toolchain.build.tasks", "toolchain.build.sweep_tasks")
 
@@ -53,9 +54,6 @@ def _module(group: str, name: str, what: str) -> str:
 
 def versions(targets: Iterable[str]) -> dict[str, str]:
     """Versions of what decides the bytes of artifacts for targets: ours, Python's, their tools'."""
-    from toolchain.ir.target import package_versions
-    from toolchain.version import VERSION
-
     found = {"sora-compile": VERSION, "Python": platform.python_version()} | package_versions("torch")
     for name in targets:
         target: Target = plugins.configured(plugins.find(plugins.TARGETS, name, "target", "target"), {}, "target")
