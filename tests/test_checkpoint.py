@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from toolchain.errors import CheckpointError
+from toolchain.system.store import Store
 from toolchain.weights.checkpoint import Checkpoint, local_path, match, open_checkpoint, read_config
 from toolchain.weights.digests import checkpoint_digest, tensor_digests
 
@@ -90,6 +91,18 @@ LAYOUTS: dict[str, Callable[[Path], str]] = {
     "pth": torch_file("w.pth", dict),
     "ckpt with a nested state_dict": torch_file("w.ckpt", lambda w: {"state_dict": dict(w), "epoch": 3}),
     "ema": torch_file("w.pt", lambda w: {"ema": dict(w)}),
+    "two keys deep, beside an optimizer": torch_file(
+        "w.pt",
+        lambda w: {
+            "ema": {"module": dict(w)},
+            "epoch": 3,
+            "optimizer": {"state": {0: {"exp_avg": torch.zeros(2)}, "a": {"exp_avg": torch.zeros(2)}}},
+        },
+    ),
+    "data parallel": torch_file("w.pt", lambda w: {f"module.{k}": v for k, v in w.items()}),
+    "wrapped twice": torch_file(
+        "w.pt", lambda w: {"state_dict": {f"module._orig_mod.{k}": v for k, v in w.items()}, "step": 1}
+    ),
     "old torch format": torch_file("w.pt", dict, _use_new_zipfile_serialization=False),
 }
 
@@ -102,6 +115,38 @@ def test_layouts(tmp_path: Path, layout: str) -> None:
     assert checkpoint.location == location
     assert list(checkpoint.files()) == sorted(checkpoint.files()) and all(f.is_file() for f in checkpoint.files())
     match(checkpoint, SHAPES, "toy")
+
+
+def test_one_of_several_state_dicts_is_chosen_not_guessed(tmp_path: Path) -> None:
+    others = {k: v + 1 for k, v in WEIGHTS.items()}
+    torch.save({"model": WEIGHTS, "ema": {f"module.{k}": v for k, v in others.items()}, "step": 7}, tmp_path / "w.pt")
+    with pytest.raises(
+        CheckpointError, match=r"holds several state_dicts \(model, ema\); choose one, as in .*w\.pt#ema'"
+    ):
+        open_checkpoint("w.pt", tmp_path)
+    store = Store(tmp_path / "store")
+    for key, weights in (("model", WEIGHTS), ("ema", others)):
+        checkpoint = open_checkpoint(f"w.pt#{key}", tmp_path)
+        assert same(checkpoint, weights) and checkpoint.location == f"w.pt#{key}"
+        assert tensor_digests(checkpoint, store) == tensor_digests(checkpoint)
+    with pytest.raises(CheckpointError, match=r"has no state_dict 'emma'; there are model, ema"):
+        open_checkpoint("w.pt#emma", tmp_path)
+    save_file(WEIGHTS, tmp_path / "w.safetensors")
+    with pytest.raises(CheckpointError, match="only files of torch.save hold several state_dicts; remove '#ema'"):
+        open_checkpoint("w.safetensors#ema", tmp_path)
+
+
+def test_a_path_may_have_a_number_sign(tmp_path: Path) -> None:
+    save_file(WEIGHTS, tmp_path / "take#2.safetensors")
+    assert same(open_checkpoint("take#2.safetensors", tmp_path))
+
+
+def test_a_prefix_that_not_all_names_have_stays(tmp_path: Path) -> None:
+    weights = {"module.a": torch.ones(1), "b": torch.ones(2)}
+    save_file(weights, tmp_path / "w.safetensors")
+    assert same(open_checkpoint("w.safetensors", tmp_path), weights)
+    save_file({f"model.{k}": v for k, v in WEIGHTS.items()}, tmp_path / "w.safetensors")
+    assert same(open_checkpoint("w.safetensors", tmp_path))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

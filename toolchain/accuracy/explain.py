@@ -17,9 +17,9 @@ from toolchain.formats.recipe import Recipe
 from toolchain.formats.recipe_file import load_recipe
 from toolchain.ir.calibration import Calibrated
 from toolchain.planning.plan import plan
+from toolchain.planning.resolve import find_weights
 from toolchain.player.opening import open_engine
 from toolchain.weights.block_weights import BlockWeights
-from toolchain.weights.checkpoint import open_checkpoint
 
 
 def explain_block(
@@ -55,7 +55,7 @@ def explain_block(
     if pair is None or pair.lowered.structure() != entry.structure:
         raise BundleError(f"'{bundle.path}': this version makes another {name} of its recipe; build the bundle again")
     block, plain = pair.lowered, pair.plain
-    checkpoint = open_checkpoint(recipe.components()[component].checkpoint, Path(base))
+    checkpoint = find_weights(recipe.components()[component], Path(base))
     aliases = planned.definition.aliases
     calibrated = None
     if block.int8_inputs or any(w.storage.needs for w in block.weights.values()):

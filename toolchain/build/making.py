@@ -128,7 +128,7 @@ def finish(found: Draft, artifacts: Serial | Parallel, store: Store, listener: L
     """
     planned, build, out = found.planned, found.planned.resolved, found.out
     with staging(out) as folder:
-        pins = {name: pin(part.checkpoint, part.recipe.sha256, store) for name, part in build.components.items()}
+        pins = {name: pin(part.checkpoint, part.recipe, store) for name, part in build.components.items()}
         tokenizer = copy_tokenizer(build, folder)
         with disk_full_explained(planned, store, out):
             components = {name: _component(found, name, artifacts, folder, listener) for name in found.builders}

@@ -5,12 +5,13 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from toolchain.build.entries import plain
 from toolchain.errors import CheckpointError
 from toolchain.formats.bundle import describe_file
 from toolchain.formats.manifest import File
-from toolchain.formats.recipe import Recipe
+from toolchain.formats.recipe import ComponentRecipe, Recipe
 from toolchain.planning.plan import Plan
 from toolchain.planning.resolve import ResolvedBuild, find_tokenizer
 from toolchain.system.store import Store
@@ -20,12 +21,23 @@ from toolchain.weights.digests import checkpoint_digest, tensor_digests
 TOKENIZER_FILE = "spiece.model"
 
 
-def pin(checkpoint: Checkpoint, expected: str | None, store: Store) -> str | None:
-    """What pins a checkpoint besides its location: the digest of a local one; a remote one has its commit.
+def pin(checkpoint: Checkpoint, part: ComponentRecipe, store: Store) -> dict[str, Any]:
+    """What pins a component's weights, as a recipe has it: where they are, and of local ones the digest.
 
     Raises:
         CheckpointError: the recipe expects other content.
     """
+    base, *adapters = checkpoint.layers()
+    pinned = {"checkpoint": base.location, "sha256": _pin(base, part.sha256, store)}
+    loras = [
+        lora.model_dump() | {"checkpoint": adapter.location, "sha256": _pin(adapter, lora.sha256, store)}
+        for lora, adapter in zip(part.loras, adapters, strict=True)
+    ]
+    return {**pinned, "loras": loras}
+
+
+def _pin(checkpoint: Checkpoint, expected: str | None, store: Store) -> str | None:
+    """The digest of a local checkpoint; a remote one has its commit in its location."""
     if checkpoint.location.startswith("hf://"):
         return None
     found = checkpoint_digest(tensor_digests(checkpoint, store))
@@ -37,13 +49,12 @@ def pin(checkpoint: Checkpoint, expected: str | None, store: Store) -> str | Non
     return found
 
 
-def pinned_recipe(planned: Plan, pins: Mapping[str, str | None]) -> Recipe:
+def pinned_recipe(planned: Plan, pins: Mapping[str, Mapping[str, Any]]) -> Recipe:
     """The recipe with nothing left open: configurations written out, checkpoints pinned, passes as they ran."""
     data = planned.recipe.model_dump(mode="json")
     for name, component in planned.components.items():
         data[name] |= {
-            "checkpoint": component.resolved.checkpoint.location,
-            "sha256": pins[name],
+            **pins[name],
             "config": plain(component.definition.config),
             "precision": component.target.precision,
             "passes": [{p.name: p.config.written(defaults=True)} for p in component.passes],

@@ -27,10 +27,9 @@ from toolchain.system.events import Event, What, doing, telling
 from toolchain.system.memory import return_large_allocations
 from toolchain.system.store import Store
 from toolchain.system.temporary import temporary_files_in
-from toolchain.weights.checkpoint import local_path
+from toolchain.weights.checkpoint import absolute_location
 from toolchain.weights.digests import tensor_digests
 
-NOT_LOCAL = ("hf://", "shipped://")
 KEPT_BUILDS = 8
 """Of how many builds a process keeps what it has planned: tasks of several take turns in it."""
 
@@ -70,11 +69,7 @@ def recipe_for_tasks(recipe: Recipe, base: Path) -> str:
     Raises:
         CheckpointError: a checkpoint does not exist.
     """
-    data = recipe.model_dump(mode="json")
-    for name, part in recipe.components().items():
-        if not part.checkpoint.startswith(NOT_LOCAL):
-            data[name]["checkpoint"] = str(local_path(part.checkpoint, base).absolute())
-    return Recipe.model_validate(data).model_dump_json()
+    return recipe.located(lambda location: absolute_location(location, base)).model_dump_json()
 
 
 def builders(planned: Plan, store: Store, direct: bool, listener: Listener | None = None) -> dict[str, Builder]:

@@ -11,18 +11,27 @@ from toolchain.cli.options import BundleArgument, JsonOption, VerboseOption
 
 
 def inspect(
-    bundle: BundleArgument,
+    what: Annotated[
+        str, typer.Argument(metavar="BUNDLE_OR_CHECKPOINT", help="A bundle's folder, or where a checkpoint is.")
+    ],
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Show what a bundle holds, after checking its files."""
+    """Show what a bundle holds, after checking its files; or what a checkpoint or a LoRA adapter holds."""
     from toolchain.ui.console import Console
 
     with Console(as_json, verbose) as console:
         import toolchain
         from toolchain.ui.bundles import bundle_json, bundle_table
+        from toolchain.weights.checkpoint import is_checkpoint, open_checkpoint
 
-        loaded = toolchain.load_bundle(bundle)
+        if is_checkpoint(what):
+            from toolchain.ui.checkpoints import checkpoint_json, checkpoint_table
+
+            facts = checkpoint_json(open_checkpoint(what, Path()))
+            console.answer(facts, checkpoint_table(facts))
+            return
+        loaded = toolchain.load_bundle(what)
         loaded.check_files()
         console.answer(bundle_json(loaded), bundle_table(loaded))
 

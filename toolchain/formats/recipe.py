@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, Protocol
 
 import yaml
@@ -171,11 +171,29 @@ class SamplerRecipe(Strict):
         check_reuse(steps, {name: {name} for name in names}, self.difference)
 
 
+class LoraRecipe(Strict):
+    """A LoRA adapter that is merged into a component's weights while they are stamped."""
+
+    checkpoint: str = Field(description="Path, hf://owner/name[@revision][/folder or /file.safetensors].")
+    weight: float = Field(default=1.0, ge=-100, le=100, description="How much of it is added.")
+    sha256: str | None = Field(default=None, description="Digest of a local adapter; refuse any other content.")
+
+
+def _lora(value: Any) -> Any:
+    return {"checkpoint": value} if isinstance(value, str) else value
+
+
 class ComponentRecipe(Strict):
     """One component: where its weights are and what is done to its graph."""
 
-    checkpoint: str = Field(description="Path, hf://owner/name[@revision][/folder] or shipped://name.")
+    checkpoint: str = Field(
+        description="Path, hf://owner/name[@revision][/folder] or shipped://name; #KEY chooses one of several "
+        "state_dicts in a file of torch.save."
+    )
     sha256: str | None = Field(default=None, description="Digest of a local checkpoint; refuse any other content.")
+    loras: list[Annotated[LoraRecipe, BeforeValidator(_lora)]] = Field(
+        default_factory=list, description="LoRA adapters to merge into the weights, in order; a location alone will do."
+    )
     config: dict[str, Any] | None = Field(
         default=None, description="The model's configuration; read beside the weights if absent."
     )
@@ -315,6 +333,14 @@ class Recipe(Strict):
             "vae": self.vae,
         }
         return {name: part for name, part in parts.items() if part is not None}
+
+    def located(self, place: Callable[[str], str]) -> Recipe:
+        """The recipe with every location of weights as ``place`` gives it."""
+        data = self.model_dump(mode="json")
+        for name in self.components():
+            for part in (data[name], *data[name]["loras"]):
+                part["checkpoint"] = place(part["checkpoint"])
+        return Recipe.model_validate(data)
 
     def to_yaml(self) -> str:
         """The recipe with every default written out."""

@@ -16,7 +16,8 @@ from toolchain.formats.device import UNSPECIFIED, Device, load_device
 from toolchain.formats.recipe import ComponentRecipe, Recipe
 from toolchain.ir.target import Target, find_target
 from toolchain.models.family import Configs, ModelFamily, find_family
-from toolchain.weights.checkpoint import Checkpoint, find_checkpoint, local_path, read_config
+from toolchain.weights.adapters import find_adapted
+from toolchain.weights.checkpoint import HUB, Checkpoint, local_path, read_config, split_choice
 
 if TYPE_CHECKING:
     from toolchain.ir.passes import Pipeline
@@ -133,10 +134,15 @@ def _pipelines(recipe: Recipe, family: ModelFamily) -> dict[str, Pipeline]:
 def _found(recipe: Recipe, base: Path, family: ModelFamily, target: Target, checkpoints: bool) -> ResolvedBuild:
     parts = {}
     for name, part in recipe.components().items():
-        opened = find_checkpoint(part.checkpoint, base) if checkpoints else None
+        opened = find_weights(part, base) if checkpoints else None
         config = _configuration(name, part, base)
         parts[name] = ResolvedComponent(name, part, family, config, _target(recipe, name, part), None, opened)
     return ResolvedBuild(recipe, base, family, target, parts)
+
+
+def find_weights(part: ComponentRecipe, base: Path) -> Checkpoint:
+    """A component's checkpoint with its adapters merged into it. Raises as :func:`find_adapted`."""
+    return find_adapted(part.checkpoint, [(lora.checkpoint, lora.weight) for lora in part.loras], base)
 
 
 def _whole(build: ResolvedBuild, pipelines: Mapping[str, Pipeline]) -> ResolvedBuild:
@@ -161,10 +167,10 @@ def _configuration(component: str, part: ComponentRecipe, base: Path) -> Mapping
     """
     if part.config is not None:
         return part.config
-    if part.checkpoint.startswith("hf://"):
+    if part.checkpoint.startswith(HUB):
         from toolchain.weights.hub import fetch
 
-        config = read_config(fetch(part.checkpoint)[1])
+        config = read_config(fetch(split_choice(part.checkpoint)[0])[1])
     else:
         path = local_path(part.checkpoint, base)
         config = read_config(path if path.is_dir() else path.parent)

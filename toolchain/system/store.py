@@ -230,14 +230,15 @@ class Store:
 
     # --- digests of other files, remembered while size and time stay the same ----------------------------
 
-    def remembered(self, path: Path, compute: Callable[[], Any], what: What | None = None) -> Any:
+    def remembered(self, path: Path, compute: Callable[[], Any], what: What | None = None, aspect: str = "") -> Any:
         """``compute()`` of a file's content, as plain data; from memory if the file is what it was then.
 
         Args:
             what: as for :meth:`get_or_make`.
+            aspect: which of several things it is that are remembered of this file.
         """
         stamp = _stamp(path)
-        value = self.recalled(path)
+        value = self.recalled(path, aspect)
         if value is not None:
             if what is not None:
                 cached(what, str(path.absolute()))
@@ -245,20 +246,20 @@ class Store:
             with contextlib.nullcontext() if what is None else doing(what, str(path.absolute())):
                 value = compute()
             if _stamp(path) == stamp:
-                self.remember(path, value)
+                self.remember(path, value, aspect)
         return value
 
-    def recalled(self, path: Path) -> Any:
+    def recalled(self, path: Path, aspect: str = "") -> Any:
         """What is remembered of a file; None if it is not what it was then, or nothing is."""
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            known = json.loads(self._memory(path).read_text(encoding="utf-8"))
+            known = json.loads(self._memory(path, aspect).read_text(encoding="utf-8"))
             if known["stamp"] == _stamp(path):
                 return known["value"]
         return None
 
-    def remember(self, path: Path, value: Any) -> None:
+    def remember(self, path: Path, value: Any, aspect: str = "") -> None:
         """Remember what is known of a file as it is now."""
-        place = self._memory(path)
+        place = self._memory(path, aspect)
         with self._errors():
             for parent in (place.parent, self.root / SCRATCH):
                 parent.mkdir(parents=True, exist_ok=True)
@@ -267,9 +268,10 @@ class Store:
                 part.write_text(json.dumps({"stamp": _stamp(path), "value": value}), encoding="utf-8")
                 part.replace(place)
 
-    def _memory(self, path: Path) -> Path:
+    def _memory(self, path: Path, aspect: str) -> Path:
         """The file that says what is remembered of another."""
-        return self.root / "digests" / f"{hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()}.json"
+        name = os.fsencode(os.path.realpath(path)) + (f"\0{aspect}".encode() if aspect else b"")
+        return self.root / "digests" / f"{hashlib.sha256(name).hexdigest()}.json"
 
     def _folder(self, kind: str, key: str) -> Path:
         return self.root / kind / key[:2] / key

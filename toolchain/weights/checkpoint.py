@@ -1,7 +1,8 @@
 """Checkpoints as published: tensors by official name, read lazily.
 
 A location is a path (file or folder), ``hf://owner/name[@revision][/folder]``, or ``shipped://name`` for
-the small checkpoints that come with this package.
+the small checkpoints that come with this package. ``#KEY`` behind it chooses one of several state_dicts in a file of
+``torch.save``, as in ``last.ckpt#ema``. A prefix that all names have (:data:`PREFIXES`) is left out of them.
 """
 
 from __future__ import annotations
@@ -10,9 +11,7 @@ import abc
 import contextlib
 import functools
 import json
-import pickle
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +31,11 @@ INDEX_NAMES = (
 )
 FILE_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin")
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
-WRAPPERS = ("state_dict", "model", "module", "ema")
+HUB, SHIPPED = "hf://", "shipped://"
+NOT_LOCAL = (HUB, SHIPPED)
+"""What locations that are not paths begin with."""
+PREFIXES = ("module.", "model.", "_orig_mod.")
+"""What wrappers (data parallel, trainers, ``torch.compile``) put before every name."""
 SHOWN = 8
 
 
@@ -53,6 +56,25 @@ class Checkpoint(abc.ABC):
         self.root = root
         self.find: Callable[[str], Path | None] | None = None
         """Fetches a file of a remote repository by name; None for local checkpoints."""
+        self.chosen = ""
+        """Which of several state_dicts in its files it is, by its key; empty where nothing was chosen."""
+
+    def layers(self) -> tuple[Checkpoint, ...]:
+        """The checkpoints on disk that it is made of; itself alone if it is one."""
+        return (self,)
+
+    def combined(self, digests: Sequence[Mapping[str, str]]) -> dict[str, str]:
+        """Digests of its tensors from those of its layers' tensors, in the order of :meth:`layers`.
+
+        Raises:
+            CheckpointError: its layers do not fit each other.
+        """
+        (own,) = digests
+        return dict(own)
+
+    def wrapper(self) -> str:
+        """What stands before all of its names in the files, and is left out of them here."""
+        return ""
 
     @abc.abstractmethod
     def infos(self) -> Mapping[str, TensorInfo]:
@@ -89,7 +111,7 @@ def read_config(root: Path) -> dict[str, Any] | None:
     path = root / "config.json"
     if not path.is_file():
         return None
-    config = _read_json(path)
+    config = read_json(path)
     if not isinstance(config, dict):
         raise CheckpointError(f"'{path}' is not a JSON object; expected the model's configuration")
     return config
@@ -104,6 +126,7 @@ class SafetensorsCheckpoint(Checkpoint):
 
     @functools.cached_property
     def _headers(self) -> dict[str, tuple[Path, TensorInfo]]:
+        """By the names in the files."""
         found = {}
         for shard in self._shards:
             with _opened(shard) as f:
@@ -116,19 +139,37 @@ class SafetensorsCheckpoint(Checkpoint):
                     found[name] = shard, TensorInfo(tuple(part.get_shape()), BY_SAFETENSORS[dtype].torch)
         return found
 
+    @functools.cached_property
+    def _wrapper(self) -> str:
+        return shared_prefix(self._headers)
+
+    def wrapper(self) -> str:
+        return self._wrapper
+
     def infos(self) -> Mapping[str, TensorInfo]:
-        return {name: info for name, (_, info) in self._headers.items()}
+        return {name.removeprefix(self._wrapper): info for name, (_, info) in self._headers.items()}
 
     def tensor(self, name: str) -> torch.Tensor:
         with _opened(self.file_of(name)) as f:
-            tensor: torch.Tensor = f.get_tensor(name)
+            tensor: torch.Tensor = f.get_tensor(self._wrapper + name)
         return tensor
 
     def files(self) -> tuple[Path, ...]:
         return self._shards
 
     def file_of(self, name: str) -> Path:
-        return self._headers[name][0]
+        return self._headers[self._wrapper + name][0]
+
+
+def shared_prefix(names: Iterable[str]) -> str:
+    """What wrappers put before every one of ``names``; empty if one of them has it not."""
+    names, prefix = list(names), ""
+    while names:
+        more = next((p for p in PREFIXES if all(n.startswith(prefix + p) for n in names)), None)
+        if more is None:
+            break
+        prefix += more
+    return prefix
 
 
 @contextlib.contextmanager
@@ -142,58 +183,6 @@ def _opened(path: Path) -> Iterator[Any]:
         raise CheckpointError(f"cannot read '{path}': {e.strerror or e}") from e
 
 
-class TorchCheckpoint(Checkpoint):
-    """Files of ``torch.save``, loaded with ``weights_only``: no code of theirs is run."""
-
-    def __init__(self, location: str, root: Path, shards: tuple[Path, ...]) -> None:
-        super().__init__(location, root)
-        self._shards = tuple(sorted(shards))
-
-    @functools.cached_property
-    def _held(self) -> dict[str, tuple[Path, torch.Tensor]]:
-        return {name: (shard, tensor) for shard in self._shards for name, tensor in _load_torch(shard).items()}
-
-    def infos(self) -> Mapping[str, TensorInfo]:
-        return {k: TensorInfo(tuple(t.shape), t.dtype) for k, (_, t) in self._held.items()}
-
-    def tensor(self, name: str) -> torch.Tensor:
-        return self._held[name][1]  # memory-mapped: read when used
-
-    def files(self) -> tuple[Path, ...]:
-        return self._shards
-
-    def file_of(self, name: str) -> Path:
-        return self._held[name][0]
-
-
-def _load_torch(path: Path) -> dict[str, torch.Tensor]:
-    import torch
-
-    def load(mmap: bool) -> Any:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                data = load(mmap=True)
-            except RuntimeError:  # files of torch < 1.6 cannot be mapped
-                data = load(mmap=False)
-    except pickle.UnpicklingError as e:
-        raise CheckpointError(f"'{path}' holds more than weights; refused, since loading it would run its code") from e
-    except Exception as e:  # noise makes the unpickler raise nearly anything
-        raise CheckpointError(f"'{path}' is truncated or not a file of torch.save; fetch it again") from e
-    for wrapper in WRAPPERS:
-        if isinstance(data, dict) and isinstance(data.get(wrapper), dict):
-            data = data[wrapper]
-            break
-    if not isinstance(data, dict) or not all(
-        isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in data.items()
-    ):
-        raise CheckpointError(f"'{path}' is not a state_dict (names to tensors); save model.state_dict()")
-    return data
-
-
 def open_checkpoint(location: str, base: Path) -> Checkpoint:
     """Open a checkpoint. Relative paths are looked for beside the recipe (``base``), then here.
 
@@ -205,25 +194,60 @@ def open_checkpoint(location: str, base: Path) -> Checkpoint:
     return checkpoint
 
 
-def find_checkpoint(location: str, base: Path) -> Checkpoint:
+def find_checkpoint(
+    location: str, base: Path, names: Sequence[str] = FILE_NAMES, probes: Sequence[str] = ("config.json",)
+) -> Checkpoint:
     """As :func:`open_checkpoint`, without reading the files of weights: what is wrong in them is said at first use.
+
+    Args:
+        names: what the file of weights may be called in a folder; the first that is there is taken.
+        probes: files of which a repository on the hub has one.
 
     Raises:
         CheckpointError: nothing is there, or it cannot be fetched.
     """
-    if location.startswith("hf://"):
+    if location.startswith(HUB):
         from toolchain.weights.hub import fetch
 
-        pinned, root, fetcher = fetch(location)
-        checkpoint = _open_folder(pinned, root, fetcher)
+        where, chosen = split_choice(location)
+        pinned, root, fetcher = fetch(where, probes)
+        checkpoint = _open_folder(pinned, root, fetcher, names)
         checkpoint.find = fetcher
-        return checkpoint
-    path = local_path(location, base)
-    if path.is_dir():
-        return _open_folder(location, path, lambda name: path / name if (path / name).is_file() else None)
-    if path.name.endswith(".index.json"):
-        return _open_index(location, path, lambda name: path.parent / name)
-    return _open_files(location, path.parent, (path,))
+    else:
+        path, chosen = _local(location, base)
+        if path.is_dir():
+            find = lambda name: path / name if (path / name).is_file() else None  # noqa: E731
+            checkpoint = _open_folder(location, path, find, names)
+        elif path.name.endswith(".index.json"):
+            checkpoint = _open_index(location, path, lambda name: path.parent / name)
+        else:
+            checkpoint = _open_files(location, path.parent, (path,))
+    if chosen:
+        if isinstance(checkpoint, SafetensorsCheckpoint):
+            raise CheckpointError(
+                f"'{location}': only files of torch.save hold several state_dicts; remove '#{chosen}'"
+            )
+        checkpoint.chosen = chosen
+        checkpoint.location = f"{split_choice(checkpoint.location)[0]}#{chosen}"
+    return checkpoint
+
+
+def split_choice(location: str) -> tuple[str, str]:
+    """A location and the key behind its ``#``, empty if there is none."""
+    where, _, chosen = location.rpartition("#")
+    return (where, chosen) if where else (location, "")
+
+
+def is_checkpoint(what: str) -> bool:
+    """Whether ``what``, which a user wants to see, names a checkpoint: a file, a folder with weights, a remote one."""
+    if what.startswith(NOT_LOCAL):
+        return True
+    try:
+        path, _ = _local(what, Path())
+    except CheckpointError:
+        return False
+    listed = (*INDEX_NAMES, *FILE_NAMES)
+    return path.is_file() or any((path / n).is_file() for n in listed) or len(list(path.glob("*.safetensors"))) == 1
 
 
 def local_path(location: str, base: Path) -> Path:
@@ -232,13 +256,40 @@ def local_path(location: str, base: Path) -> Path:
     Raises:
         CheckpointError: nothing is there.
     """
-    if location.startswith("shipped://"):
+    return _local(location, base)[0]
+
+
+def absolute_location(location: str, base: Path) -> str:
+    """The same location for whoever has another working folder; those that are not paths stay as they are.
+
+    Raises:
+        CheckpointError: nothing is there.
+    """
+    if location.startswith(NOT_LOCAL):
+        return location
+    path, chosen = _local(location, base)
+    return str(path.absolute()) + (f"#{chosen}" if chosen else "")
+
+
+def _local(location: str, base: Path) -> tuple[Path, str]:
+    """The path, and the key of the state_dict that is chosen in it. A path that exists with its ``#`` is a path."""
+    where, chosen = split_choice(location)
+    if not chosen:
+        return _existing(location, location, base), ""
+    try:
+        return _existing(location, location, base), ""
+    except CheckpointError:
+        return _existing(where, location, base), chosen
+
+
+def _existing(where: str, location: str, base: Path) -> Path:
+    if where.startswith(SHIPPED):
         import recipes
 
-        path = Path(next(iter(recipes.__path__))) / location.removeprefix("shipped://")
+        path = Path(next(iter(recipes.__path__))) / where.removeprefix(SHIPPED)
         candidates = [path]
     else:
-        candidates = [base / Path(location).expanduser(), Path(location).expanduser()]
+        candidates = [base / Path(where).expanduser(), Path(where).expanduser()]
     for path in candidates:
         if path.exists():
             return path
@@ -246,23 +297,23 @@ def local_path(location: str, base: Path) -> Path:
     raise CheckpointError(f"checkpoint '{location}' does not exist: looked for {looked}")
 
 
-def _open_folder(location: str, root: Path, find: Callable[[str], Path | None]) -> Checkpoint:
-    for name in INDEX_NAMES:
+def _open_folder(location: str, root: Path, find: Callable[[str], Path | None], names: Sequence[str]) -> Checkpoint:
+    for name in INDEX_NAMES if names is FILE_NAMES else ():
         if (index := find(name)) is not None:
             return _open_index(location, index, find)
-    for name in FILE_NAMES:
+    for name in names:
         if (file := find(name)) is not None:
             return _open_files(location, file.parent, (file,))
     others = sorted(root.glob("*.safetensors")) if root.is_dir() else []
     if len(others) == 1:
         return _open_files(location, root, (others[0],))
     found = _some(sorted(p.name for p in root.iterdir())) if root.is_dir() else ""
-    expected = f"{', '.join(FILE_NAMES)} or an index"
+    expected = f"{', '.join(names)}{' or an index' if names is FILE_NAMES else ''}"
     raise CheckpointError(f"no weights in '{location}': expected {expected}; it holds {found or 'nothing'}")
 
 
 def _open_index(location: str, index: Path, find: Callable[[str], Path | None]) -> Checkpoint:
-    data = _read_json(index)
+    data = read_json(index)
     weight_map = data.get("weight_map") if isinstance(data, dict) else None
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"'{index}' is not an index of shards: it has no weight_map")
@@ -277,13 +328,15 @@ def _open_files(location: str, root: Path, files: tuple[Path, ...]) -> Checkpoin
     if all(f.suffix == ".safetensors" for f in files):
         return SafetensorsCheckpoint(location, root, files)
     if all(f.suffix in TORCH_SUFFIXES for f in files):
+        from toolchain.weights.torch_file import TorchCheckpoint
+
         return TorchCheckpoint(location, root, files)
     raise CheckpointError(
         f"'{files[0]}': expected a file of type .safetensors, {', '.join(TORCH_SUFFIXES)} or .index.json"
     )
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:

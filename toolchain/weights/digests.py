@@ -24,17 +24,22 @@ def tensor_digests(checkpoint: Checkpoint, store: Store | None = None, component
     Args:
         component: whose weights they are, for who is told what is done.
     """
-    digests: dict[str, str] = {}
     what = What("digest", component)
-    for path in checkpoint.files():
-        compute = functools.partial(_digests, checkpoint, path)
-        digests |= compute() if store is None else store.remembered(path, compute, what)
-    return digests
+    layers: list[dict[str, str]] = []
+    for layer in checkpoint.layers():
+        digests: dict[str, str] = {}
+        for path in layer.files():
+            compute = functools.partial(_digests, layer, path)
+            digests |= compute() if store is None else store.remembered(path, compute, what, layer.chosen)
+        layers.append(digests)
+    return checkpoint.combined(layers)
 
 
 def are_remembered(checkpoint: Checkpoint, store: Store) -> bool:
     """Whether ``store`` knows all of a checkpoint's digests, so that none of its tensors has to be read for them."""
-    return all(store.recalled(path) is not None for path in checkpoint.files())
+    return all(
+        store.recalled(path, layer.chosen) is not None for layer in checkpoint.layers() for path in layer.files()
+    )
 
 
 def _digests(checkpoint: Checkpoint, path: Path) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from toolchain.errors import CheckpointError
@@ -11,8 +11,11 @@ from toolchain.errors import CheckpointError
 _LOCATION = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?(/(?P<folder>.+?))?/?")
 
 
-def fetch(location: str) -> tuple[str, Path, Callable[[str], Path | None]]:
+def fetch(location: str, probes: Sequence[str] = ("config.json",)) -> tuple[str, Path, Callable[[str], Path | None]]:
     """Resolve ``hf://owner/name[@revision][/folder]``.
+
+    Args:
+        probes: files of which one has to be there; the first that is, says which revision it is.
 
     Returns:
         The location with its revision pinned to a commit, the folder in the local cache, and a function
@@ -39,12 +42,12 @@ def fetch(location: str) -> tuple[str, Path, Callable[[str], Path | None]]:
         except (HfHubHTTPError, OSError, ValueError) as e:
             raise CheckpointError(f"cannot fetch '{location}': {str(e).strip().splitlines()[0]}") from e
 
-    config = download("config.json")
-    if config is None:
+    found_file = next((path for path in map(download, probes) if path is not None), None)
+    if found_file is None:
         raise CheckpointError(
-            f"cannot fetch '{location}': no config.json there, or no network and nothing in the cache"
+            f"cannot fetch '{location}': no {' or '.join(probes)} there, or no network and nothing in the cache"
         )
-    commit = config.parts[config.parts.index("snapshots") + 1]
+    commit = found_file.parts[found_file.parts.index("snapshots") + 1]
     pinned = f"hf://{repo}@{commit}" + (f"/{folder}" if folder else "")
     revision = commit
-    return pinned, config.parent, download
+    return pinned, found_file.parent, download

@@ -192,9 +192,11 @@ def _checkpoints(recipe: str, components: Sequence[str]) -> Iterator[Checkpoint]
         return  # the recipe is shown as it is
     for name in components:
         part = data.get(name) if isinstance(data, dict) else None
-        if isinstance(part, dict) and "checkpoint" in part:
-            digest = part.get("sha256")
-            yield Checkpoint(name, str(part["checkpoint"]), None if digest is None else str(digest))
+        adapters = part.get("loras") if isinstance(part, dict) else None
+        for of, found in ((name, part), *((f"{name}, LoRA", a) for a in adapters or () if isinstance(adapters, list))):
+            if isinstance(found, dict) and "checkpoint" in found:
+                digest = found.get("sha256")
+                yield Checkpoint(of, str(found["checkpoint"]), None if digest is None else str(digest))
 
 
 def _built_component(name: str, component: Component, loads: Mapping[str, int]) -> ComponentFacts:
