@@ -12,6 +12,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import coremltools as ct
@@ -170,6 +171,17 @@ def test_a_full_disk_is_named_if_nothing_says_so(tmp_path: Path, monkeypatch: py
     assert caught.value.errno == errno.ENOSPC
 
 
+def test_a_disk_with_less_room_than_is_written_next_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A writer that fails in the middle of a large weight leaves room behind."""
+    free = 200_000_000
+    monkeypatch.setattr("toolchain.system.disk.shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+    with pytest.raises(OSError) as caught, full_disk_named(tmp_path, next_bytes=free + 1):
+        raise RuntimeError("unknown error")
+    assert caught.value.errno == errno.ENOSPC
+    with pytest.raises(RuntimeError, match="unknown error"), full_disk_named(tmp_path, next_bytes=free):
+        raise RuntimeError("unknown error")
+
+
 def test_a_full_disk_while_core_ml_converts(
     cut_small: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,7 +192,8 @@ def test_a_full_disk_while_core_ml_converts(
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("[MIL FileWriter]: Unknown error occurred while writing data to the file.")
 
-    def full(folder: Path, *_: Path) -> bool:
+    def full(folder: Path, *_: Path, room: int) -> bool:
+        assert room >= block.weight_bytes
         seen.append(any(folder.iterdir()))
         return True
 

@@ -36,7 +36,8 @@ def lower(block: Block, weights: Mapping[str, torch.Tensor], out: Path, precisio
     functions = distinct_functions(block)
     quantized = Quantized(block.weights, weights)
     own = tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.stem}-")
-    with quiet(), validated_at_the_ends(), own as tmp, full_disk_named(out.parent):
+    named = full_disk_named(out.parent, next_bytes=block.weight_bytes)
+    with quiet(), validated_at_the_ends(), own as tmp, named:
         packages = {}
         for f in functions:
             packages[f] = _convert(block, f, weights, precision, Path(tmp) / f"{f}.mlpackage", quantized)

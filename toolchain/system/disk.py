@@ -16,7 +16,7 @@ FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextlib.contextmanager
-def full_disk_named(*folders: Path) -> Iterator[None]:
+def full_disk_named(*folders: Path, next_bytes: int = 0) -> Iterator[None]:
     """Raise what fails in the body because a disk is full as what it is.
 
     Converters have many ways to say so, and wrap it in errors of their own. Use it inside of whatever removes their
@@ -24,6 +24,7 @@ def full_disk_named(*folders: Path) -> Iterator[None]:
 
     Args:
         folders: what the body writes to; the folder of temporary files is looked at as well.
+        next_bytes: the most that the body writes at once: a disk with less room is full for it, though some is left.
 
     Raises:
         OSError: ``ENOSPC``.
@@ -31,7 +32,8 @@ def full_disk_named(*folders: Path) -> Iterator[None]:
     try:
         yield
     except Exception as e:
-        if not isinstance(e, OSError) and (_says_full(e) or _full(*folders, Path(tempfile.gettempdir()))):
+        written = (*folders, Path(tempfile.gettempdir()))
+        if not isinstance(e, OSError) and (_says_full(e) or _full(*written, room=max(FULL_BYTES, next_bytes))):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from e
         raise
 
@@ -45,8 +47,8 @@ def _says_full(error: BaseException | None) -> bool:
     return False
 
 
-def _full(*folders: Path) -> bool:
-    return min(shutil.disk_usage(folder).free for folder in folders) < FULL_BYTES
+def _full(*folders: Path, room: int) -> bool:
+    return min(shutil.disk_usage(folder).free for folder in folders) < room
 
 
 def readable_size(count: float) -> str:
