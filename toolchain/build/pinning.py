@@ -15,7 +15,7 @@ from toolchain.formats.recipe import ComponentRecipe, Recipe
 from toolchain.planning.plan import Plan
 from toolchain.planning.resolve import ResolvedBuild, find_tokenizer
 from toolchain.system.store import Store
-from toolchain.weights.checkpoint import Checkpoint
+from toolchain.weights.checkpoint import HUB, Checkpoint
 from toolchain.weights.digests import checkpoint_digest, tensor_digests
 
 TOKENIZER_FILE = "spiece.model"
@@ -38,7 +38,7 @@ def pin(checkpoint: Checkpoint, part: ComponentRecipe, store: Store) -> dict[str
 
 def _pin(checkpoint: Checkpoint, expected: str | None, store: Store) -> str | None:
     """The digest of a local checkpoint; a remote one has its commit in its location."""
-    if checkpoint.location.startswith("hf://"):
+    if checkpoint.location.startswith(HUB):
         return None
     found = checkpoint_digest(tensor_digests(checkpoint, store))
     if expected not in (None, found):

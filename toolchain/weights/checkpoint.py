@@ -117,16 +117,42 @@ def read_config(root: Path) -> dict[str, Any] | None:
     return config
 
 
-class SafetensorsCheckpoint(Checkpoint):
-    """One or several safetensors files."""
+class FileCheckpoint(Checkpoint):
+    """One or several files of one kind."""
 
     def __init__(self, location: str, root: Path, shards: tuple[Path, ...]) -> None:
         super().__init__(location, root)
         self._shards = tuple(sorted(shards))
 
+    @abc.abstractmethod
+    def read_headers(self) -> dict[str, tuple[Path, TensorInfo]]:
+        """Every tensor's file, shape and type, by its name there. Raises as :meth:`infos`."""
+
     @functools.cached_property
     def _headers(self) -> dict[str, tuple[Path, TensorInfo]]:
-        """By the names in the files."""
+        return self.read_headers()
+
+    @functools.cached_property
+    def _wrapper(self) -> str:
+        return shared_prefix(self._headers)
+
+    def wrapper(self) -> str:
+        return self._wrapper
+
+    def infos(self) -> Mapping[str, TensorInfo]:
+        return {name.removeprefix(self._wrapper): info for name, (_, info) in self._headers.items()}
+
+    def files(self) -> tuple[Path, ...]:
+        return self._shards
+
+    def file_of(self, name: str) -> Path:
+        return self._headers[self._wrapper + name][0]
+
+
+class SafetensorsCheckpoint(FileCheckpoint):
+    """Safetensors files."""
+
+    def read_headers(self) -> dict[str, tuple[Path, TensorInfo]]:
         found = {}
         for shard in self._shards:
             with _opened(shard) as f:
@@ -139,26 +165,10 @@ class SafetensorsCheckpoint(Checkpoint):
                     found[name] = shard, TensorInfo(tuple(part.get_shape()), BY_SAFETENSORS[dtype].torch)
         return found
 
-    @functools.cached_property
-    def _wrapper(self) -> str:
-        return shared_prefix(self._headers)
-
-    def wrapper(self) -> str:
-        return self._wrapper
-
-    def infos(self) -> Mapping[str, TensorInfo]:
-        return {name.removeprefix(self._wrapper): info for name, (_, info) in self._headers.items()}
-
     def tensor(self, name: str) -> torch.Tensor:
         with _opened(self.file_of(name)) as f:
-            tensor: torch.Tensor = f.get_tensor(self._wrapper + name)
+            tensor: torch.Tensor = f.get_tensor(self.wrapper() + name)
         return tensor
-
-    def files(self) -> tuple[Path, ...]:
-        return self._shards
-
-    def file_of(self, name: str) -> Path:
-        return self._headers[self._wrapper + name][0]
 
 
 def shared_prefix(names: Iterable[str]) -> str:
@@ -274,11 +284,11 @@ def absolute_location(location: str, base: Path) -> str:
 def _local(location: str, base: Path) -> tuple[Path, str]:
     """The path, and the key of the state_dict that is chosen in it. A path that exists with its ``#`` is a path."""
     where, chosen = split_choice(location)
-    if not chosen:
-        return _existing(location, location, base), ""
     try:
         return _existing(location, location, base), ""
     except CheckpointError:
+        if not chosen:
+            raise
         return _existing(where, location, base), chosen
 
 

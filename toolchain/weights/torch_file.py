@@ -13,19 +13,15 @@ import torch
 
 from toolchain.errors import CheckpointError
 from toolchain.ir.dtypes import DTYPES
-from toolchain.weights.checkpoint import Checkpoint, TensorInfo, shared_prefix
+from toolchain.weights.checkpoint import FileCheckpoint, TensorInfo
 
 DEPTH = 2
 """How deep state_dicts are looked for: ``{"ema": {"module": {…}}}``. Deeper lie the states of optimizers."""
 TYPES = frozenset(d.torch for d in DTYPES.values())
 
 
-class TorchCheckpoint(Checkpoint):
+class TorchCheckpoint(FileCheckpoint):
     """Files of ``torch.save``, loaded with ``weights_only``: no code of theirs is run."""
-
-    def __init__(self, location: str, root: Path, shards: tuple[Path, ...]) -> None:
-        super().__init__(location, root)
-        self._shards = tuple(sorted(shards))
 
     @functools.cached_property
     def _held(self) -> dict[str, tuple[Path, torch.Tensor]]:
@@ -59,26 +55,11 @@ class TorchCheckpoint(Checkpoint):
                 raise CheckpointError(f"'{path}': tensor '{name}' is of type {tensor.dtype}; known are {known}")
         return chosen
 
-    @functools.cached_property
-    def _wrapper(self) -> str:
-        return shared_prefix(self._held)
-
-    def wrapper(self) -> str:
-        return self._wrapper
-
-    def infos(self) -> Mapping[str, TensorInfo]:
-        return {
-            name.removeprefix(self._wrapper): TensorInfo(tuple(t.shape), t.dtype) for name, (_, t) in self._held.items()
-        }
+    def read_headers(self) -> dict[str, tuple[Path, TensorInfo]]:
+        return {n: (path, TensorInfo(tuple(t.shape), t.dtype)) for n, (path, t) in self._held.items()}
 
     def tensor(self, name: str) -> torch.Tensor:
-        return self._held[self._wrapper + name][1]  # memory-mapped: read when used
-
-    def files(self) -> tuple[Path, ...]:
-        return self._shards
-
-    def file_of(self, name: str) -> Path:
-        return self._held[self._wrapper + name][0]
+        return self._held[self.wrapper() + name][1]  # memory-mapped: read when used
 
 
 def _state_dicts(data: Any, keys: tuple[str, ...]) -> Iterator[tuple[str, Mapping[str, torch.Tensor]]]:
