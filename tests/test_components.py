@@ -255,7 +255,8 @@ def test_latents_of_other_channels_do_not_fit() -> None:
 def resolved(plan: Plan, source: Path) -> Recipe:
     """The recipe that a bundle of this plan would hold."""
     whole = plan_resolved(resolve(plan.recipe, source, checkpoints=True))
-    return pinned_recipe(whole, {n: pin(c.checkpoint, None, Store()) for n, c in whole.resolved.components.items()})
+    parts = whole.resolved.components
+    return pinned_recipe(whole, {n: pin(part.checkpoint, part.recipe, Store()) for n, part in parts.items()})
 
 
 def structures(plan: Plan) -> dict[str, list[tuple[str, str, str]]]:

@@ -6,7 +6,6 @@ import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import EntryPoint, EntryPoints
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -303,10 +302,7 @@ def test_another_pass_may_partition(recipe_data: dict[str, Any], third_party: No
     assert [b.name for b in planned.blocks] == ["a", "b"]
     assert shown[:2] == ["capture", "token-merge"] and shown[-1] == "halves{version=2 names=[a, b]}"
 
-    part = planned.components["transformer"]
-    opened = dataclasses.replace(part.resolved, opened=SimpleNamespace(location="x"))
-    located = dataclasses.replace(planned, components={"transformer": dataclasses.replace(part, resolved=opened)})
-    resolved = pinned_recipe(located, {"transformer": None})
+    resolved = pinned_recipe(planned, {"transformer": {"checkpoint": "x", "sha256": None}})
     listed = resolved.model_dump(mode="json")["transformer"]["passes"]
     assert listed == [
         {"token-merge": {"where": ["self_attention", "cross_attention"]}},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from types import ModuleType
+from unittest.mock import patch
 
 import pytest
 
@@ -11,6 +12,7 @@ from targets.coreml.optional import UNUSED, hide_unused
 
 
 @pytest.mark.parametrize("name", UNUSED)
+@patch.dict(sys.modules)  # what is imported here is no package: nobody else may find it
 def test_only_coremltools_is_kept_from_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     hide_unused()
     for loaded in [m for m in sys.modules if m.partition(".")[0] == name]:
