@@ -144,7 +144,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as tmp:
         folder = Path(tmp)
         synthetic("transformer", folder / "checkpoint/transformer", args.seed, "float32", [f"depth={args.pairs}"])
-        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe(["transformer"], {"name": args.target}, folder / "checkpoint")))
+        (folder / "recipe.yaml").write_text(
+            yaml.safe_dump(recipe(["transformer"], {"name": args.target}, folder / "checkpoint"))
+        )
         trials = Trials(folder, args.gate)
         trials.starved(args.disk)
         trials.crowded()
