@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from toolchain.build.matrix import build_all
     from toolchain.build.quantizing import quantize
     from toolchain.build.tuning import tune
-    from toolchain.errors import SoraCompileError
+    from toolchain.errors import CancelledError, SoraCompileError
     from toolchain.formats.bundle import Bundle, load_bundle
     from toolchain.formats.recipe import Recipe
     from toolchain.formats.recipe_file import load_recipe
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Bundle": "formats.bundle",
+    "CancelledError": "errors",
     "Event": "system.events",
     "EventFile": "build.event_file",
     "Listener": "listener",
@@ -50,6 +51,7 @@ _HOMES = {
 
 __all__ = [
     "Bundle",
+    "CancelledError",
     "Event",
     "EventFile",
     "Listener",

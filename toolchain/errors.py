@@ -19,6 +19,13 @@ def interrupted(error: BaseException | None) -> bool:
     return error is not None
 
 
+class CancelledError(KeyboardInterrupt):
+    """Ends a build as Ctrl-C does, from code: :meth:`toolchain.Listener.cancelled` said so.
+
+    No :class:`SoraCompileError`, since nothing is wrong, and what goes on after errors does not go on after this.
+    """
+
+
 class RecipeError(SoraCompileError):
     """The command line or the recipe asks for something that does not exist or cannot be."""
 

@@ -16,6 +16,14 @@ class Listener:
     one at a time.
     """
 
+    def cancelled(self) -> bool:
+        """Whether the build is to end, with :class:`toolchain.CancelledError`.
+
+        Asked before each thing of a build is begun (at most a block's lowering apart), and several times a second
+        while other processes work, which then end at once. What is done is kept in the store; no bundle is left.
+        """
+        return False
+
     def event(self, event: Event) -> None:
         """Something was begun, was there already, is done or failed; of what another process did, when it has told."""
 

@@ -26,9 +26,13 @@ def find(group: str, name: str, what: str, key: str) -> Any:
     """The class that is registered as ``name``; ``key`` is where the recipe names it.
 
     Raises:
-        RecipeError: there is none; names the nearest ``what``.
+        RecipeError: there is none; names the nearest ``what``. Or it cannot be imported.
     """
-    return registered(group, name, what, key).load()
+    entry = registered(group, name, what, key)
+    try:
+        return entry.load()
+    except ImportError as e:
+        raise RecipeError(f"{key}: {what} '{name}' ({entry.value}) cannot be imported: {e}") from e
 
 
 def registered(group: str, name: str, what: str, key: str) -> EntryPoint:

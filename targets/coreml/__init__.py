@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 hide_unused()
 
+EXTRA = "sora-compile[coreml]"
+
 AFFINE_BITS = (8, 4)
 """Widths of the integers that Core ML scales."""
 
@@ -126,6 +128,7 @@ class CoreMLTarget(Target):
         Raises:
             LoweringError: the package is damaged, of another block, or has what the engine does not know.
         """
+        package_versions("coremltools", extra=EXTRA)  # has the schema of packages
         if sys.platform == "darwin" if device is None else device:
             with quiet():
                 from targets.coreml.device import CoreMLDevice
@@ -136,4 +139,4 @@ class CoreMLTarget(Target):
         return CoreMLEngine(path, inputs, outputs)
 
     def versions(self) -> dict[str, str]:
-        return package_versions("torch", "coremltools")
+        return package_versions("torch", "coremltools", extra=EXTRA)

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from toolchain.ir.uses import Use
 
 
+EXTRA = "sora-compile[executorch]"
+
+
 class ExecuTorchConfig(TargetConfig):
     precision: Literal["float32"] = "float32"
 
@@ -80,10 +83,11 @@ class ExecuTorchTarget(Target):
         check(path, block)
 
     def engine(self, path: Path, inputs: Sequence[Port], outputs: Sequence[Port]) -> Engine:
+        package_versions("executorch", extra=EXTRA)
         with quiet(alone=False):
             from targets.executorch.engine import ExecuTorchEngine
 
         return ExecuTorchEngine(path, inputs, outputs)
 
     def versions(self) -> dict[str, str]:
-        return package_versions("torch", "executorch")
+        return package_versions("torch", "executorch", extra=EXTRA)

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from toolchain.ir.uses import Use
 
 
+EXTRA = "sora-compile[onnx]"
+
+
 class OnnxConfig(TargetConfig):
     precision: Literal["float32"] = "float32"
 
@@ -60,10 +63,11 @@ class OnnxTarget(Target):
         check(path, block)
 
     def engine(self, path: Path, inputs: Sequence[Port], outputs: Sequence[Port]) -> Engine:
+        package_versions("onnx", "onnxruntime", extra=EXTRA)
         with quiet():
             from targets.onnx.engine import OnnxEngine
 
         return OnnxEngine(path, inputs, outputs)
 
     def versions(self) -> dict[str, str]:
-        return package_versions("torch", "onnx", "onnxscript", "onnx-ir", "onnxsim", "onnxruntime")
+        return package_versions("torch", "onnx", "onnxscript", "onnx-ir", "onnxsim", "onnxruntime", extra=EXTRA)

@@ -150,7 +150,7 @@ def test_a_missing_package_is_named(
     monkeypatch.setitem(sys.modules, package, None)
     code, out, err = run("report", shown.bundle.path, "-o", "r.html")
     assert (code, out) == (6, "")
-    assert err == f"sora-compile: a report needs '{package}': pip install sora-compile[report]\n"
+    assert err == f"sora-compile: a report needs '{package}': pip install 'sora-compile[report]'\n"
     assert not list(tmp_path.iterdir())
 
 

@@ -60,9 +60,10 @@ def compile_recipe(
 
     Raises:
         SoraCompileError: says what, where and what to do; ``exit_code`` is the command's.
+        CancelledError: ``listener`` said so.
     """
     listener, store, out, base = listener or Listener(), store or Store(), Path(out), Path(base or ".")
-    with telling(listener.event), doing(What("build", build=recipe.name)):
+    with telling(listener.event, cancelled=listener.cancelled), doing(What("build", build=recipe.name)):
         return_large_allocations()
         ways = Ways(jobs, tasks_at_once, memory_bytes)
         ways.check(executor)

@@ -60,7 +60,7 @@ def build_all(
             for what is found before anything is built.
     """
     listener, store = listener or Listener(), store or Store()
-    with telling(listener.event), doing(What("builds")):
+    with telling(listener.event, cancelled=listener.cancelled), doing(What("builds")):
         return _build_all(matrix, listener, jobs, executor, memory_bytes, store, changes, keep_going)
 
 

@@ -21,9 +21,12 @@ from toolchain.errors import ResourceError
 from toolchain.formats.recipe import Recipe
 from toolchain.ir.blocks import Block
 from toolchain.listener import Listener
-from toolchain.system.events import Event, What, doing, happened, teller
+from toolchain.system.events import Event, What, check_cancelled, doing, happened, teller
 from toolchain.system.memory import free_bytes
 from toolchain.system.store import Entry, Store
+
+CANCELLED_SECONDS = 0.2
+"""How often it is asked whether a build is cancelled while other processes work."""
 
 
 @dataclass(frozen=True)
@@ -213,7 +216,8 @@ class Parallel:
             return
         if not node.done.done():
             with doing(What("wait", node.task.component, node.task.block)):
-                wait([node.done])
+                while wait([node.done], CANCELLED_SECONDS).not_done:
+                    check_cancelled()
         node.done.result()
 
     # --- lining up ---------------------------------------------------------------------------------------

@@ -45,6 +45,9 @@ def verify(
     goldens_of: Annotated[
         Path | None, typer.Option("--goldens-of", metavar="BUNDLE", help="Use another bundle's goldens.")
     ] = None,
+    files_only: Annotated[
+        bool, typer.Option("--files-only", help="Execute nothing: only hold the files against their digests.")
+    ] = False,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -53,8 +56,16 @@ def verify(
 
     with Console(as_json, verbose) as console:
         import toolchain
+        from toolchain.errors import RecipeError
         from toolchain.ui.verifying import explanation_json, verification_json, verification_table
 
+        if files_only:
+            if explain is not None or goldens_of is not None:
+                raise RecipeError("--files-only: executes nothing, so leave out --explain and --goldens-of")
+            whole = toolchain.load_bundle(bundle)
+            whole.check_files()
+            console.answer({"bundle": str(whole.path)}, f"{whole.path}: all files are what was built")
+            return
         if explain is not None:
             from toolchain.accuracy.explain import explain_block
             from toolchain.build.calibration import calibrate_recipe

@@ -272,11 +272,16 @@ class Target(abc.ABC):
 
         Raises:
             EngineUnavailableError: this machine cannot.
+            ResourceError: what the engine needs is not installed.
         """
 
     @abc.abstractmethod
     def versions(self) -> dict[str, str]:
-        """Versions of the tools that decide an artifact's bytes."""
+        """Versions of the tools that decide an artifact's bytes.
+
+        Raises:
+            ResourceError: one is not installed.
+        """
 
 
 def find_target(name: str, options: dict[str, Any], key: str = "target") -> Target:
@@ -313,11 +318,21 @@ def unique_weights(block: Block, seed: int = 0) -> UniqueWeights:
     return UniqueWeights(block.weights, seed)
 
 
-def package_versions(*names: str) -> dict[str, str]:
-    """Installed versions of distributions, for :meth:`Target.versions`."""
-    from importlib.metadata import version
+def package_versions(*names: str, extra: str = "") -> dict[str, str]:
+    """Installed versions of distributions, for :meth:`Target.versions`.
 
-    return {name: version(name) for name in names}
+    Args:
+        extra: what brings them, as pip takes it: ``sora-compile[onnx]``.
+
+    Raises:
+        ResourceError: one is not installed; says how to install it.
+    """
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return {name: version(name) for name in names}
+    except PackageNotFoundError as e:
+        raise ResourceError(f"the package '{e.name}' is needed: pip install '{extra or e.name}'") from e
 
 
 def distinct_functions(block: Block) -> tuple[str, ...]:

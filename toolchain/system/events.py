@@ -18,7 +18,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from toolchain.errors import interrupted
+from toolchain.errors import CancelledError, interrupted
 from toolchain.system.memory import peak_bytes
 
 SCHEMA = 1
@@ -84,8 +84,8 @@ class Doing:
 class _Watch:
     """Hears of what a thread does, and what others hand over."""
 
-    def __init__(self, tell: Tell, start: float) -> None:
-        self._tell, self._start = tell, start
+    def __init__(self, tell: Tell, start: float, cancelled: Callable[[], bool]) -> None:
+        self._tell, self._start, self.cancelled = tell, start, cancelled
         self._lock = threading.Lock()
         self._keys: set[tuple[str, str]] = set()
         self.nested: list[float] = []
@@ -105,19 +105,24 @@ class _Watch:
 _watch: ContextVar[_Watch | None] = ContextVar("watch", default=None)
 
 
+def _never() -> bool:
+    return False
+
+
 def _now() -> float:
     """Seconds since 1970, on a clock that never goes back within a process."""
     return time.perf_counter() + _WALL
 
 
 @contextlib.contextmanager
-def telling(tell: Tell, *, raw: bool = False) -> Iterator[None]:
+def telling(tell: Tell, *, raw: bool = False, cancelled: Callable[[], bool] = _never) -> Iterator[None]:
     """Have ``tell`` hear of all that the body does in this thread; it must not raise.
 
     Args:
         raw: times are left as others can take them over (:func:`teller`), not counted from now.
+        cancelled: whether nothing more is to be begun; see :func:`check_cancelled`.
     """
-    token = _watch.set(_Watch(tell, 0.0 if raw else _now()))
+    token = _watch.set(_Watch(tell, 0.0 if raw else _now(), cancelled))
     try:
         yield
     finally:
@@ -135,9 +140,25 @@ def happened(event: Happened, what: What, key: str | None = None, error: BaseExc
     return Event(event, what, _now(), process_name(), key, error=None if error is None else error_line(error))
 
 
+def check_cancelled() -> None:
+    """To be called now and then by what takes long.
+
+    Raises:
+        CancelledError: who hears of this thread wants it to end.
+    """
+    watch = _watch.get()
+    if watch is not None and watch.cancelled():
+        raise CancelledError("the build was cancelled")
+
+
 @contextlib.contextmanager
 def doing(what: What, key: str | None = None) -> Iterator[Doing]:
-    """Tell that the body is begun, and what it took when it is done or fails."""
+    """Tell that the body is begun, and what it took when it is done or fails.
+
+    Raises:
+        CancelledError: as :func:`check_cancelled`.
+    """
+    check_cancelled()
     watch, said = _watch.get(), Doing()
     if watch is None:
         yield said

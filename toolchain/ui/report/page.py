@@ -36,7 +36,7 @@ def require(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as e:
-        raise ResourceError(f"a report needs '{module}': pip install sora-compile[report]") from e
+        raise ResourceError(f"a report needs '{module}': pip install 'sora-compile[report]'") from e
 
 
 def render(facts: Facts, timelines: Sequence[Timeline] = (), clip: Clip | None = None) -> str:
