@@ -161,6 +161,23 @@ def test_halves_are_merged_in_float32(tmp_path: Path) -> None:
     torch.testing.assert_close(merged.tensor(name).double(), expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("style", ["PEFT", "diffusers"])
+def test_an_adapter_of_the_hub_is_pinned(base: Path, style: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the cache as the hub's client leaves it, with the revision that ``main`` is at."""
+    commit, repo = "c" * 40, base / "hub/models--owner--lora"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs/main").write_text(commit)
+    (repo / "snapshots").mkdir()
+    scale = STYLES[style](repo / "snapshots" / commit, PARTS)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(base / "hub"))
+    merged = find_adapted("base.safetensors", [("hf://owner/lora", 1.0)], base)
+    assert [layer.location for layer in merged.layers()][1:] == [f"hf://owner/lora@{commit}"]
+    expected = WEIGHTS[f"{LINEAR}.weight"].double() + scale * change(PARTS[LINEAR], (12, 8))
+    torch.testing.assert_close(merged.tensor(f"{LINEAR}.weight").double(), expected, rtol=1e-6, atol=2e-6)
+    with pytest.raises(CheckpointError, match=r"hf://owner/other.*nothing in the cache"):
+        find_adapted("base.safetensors", [("hf://owner/other", 1.0)], base)
+
+
 def test_digests_change_with_what_decides_the_numbers(base: Path) -> None:
     peft()(base / "lora", PARTS)
     peft(lora_alpha=7.0)(base / "other alpha", PARTS)
