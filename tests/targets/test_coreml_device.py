@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from coremltools.converters.mil import Builder as mb  # noqa: N813  its own name
 from coremltools.converters.mil.mil import types
 from one_op import IOS18, floats, save
 
+import toolchain
 from targets.coreml import CoreMLTarget
 from targets.coreml.device import CoreMLDevice
 from targets.coreml.engine import CoreMLEngine
@@ -91,6 +93,15 @@ def test_the_machine_decides_which_engine(package: Path, monkeypatch: pytest.Mon
     def make(**options: Any) -> type:
         return type(CoreMLTarget().engine(package, [], [], **options))
 
+    monkeypatch.setattr("sys.platform", "linux")
     assert make() is CoreMLEngine and make(device=True) is CoreMLDevice
     monkeypatch.setattr("sys.platform", "darwin")
     assert make() is CoreMLDevice and make(device=False) is CoreMLEngine
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "darwin", reason="only macOS has Core ML itself")
+def test_core_ml_itself(package: Path, coreml_bundle: Any) -> None:
+    device = CoreMLDevice(package, [Port("x", (3, 8))], [Port("y", (3, 8))])
+    assert torch.equal(device("base", {"x": X})["y"], (2 * X.half()).float())
+    assert not toolchain.verify(coreml_bundle.path).failed
