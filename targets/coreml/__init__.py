@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import torch
 
     from toolchain.ir.blocks import Block, Port
+    from toolchain.ir.labels import Labels
     from toolchain.ir.leaves import LegalForm
     from toolchain.ir.uses import Use
 
@@ -116,6 +117,11 @@ class CoreMLTarget(Target):
             from targets.coreml.check import check
 
         check(path, block, self.precision)
+
+    def label(self, path: Path, labels: Labels) -> tuple[Path, ...]:
+        from targets.coreml.labels import label
+
+        return label(path, labels)
 
     def engine(
         self, path: Path, inputs: Sequence[Port], outputs: Sequence[Port], *, device: bool | None = None

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from toolchain.ir.blocks import Block, Port
+    from toolchain.ir.labels import Labels
     from toolchain.ir.operators import OperatorGraph
     from toolchain.ir.uses import Use
 
@@ -61,6 +62,11 @@ class OnnxTarget(Target):
         from targets.onnx.check import check
 
         check(path, block)
+
+    def label(self, path: Path, labels: Labels) -> tuple[Path, ...]:
+        from targets.onnx.labels import label
+
+        return label(path, labels)
 
     def engine(self, path: Path, inputs: Sequence[Port], outputs: Sequence[Port]) -> Engine:
         package_versions("onnx", "onnxruntime", extra=EXTRA)

@@ -19,7 +19,7 @@ from toolchain.build.gating import gate_key
 from toolchain.build.keys import build_key
 from toolchain.build.parallel import Order, Parallel, Serial, artifact_source
 from toolchain.build.pinning import copy_tokenizer, pin, pinned_recipe
-from toolchain.build.placing import place_artifact, place_goldens
+from toolchain.build.placing import labels_of, place_artifact, place_goldens
 from toolchain.build.quantizing import settle_budgets
 from toolchain.build.tables import component_tables, write_tables
 from toolchain.build.tasks import builders
@@ -188,7 +188,8 @@ def _component(found: Draft, name: str, artifacts: Serial | Parallel, folder: Pa
             _wait_for_gate(artifacts, found.gates.get(name), listener)
             passed = gate.hold(pair, artifact)
         with doing(What("bundle", name, block.name)) as said:
-            files = place_artifact(artifact, folder / name / f"{block.name}{plan.target.suffix}", folder)
+            place, labels = folder / name / f"{block.name}{plan.target.suffix}", labels_of(planned, name, block)
+            files = place_artifact(artifact, place, folder, plan.target, labels)
             goldens = place_goldens(passed, folder / GOLDENS / name / f"{block.name}.safetensors", folder)
             said.bytes_written = sum(f.bytes for f in (*files, *([goldens] if goldens else ())))
         listener.finished(name, block.name, None if passed is None else passed.accuracy)

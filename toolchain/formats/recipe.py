@@ -198,6 +198,12 @@ class ComponentRecipe(Strict):
         default=None, description="The model's configuration; read beside the weights if absent."
     )
     precision: str | None = Field(default=None, description="The target's precision for this component alone.")
+    license: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=200,
+        description="SPDX expression of the weights' licence, for artifacts.",
+    )
     passes: PassSpecs = Field(default_factory=list, description="Graph passes, in order; the one that partitions last.")
 
 

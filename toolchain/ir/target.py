@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from toolchain.ir.blocks import Block, Port
+    from toolchain.ir.labels import Labels
     from toolchain.ir.leaves import LegalForm
     from toolchain.ir.operators import Operator, OperatorGraph, Value
     from toolchain.ir.unique_weights import UniqueWeights
@@ -265,6 +266,16 @@ class Target(abc.ABC):
         Raises:
             LoweringError: names what differs.
         """
+
+    def label(self, path: Path, labels: Labels) -> tuple[Path, ...]:
+        """Write facts for people into an artifact that is about to be put into a bundle, as far as it has a place.
+
+        What is executed must stay the same, byte for byte. A file is replaced, not changed: others may share its bytes.
+
+        Returns:
+            The files that were changed.
+        """
+        return ()
 
     @abc.abstractmethod
     def engine(self, path: Path, inputs: Sequence[Port], outputs: Sequence[Port]) -> Engine:
