@@ -113,6 +113,8 @@ class _Reader:
         sizes = tuple(int(s) for s in shape if s is not None)
         if value.WhichOneof("value") == "blobFileValue":
             name = value.blobFileValue.fileName.removeprefix("@model_path/")
+            if name.startswith("/") or ".." in name.split("/"):
+                raise MalformedError(f"weight file '{name}' is outside the package")
             if name not in self._files:
                 self._files[name] = WeightFile(self._folder / name)
             return Constant(dtype, sizes, source=self._files[name], offset=value.blobFileValue.offset)
