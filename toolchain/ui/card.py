@@ -83,7 +83,9 @@ def _row(name: str, component: Component, license_: str | None) -> str:
         by_storage(stored_bytes(component)),
         readable_size(sum(f.bytes for f in component_files(component))),
         _worst([a.relative_error for b in component.blocks for a in (b.accuracy or {}).values()]),
-        _worst([a.relative_error for b in component.blocks for a in (b.quantization or {}).values()]),
+        _worst([a.relative_error for b in component.blocks for a in (b.quantization or {}).values()])
+        if any(b.quantized for b in component.blocks)
+        else "none",
         license_ or "not stated",
     )
     return f"| {' | '.join(map(_plain, cells))} |"
