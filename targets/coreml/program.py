@@ -73,7 +73,10 @@ def read_program(package: Path) -> dict[str, Function]:
     if spec.WhichOneof("Type") != "mlProgram":
         raise MalformedError(f"is a {spec.WhichOneof('Type')} model, not an ML program; convert it to one")
     reader = _Reader(folder)
-    return {name: reader.function(name, f) for name, f in spec.mlProgram.functions.items()}
+    try:
+        return {name: reader.function(name, f) for name, f in spec.mlProgram.functions.items()}
+    except (LookupError, ValueError, TypeError, OverflowError) as e:  # a message that lacks what every program has
+        raise MalformedError(f"has a program that cannot be read: {' '.join(str(e).split())}") from e
 
 
 class _Reader:
