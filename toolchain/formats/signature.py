@@ -40,19 +40,20 @@ def sign_bundle(path: Path, key: Path | None) -> Path:
     load_bundle(path).check_files()
     library = _library()
     config = library.signing.Config().set_hashing_config(_hashing(library))
-    if key is None:
-        config.use_sigstore_signer(use_ambient_credentials=True)
-    else:
+    if key is not None:
         _with_key(key, lambda: config.use_elliptic_key_signer(private_key=key))
     signature = path / SIGNATURE_FILE
     with whole_file(signature, "sign") as partial:
         try:
+            if key is None:
+                config.use_sigstore_signer(use_ambient_credentials=True)
             config.sign(path, partial)
         except ValueError as e:
             raise BundleError(f"'{path}': cannot be signed: {_told(e)}") from e
-        except OSError:
-            raise
-        except Exception as e:  # Sigstore's, of many kinds: no network, no identity
+        except Exception as e:
+            if key is not None:
+                raise
+            # Sigstore's, of many kinds: no network, no identity
             raise ResourceError(f"'{path}': Sigstore did not sign: {_told(e)}") from e
     return signature
 
