@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from toolchain.errors import BundleError, CheckpointError, RecipeError
+from targets.executorch.engine import ExecuTorchEngine
+from toolchain.errors import BundleError, CheckpointError, LoweringError, RecipeError
 from toolchain.formats.recipe_file import load_recipe
 from toolchain.formats.tensors import read_tensors
 from toolchain.formats.yaml_text import read_yaml
@@ -71,3 +73,13 @@ def test_tables_that_are_none(tmp_path: Path) -> None:
         (tmp_path / "tables").write_bytes(content)
         with pytest.raises(BundleError, match="holds no tensors"):
             read_tensors(tmp_path / "tables")
+
+
+@pytest.mark.slow
+def test_programs_whose_tables_point_out_of_them(executorch_bundle: Any, tmp_path: Path) -> None:
+    """Opened with the runtime's least verification, these kill the process."""
+    program = min(executorch_bundle.path.rglob("*.pte"), key=lambda p: p.stat().st_size).read_bytes()
+    for at in (48, 64, 96):
+        (tmp_path / "changed.pte").write_bytes(program[:at] + b"\xff" * 4 + program[at + 4 :])
+        with pytest.raises(LoweringError, match="is not a program that ExecuTorch can load"):
+            ExecuTorchEngine(tmp_path / "changed.pte", (), ())
