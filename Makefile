@@ -5,9 +5,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= build
+EXAMPLES ?= 500
+SEED ?= 1
 PROMPT ?= a red circle moves left to right on a blue background
 
-.PHONY: demo test lint unit clean
+.PHONY: demo test lint unit fuzz clean
 
 # plain pip: other installers resolve torch to builds with gigabytes of CUDA
 $(VENV)/installed: pyproject.toml
@@ -34,6 +36,10 @@ lint: $(VENV)/installed
 
 unit: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+# changed files of every kind that others may have written; prints how reading each ended
+fuzz: $(VENV)/installed
+	SORA_COMPILE_FUZZ_EXAMPLES=$(EXAMPLES) SORA_COMPILE_FUZZ_SEED=$(SEED) $(BIN)/python -m pytest tests/fuzz -s
 
 clean:
 	rm -rf $(VENV) build

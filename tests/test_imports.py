@@ -48,6 +48,10 @@ def test_commands_that_need_nothing_load_nothing(tmp_path: Path) -> None:
         "calibrate",
         "replan",
         "play",
+        "sign",
+        "verify-signature",
+        "bom",
+        "card",
     )
     light = [["--help"], ["--version"], *([name, "--help"] for name in named), ["cache"]]
     light += [["schema", "recipe"], ["schema", "manifest"], ["recipes"], ["devices", "--json"]]

@@ -73,7 +73,10 @@ def read_program(package: Path) -> dict[str, Function]:
     if spec.WhichOneof("Type") != "mlProgram":
         raise MalformedError(f"is a {spec.WhichOneof('Type')} model, not an ML program; convert it to one")
     reader = _Reader(folder)
-    return {name: reader.function(name, f) for name, f in spec.mlProgram.functions.items()}
+    try:
+        return {name: reader.function(name, f) for name, f in spec.mlProgram.functions.items()}
+    except (LookupError, ValueError, TypeError, OverflowError) as e:  # a message that lacks what every program has
+        raise MalformedError(f"has a program that cannot be read: {' '.join(str(e).split())}") from e
 
 
 class _Reader:
@@ -113,6 +116,8 @@ class _Reader:
         sizes = tuple(int(s) for s in shape if s is not None)
         if value.WhichOneof("value") == "blobFileValue":
             name = value.blobFileValue.fileName.removeprefix("@model_path/")
+            if name.startswith("/") or ".." in name.split("/"):
+                raise MalformedError(f"weight file '{name}' is outside the package")
             if name not in self._files:
                 self._files[name] = WeightFile(self._folder / name)
             return Constant(dtype, sizes, source=self._files[name], offset=value.blobFileValue.offset)

@@ -37,6 +37,8 @@ def read_model(package: Path) -> tuple[Any, Path]:
     manifest = json.loads((package / "Manifest.json").read_text(encoding="utf-8"))
     entry = manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]
     path = package / DATA / entry["path"]
+    if not path.resolve().is_relative_to(package.resolve()):
+        raise ValueError(f"'{entry['path']}' is outside the package")
     model = schema("Model_pb2").Model()
     model.ParseFromString(path.read_bytes())
     return model, path.parent

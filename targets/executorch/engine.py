@@ -58,7 +58,7 @@ class ExecuTorchEngine:
     def _opened(self) -> Program:
         try:
             with quiet(alone=False):  # the runtime describes the CPU when it first starts
-                return Runtime.get().load_program(self._path, verification=Verification.Minimal)
+                return Runtime.get().load_program(self._path, verification=Verification.InternalConsistency)
         except RuntimeError as e:
             raise LoweringError(f"'{self._path.name}' is not a program that ExecuTorch can load: {e}") from e
 

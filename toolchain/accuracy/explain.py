@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from safetensors.torch import load_file
-
 from toolchain.accuracy import goldens
 from toolchain.accuracy.metrics import unscaled
 from toolchain.accuracy.references import run_eager
@@ -15,6 +13,7 @@ from toolchain.errors import BundleError, RecipeError
 from toolchain.formats.bundle import RECIPE_FILE, Bundle, load_bundle
 from toolchain.formats.recipe import Recipe
 from toolchain.formats.recipe_file import load_recipe
+from toolchain.formats.tensors import read_tensors
 from toolchain.ir.calibration import Calibrated
 from toolchain.planning.plan import plan
 from toolchain.planning.resolve import find_weights
@@ -66,7 +65,7 @@ def explain_block(
         BlockWeights(b, checkpoint, aliases, stored=block.weights, calibrated=calibrated) for b in (plain, block)
     )
     engine = open_engine(bundle, component, entry, planned.target)
-    tensors = load_file(bundle.path / entry.goldens.path)
+    tensors = read_tensors(bundle.path / entry.goldens.path)
     found = []
     for function in entry.functions:
         stored = goldens.stored_for(tensors, function)

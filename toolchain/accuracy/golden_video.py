@@ -6,12 +6,13 @@ import math
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from toolchain.accuracy.eager import EagerPipeline
 from toolchain.errors import AccuracyError, RecipeError
 from toolchain.formats import manifest as m
 from toolchain.formats.bundle import Bundle, describe_file
+from toolchain.formats.tensors import read_tensors
 from toolchain.listener import Listener
 from toolchain.planning.plan import Plan
 from toolchain.player import Player
@@ -61,7 +62,7 @@ def make(manifest: m.Manifest, planned: Plan, folder: Path, listener: Listener) 
 def compare(bundle: Bundle, golden: m.GoldenVideo, root: Path) -> float:
     """Play the bundle; PSNR in dB of its video against the golden one, whose file lies in the bundle ``root``."""
     video = to_bytes(Player(bundle, warn=lambda _: None).video(golden.prompt, golden.seed))
-    return psnr(video, load_file(root / golden.file.path)["pixels"])
+    return psnr(video, read_tensors(root / golden.file.path)["pixels"])
 
 
 def require(golden: m.GoldenVideo, psnr_db: float) -> None:

@@ -22,11 +22,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from toolchain.accuracy.metrics import compare, scaled, unscaled
 from toolchain.accuracy.references import Case, Values, Weights, run_eager
 from toolchain.formats.manifest import Accuracy
+from toolchain.formats.tensors import read_tensors
 from toolchain.ir.blocks import Block, Signature
 from toolchain.ir.target import Engine
 from toolchain.player.sampler import gaussian
@@ -147,7 +148,7 @@ def run(
     Raises:
         LoweringError: the artifact fails when run.
     """
-    tensors = load_file(path)
+    tensors = read_tensors(path)
     measured = {}
     for function in functions:
         stored = stored_for(tensors, function)
@@ -164,7 +165,7 @@ def stored_for(tensors: Mapping[str, torch.Tensor], function: str) -> Values:
 
 def relative_error_between(path: Path, signature: Signature, function: str, a: Engine, b: Engine) -> float:
     """Relative error of what ``b`` gives against what ``a`` gives on a function's golden inputs."""
-    tensors = load_file(path)
+    tensors = read_tensors(path)
     stored = stored_for(tensors, function)
     inputs = draw(function, stored, {p.name: p.shape for p in signature.inputs})
     return compare(b(function, inputs), a(function, inputs), math.inf).relative_error

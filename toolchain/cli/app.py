@@ -14,6 +14,7 @@ from toolchain.cli.bundles import diff, inspect, report, verify
 from toolchain.cli.cache import cache
 from toolchain.cli.matrix import build_all
 from toolchain.cli.playing import calibrate, play, replan
+from toolchain.cli.provenance import bom, card, sign, verify_signature
 from toolchain.cli.schema import schema
 from toolchain.cli.searches import quantize, tune
 from toolchain.cli.shipped import devices, recipes
@@ -51,7 +52,8 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 app.command("compile")(compile_)
 app.command("build-all")(build_all)
 built = inspect, verify, diff, report, calibrate, replan, play
-for command in (plan, quantize, tune, *built, cache, recipes, devices, schema):
+given_away = sign, verify_signature, bom, card
+for command in (plan, quantize, tune, *built, *given_away, cache, recipes, devices, schema):
     app.command()(command)
 
 

@@ -66,7 +66,7 @@ def load_bundle(path: str | Path) -> Bundle:
     """Read a bundle's manifest, an older one too. Files are checked by :meth:`Bundle.check_files`.
 
     Raises:
-        BundleError: it is not a bundle, or of a version that this program does not know.
+        BundleError: it is not a bundle, of a version that this program does not know, or has a link that leaves it.
     """
     path = Path(path)
     file = path / FILE_NAME
@@ -83,11 +83,31 @@ def load_bundle(path: str | Path) -> Bundle:
             raise BundleError(
                 f"'{path}' has manifest version {version}, this program knows {FORMAT_VERSION}; update sora-compile"
             )
-        return Bundle(path, Manifest.model_validate(migrated(data)))
+        bundle = Bundle(path, Manifest.model_validate(migrated(data)))
     except ValidationError as e:
         raise BundleError(f"'{file}' is damaged: {explain(e, Manifest)}") from e
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise BundleError(f"'{file}' is damaged: {type(e).__name__}: {' '.join(str(e).split())}") from e
+    _refuse_links(path)
+    return bundle
+
+
+def _refuse_links(root: Path) -> None:
+    """Refuse links that leave a bundle's folder: what is read through them is not the bundle's.
+
+    A hard link is no different from any other file; what it holds is held against its digest.
+
+    Raises:
+        BundleError: names the first.
+    """
+    real = os.path.realpath(root)
+    for folder, folders, files in os.walk(root):
+        for link in (os.path.join(folder, name) for name in sorted((*folders, *files))):  # noqa: PTH118 - thousands
+            if os.path.islink(link) and not os.path.realpath(link).startswith(real + os.sep):  # noqa: PTH114
+                own = Path(link).relative_to(root).as_posix()
+                raise BundleError(
+                    f"'{root}': '{own}' is a link that leaves the bundle; copy it with its files (cp -rL)"
+                )
 
 
 def describe_file(path: Path, root: Path) -> File:

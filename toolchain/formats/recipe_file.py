@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from toolchain.errors import RecipeError
 from toolchain.formats.recipe import Recipe
-from toolchain.formats.yaml_text import UniqueKeyLoader, read_yaml
+from toolchain.formats.yaml_text import load_yaml, read_yaml
 from toolchain.validation import explain
 
 
@@ -88,8 +88,8 @@ def _override(data: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise RecipeError(f"--set {override}: expected key=value, such as sampler.steps=20")
     try:
-        value = text if _names_passes(key, text) else yaml.load(text, Loader=UniqueKeyLoader)
-    except (yaml.YAMLError, RecursionError) as e:
+        value = text if _names_passes(key, text) else load_yaml(text)
+    except yaml.YAMLError as e:
         raise RecipeError(f"--set {override}: the value is not YAML") from e
     set_key(data, key, value, f"--set {override}")
 

@@ -26,6 +26,30 @@ class UniqueKeyLoader(yaml.SafeLoader):
             seen.add(key)
         return super().construct_mapping(node, deep)
 
+    def get_single_node(self) -> Any:
+        """The document, if what its aliases stand for is not far more than what is written."""
+        node = super().get_single_node()
+        _expanded(node, {})
+        return node
+
+
+MOST_NODES = 100_000
+"""Of a document with aliases written out: recipes have hundreds, and whoever reads one walks over all."""
+
+
+def _expanded(node: yaml.Node | None, known: dict[yaml.Node, int]) -> int:
+    """Number of nodes with aliases written out; ``known`` has 0 for nodes that are being counted."""
+    if node is None or isinstance(node, yaml.ScalarNode):
+        return 1
+    if node not in known:
+        known[node] = 0
+        parts = [p for pair in node.value for p in pair] if isinstance(node, yaml.MappingNode) else node.value
+        known[node] = 1 + sum(_expanded(part, known) for part in parts)
+    if not 0 < known[node] <= MOST_NODES:
+        what = "is within itself" if not known[node] else f"stands for more than {MOST_NODES} values"
+        raise yaml.constructor.ConstructorError(None, None, f"a part {what}", node.start_mark)
+    return known[node]
+
 
 class QuotingDumper(yaml.SafeDumper):
     """Puts text that looks like a number in quotes, by the same rule."""
@@ -34,6 +58,20 @@ class QuotingDumper(yaml.SafeDumper):
 # YAML 1.1 wants a dot in every float; JSON, YAML 1.2 and people do not
 for _yaml in (UniqueKeyLoader, QuotingDumper):
     _yaml.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
+
+
+def load_yaml(text: str) -> Any:
+    """What a text says, as plain data.
+
+    Raises:
+        YAMLError: it is no YAML, nested too deeply, or has a number or a date that is none.
+    """
+    try:
+        return yaml.load(text, Loader=UniqueKeyLoader)
+    except RecursionError as e:
+        raise yaml.YAMLError("it is nested too deeply") from e
+    except (ValueError, OverflowError, TypeError, AttributeError) as e:  # of what looks like a number, a date, a merge
+        raise yaml.YAMLError(f"a value is not what it looks like: {e}") from e
 
 
 def read_yaml(path: Path, where: str | None = None) -> Any:
@@ -47,16 +85,18 @@ def read_yaml(path: Path, where: str | None = None) -> Any:
     """
     where = where or str(path)
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeyLoader)
+        text = path.read_text(encoding="utf-8")
+    except OSError as e:
+        raise RecipeError(f"{where}: cannot be read: {e.strerror or e}") from e
+    except UnicodeDecodeError as e:
+        raise RecipeError(f"{where}: cannot be read: {' '.join(str(e).split())}") from e
+    try:
+        return load_yaml(text)
     except yaml.MarkedYAMLError as e:
         line = f":{e.problem_mark.line + 1}" if e.problem_mark else ""
         raise RecipeError(f"{where}{line}: not YAML: {e.problem}") from e
-    except OSError as e:
-        raise RecipeError(f"{where}: cannot be read: {e.strerror or e}") from e
-    except (UnicodeDecodeError, yaml.YAMLError) as e:
+    except yaml.YAMLError as e:
         raise RecipeError(f"{where}: cannot be read: {' '.join(str(e).split())}") from e
-    except RecursionError as e:
-        raise RecipeError(f"{where}: cannot be read: it is nested too deeply") from e
 
 
 def first_comment(path: Path) -> str:

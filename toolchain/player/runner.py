@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
-from safetensors.torch import load_file
 
 from toolchain.errors import BundleError
 from toolchain.formats.bundle import Bundle
 from toolchain.formats.manifest import BlockEntry
+from toolchain.formats.tensors import read_tensors
 from toolchain.ir.dtypes import DTYPES
 from toolchain.ir.feeds import Given
 from toolchain.player.feeding import Fed, feed_inputs
@@ -37,7 +37,7 @@ class ComponentRunner:
         self._values: dict[str, torch.Tensor] = {}
         self._tables: dict[str, torch.Tensor] = {}
         if self.entry.tables_file is not None:
-            self._tables = load_file(bundle.path / self.entry.tables_file.path)
+            self._tables = read_tensors(bundle.path / self.entry.tables_file.path)
             self._values |= {f"tables.{k}": v for k, v in self._tables.items()}
 
     def run(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from itertools import groupby
 from typing import Any
 
@@ -10,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from toolchain.formats.bom import stored_bytes
 from toolchain.formats.bundle import Bundle
 from toolchain.formats.manifest import BlockEntry, Component, Manifest
 from toolchain.formats.sampling import SamplerEntry
@@ -30,12 +30,9 @@ def bundle_json(bundle: Bundle) -> dict[str, Any]:
 
 def _sizes(component: Component) -> dict[str, Any]:
     """Bytes of a component: of its weights by how they are stored, and of the artifacts that hold them."""
-    stored: Counter[str] = Counter()
-    for block in component.blocks:
-        stored.update(block.weight_bytes)
     return {
         "parameters": sum(b.parameters for b in component.blocks),
-        "bytes_by_storage": dict(sorted(stored.items())),
+        "bytes_by_storage": stored_bytes(component),
         "artifact_bytes": sum(f.bytes for b in component.blocks for f in b.files),
     }
 

@@ -349,7 +349,7 @@ def _open_files(location: str, root: Path, files: tuple[Path, ...]) -> Checkpoin
 def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise CheckpointError(f"cannot read '{path}' as JSON: {e}") from e
 
 

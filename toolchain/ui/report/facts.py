@@ -15,7 +15,7 @@ from toolchain.formats.bundle import Bundle
 from toolchain.formats.loading import Loading, loads_of
 from toolchain.formats.manifest import Accuracy, BlockEntry, Component, File, Gate, Geometry, GoldenVideo, Stage
 from toolchain.formats.sampling import SamplerEntry
-from toolchain.formats.yaml_text import UniqueKeyLoader
+from toolchain.formats.yaml_text import load_yaml
 from toolchain.ir.blocks import Block
 from toolchain.ir.target import distinct_functions
 from toolchain.planning.plan import ComponentPlan, Plan
@@ -187,8 +187,8 @@ def _text(bundle: Bundle, file: File) -> str:
 def _checkpoints(recipe: str, components: Sequence[str]) -> Iterator[Checkpoint]:
     """Checkpoints as a bundle's recipe pins them. It is read as plain data: its model family need not be installed."""
     try:
-        data = yaml.load(recipe, Loader=UniqueKeyLoader)
-    except (yaml.YAMLError, RecursionError):
+        data = load_yaml(recipe)
+    except yaml.YAMLError:
         return  # the recipe is shown as it is
     for name in components:
         part = data.get(name) if isinstance(data, dict) else None
