@@ -167,11 +167,12 @@ def test_the_bill_of_materials_is_one(path: Path) -> None:
     assert {t["name"]: t["version"] for t in data["metadata"]["tools"]["components"]} == bundle.manifest.tools
 
 
-def test_the_bill_of_materials_comes_from_the_manifest_alone(path: Path, tmp_path: Path) -> None:
+def test_the_bill_of_materials_comes_from_the_manifest_and_the_recipe(path: Path, tmp_path: Path) -> None:
     text = bill_of_materials(toolchain.load_bundle(path))
     assert "licenses" not in text
     (tmp_path / "other").mkdir()
-    shutil.copy(path / "manifest.json", tmp_path / "other")
+    for name in ("manifest.json", "recipe.yaml"):
+        shutil.copy(path / name, tmp_path / "other")
     assert bill_of_materials(toolchain.load_bundle(tmp_path / "other")) == text
     manifest = json.loads((path / "manifest.json").read_text())
     (path / "manifest.json").write_text(json.dumps(manifest, indent=1))
@@ -195,6 +196,10 @@ def test_the_card(path: Path) -> None:
         row = next(line for line in body.splitlines() if line.startswith(f"| {name} "))
         assert (f"{max(errors):.2g}" if errors else "not measured") in row
     assert "license" not in model_card(bundle).split("---\n", 2)[1]
+    recipe = {name: {"license": "MIT"} for name in bundle.manifest.components}
+    (bundle.path / bundle.manifest.recipe.path).write_text(yaml.safe_dump(recipe))
+    assert "license: mit" in model_card(bundle).split("---\n", 2)[1]
+    assert bill_of_materials(bundle, {"transformer": "Apache-2.0"}).count('"expression": "MIT"') == len(recipe) - 1
 
 
 def test_links_that_leave_a_bundle_are_refused(path: Path, tmp_path: Path) -> None:

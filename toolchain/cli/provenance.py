@@ -11,7 +11,7 @@ from toolchain.cli.options import BundleArgument, JsonOption, VerboseOption
 
 LicenseOption = Annotated[
     list[str],
-    typer.Option("--license", metavar="COMPONENT=SPDX", help="A checkpoint's licence: transformer=Apache-2.0."),
+    typer.Option("--license", metavar="COMPONENT=SPDX", help="A checkpoint's licence, if the recipe states none."),
 ]
 FileOption = Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write it there instead.")]
 
@@ -76,7 +76,7 @@ def bom(
     licenses: LicenseOption = [],  # noqa: B006 - typer copies it
     verbose: VerboseOption = False,
 ) -> None:
-    """Print a bundle's bill of materials (CycloneDX 1.6), from its manifest alone."""
+    """Print a bundle's bill of materials (CycloneDX 1.6), from its manifest and recipe."""
     from toolchain.ui.console import Console
 
     with Console(False, verbose):
@@ -92,7 +92,7 @@ def card(
     licenses: LicenseOption = [],  # noqa: B006 - typer copies it
     verbose: VerboseOption = False,
 ) -> None:
-    """Print a bundle's model card (Markdown), from its manifest alone."""
+    """Print a bundle's model card (Markdown), from its manifest and recipe."""
     from toolchain.ui.console import Console
 
     with Console(False, verbose):

@@ -1,4 +1,4 @@
-"""A bundle's bill of materials: CycloneDX 1.6 for machine learning, as JSON, from the manifest alone.
+"""A bundle's bill of materials: CycloneDX 1.6 for machine learning, as JSON, from its manifest and recipe.
 
 The same manifest gives the same bytes: there is no time in it, and its serial number comes from the manifest's digest.
 """
@@ -14,6 +14,7 @@ from typing import Any
 from toolchain.errors import RecipeError
 from toolchain.formats.bundle import Bundle
 from toolchain.formats.manifest import FILE_NAME, BlockEntry, Component, File
+from toolchain.formats.yaml_text import read_yaml
 from toolchain.system.store import digest
 
 SCHEMA = "http://cyclonedx.org/schema/bom-1.6.schema.json"
@@ -24,13 +25,12 @@ def bill_of_materials(bundle: Bundle, licenses: Mapping[str, str] | None = None)
     """The bundle's components with their files, digests, measured accuracy and what they were made with, as JSON text.
 
     Args:
-        licenses: SPDX expressions by component; a manifest does not say what a checkpoint's licence is, so a component
-            that is not named has none.
+        licenses: SPDX expressions by component, beside those that the bundle's recipe states.
 
     Raises:
         RecipeError: the bundle has no such component.
     """
-    licenses = checked_licenses(bundle, licenses or {})
+    licenses = all_licenses(bundle, licenses or {})
     m = bundle.manifest
     sha256 = digest(bundle.path / FILE_NAME)
     others = [m.recipe, *([m.text.tokenizer] if m.text else []), *([m.golden.file] if m.golden else [])]
@@ -61,16 +61,19 @@ def bill_of_materials(bundle: Bundle, licenses: Mapping[str, str] | None = None)
     return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
 
 
-def checked_licenses(bundle: Bundle, licenses: Mapping[str, str]) -> Mapping[str, str]:
-    """``licenses``, if all are of components that the bundle has.
+def all_licenses(bundle: Bundle, licenses: Mapping[str, str]) -> dict[str, str]:
+    """The checkpoints' licences by component: ``licenses``, and for the others what the bundle's recipe states.
 
     Raises:
-        RecipeError: the bundle has no such component.
+        RecipeError: the bundle has no such component, or its recipe cannot be read.
     """
     if unknown := sorted(licenses.keys() - bundle.manifest.components.keys()):
         have = ", ".join(bundle.manifest.components)
         raise RecipeError(f"--license {unknown[0]}: the bundle has no such component, only {have}")
-    return licenses
+    recipe = read_yaml(bundle.path / bundle.manifest.recipe.path)
+    parts = {name: recipe.get(name) for name in bundle.manifest.components} if isinstance(recipe, dict) else {}
+    stated = {name: part.get("license") for name, part in parts.items() if isinstance(part, dict)}
+    return {name: text for name, text in stated.items() if isinstance(text, str)} | dict(licenses)
 
 
 def component_files(component: Component) -> list[File]:

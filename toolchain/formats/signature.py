@@ -34,8 +34,8 @@ def sign_bundle(path: Path, key: Path | None) -> Path:
 
     Raises:
         BundleError: the bundle is damaged, or has a link or something else in it that cannot be signed.
-        RecipeError: the key cannot be used, or the package is not installed.
-        ResourceError: the signature cannot be written, or Sigstore does not sign.
+        RecipeError: the key cannot be used.
+        ResourceError: the signature cannot be written, Sigstore does not sign, or the package is not installed.
     """
     load_bundle(path).check_files()
     library = _library()
@@ -66,7 +66,8 @@ def verify_signature(path: Path, by: Path | Signer) -> None:
 
     Raises:
         BundleError: there is no signature, another has signed, or a file was changed, added or removed.
-        RecipeError: the key cannot be used, or the package is not installed.
+        RecipeError: the key cannot be used.
+        ResourceError: the package is not installed.
     """
     signature = path / SIGNATURE_FILE
     if not signature.is_file():
@@ -89,7 +90,7 @@ def _library() -> Any:
         import model_signing.signing
         import model_signing.verifying
     except ImportError as e:
-        raise RecipeError("signatures need the package model-signing; pip install 'sora-compile[signing]'") from e
+        raise ResourceError("signatures need 'model-signing': pip install 'sora-compile[signing]'") from e
     return model_signing
 
 

@@ -1,4 +1,4 @@
-"""A bundle's model card: Markdown with the front matter that model hubs read, from the manifest alone."""
+"""A bundle's model card: Markdown with the front matter that model hubs read, from its manifest and recipe."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import yaml
 
-from toolchain.formats.bom import checked_licenses, component_files, stored_bytes
+from toolchain.formats.bom import all_licenses, component_files, stored_bytes
 from toolchain.formats.bundle import Bundle
 from toolchain.formats.manifest import Component
 from toolchain.formats.yaml_text import QuotingDumper
@@ -24,7 +24,7 @@ def model_card(bundle: Bundle, licenses: Mapping[str, str] | None = None) -> str
     Raises:
         RecipeError: the bundle has no such component.
     """
-    licenses = checked_licenses(bundle, licenses or {})
+    licenses = all_licenses(bundle, licenses or {})
     m = bundle.manifest
     g = m.geometry
     size = readable_size(sum(f.bytes for f in bundle.files()))
