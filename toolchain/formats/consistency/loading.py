@@ -1,0 +1,79 @@
+"""What loading was planned for, against the blocks and calls that there are, and the prediction against the plan."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+
+from toolchain.formats.loading import WholeRunData, loads_of
+from toolchain.formats.manifest import Manifest
+
+
+def check_loading(manifest: Manifest) -> None:
+    """Hold the run that a plan was made from, and its prediction, against the rest of the manifest.
+
+    Raises:
+        ValueError: names the key.
+    """
+    loading = manifest.loading
+    budget = loading.plan["budget_bytes"]
+    if manifest.memory_budget_bytes not in (None, budget):
+        raise ValueError(f"loading.plan.budget_bytes: {budget}, but memory_budget_bytes {manifest.memory_budget_bytes}")
+    weights = {
+        f"{name}/{b.name}": sum(b.weight_bytes.values()) for name, c in manifest.components.items() for b in c.blocks
+    }
+    if unknown := loads_of(loading.plan).keys() - weights.keys():
+        raise ValueError(f"loading.plan: it loads '{min(unknown)}', which is no block")
+    if loading.made_from is not None:
+        _check_run(manifest, loading.made_from.run, weights)
+    if (loading.made_from is None) != (loading.prediction is None):
+        raise ValueError("loading: there is one of prediction and made_from, and not the other")
+    if loading.prediction is not None:
+        said, loads = loading.prediction, loads_of(loading.plan)
+        expected = sum(weights[block] * n for block, n in loads.items())
+        if said.loads_bytes != expected:
+            raise ValueError(
+                f"loading.prediction.loads_bytes: {said.loads_bytes}, but the plan's loads have {expected}"
+            )
+        if said.peak_bytes > budget:
+            raise ValueError(f"loading.prediction.peak_bytes: {said.peak_bytes} is over the plan's budget of {budget}")
+
+
+def _check_run(manifest: Manifest, run: WholeRunData, weights: dict[str, int]) -> None:
+    where = "loading.made_from.run"
+    own = [b["name"] for b in run["blocks"]]
+    if len(set(own)) != len(own):
+        raise ValueError(f"{where}.blocks: a block is there twice")
+    for block in run["blocks"]:
+        if block["weight_bytes"] != weights.get(block["name"]):
+            raise ValueError(
+                f"{where}.blocks: '{block['name']}' has {block['weight_bytes']} bytes of weights, but the component's "
+                f"block {weights.get(block['name'], 'is not there')}"
+            )
+    for place, (mine, asked) in enumerate(itertools.zip_longest(_calls(run), manifest.calls())):
+        if mine != asked:
+            raise ValueError(f"{where}.phases: call {place} is {mine}, but the video's is {asked}")
+    if missing := {block for block, _ in manifest.calls()} - set(own):
+        raise ValueError(f"{where}.blocks: '{min(missing)}' is called, and not there")
+    budget = manifest.loading.plan["budget_bytes"]
+    predicted = 0.0
+    for phase in run["phases"]:
+        for call in phase["calls"]:
+            held = call["activation_bytes"] + call["live_bytes"]
+            if held > budget:
+                raise ValueError(
+                    f"{where}.phases: a call of '{call['block']}' holds {held} bytes, over the plan's budget"
+                )
+            predicted += phase["times"] * call["compute_s"]
+    said = manifest.loading.prediction
+    if said is not None and not math.isclose(said.compute_s, predicted, rel_tol=1e-6, abs_tol=1e-9):
+        raise ValueError(f"loading.prediction.compute_s: {said.compute_s}, but the run's calls take {predicted}")
+
+
+def _calls(run: WholeRunData) -> Iterator[tuple[str, str]]:
+    for phase in run["phases"]:
+        if not phase["calls"]:
+            raise ValueError(f"loading.made_from.run.phases: '{phase['name']}' has no calls")
+        for _ in range(phase["times"]):
+            yield from ((call["block"], call["function"]) for call in phase["calls"])
