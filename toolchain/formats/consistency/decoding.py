@@ -1,4 +1,4 @@
-"""Decoding from latents to pixels: pieces against the frames there are, and frames against what blocks take and give."""
+"""Decoding from latents to pixels: pieces against the frames there are, frames against what blocks take and give."""
 
 from __future__ import annotations
 

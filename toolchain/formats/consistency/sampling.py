@@ -1,4 +1,4 @@
-"""The sampler's numbers: timesteps against each other and against what every step moves, predictions against latents."""
+"""The sampler's numbers: timesteps against one another and against every step's dt, predictions against latents."""
 
 from __future__ import annotations
 
