@@ -52,8 +52,10 @@ def test_it_is_of_todays_version(manifest: Manifest) -> None:
     assert Manifest.model_validate(manifest.model_dump(mode="json")) == manifest
 
 
-def test_a_manifest_without_a_version_is_the_first(tmp_path: Path, manifest: Manifest) -> None:
-    assert read(tmp_path, old(lambda m: m.pop("format_version"))) == manifest
+def test_a_manifest_without_a_version(tmp_path: Path, manifest: Manifest) -> None:
+    today = manifest.model_dump(mode="json", exclude={"format_version"})
+    for data in (old(lambda m: m.pop("format_version")), today):
+        assert refused(tmp_path, data).endswith("manifest.json' is damaged: KeyError: 'format_version'")
 
 
 def test_todays_is_left_alone(tmp_path: Path, manifest: Manifest) -> None:

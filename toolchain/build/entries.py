@@ -177,6 +177,7 @@ def manifest(
         mode = "interface"
     precisions = {plan.target.arithmetic(b) for plan in planned.components.values() for b in plan.blocks}
     return m.Manifest(
+        format_version=m.FORMAT_VERSION,
         name=recipe.name,
         model=recipe.model,
         target=m.TargetEntry(name=target.name, options=target.config.model_dump(mode="json")),

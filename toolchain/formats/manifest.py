@@ -327,7 +327,7 @@ class TargetEntry(Entry):
 class Manifest(Entry):
     """The whole bundle."""
 
-    format_version: Literal[7] = 7
+    format_version: Literal[7]
     name: str
     model: str
     target: TargetEntry

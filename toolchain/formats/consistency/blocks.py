@@ -72,6 +72,9 @@ def _check_figures(where: str, block: BlockEntry) -> None:
             _check_function(f"{where}.{what}", block, function)
             if min(a.relative_error, a.max_abs, a.limit) < 0 or abs(a.cosine) > 1.001:
                 raise ValueError(f"{where}.{what}.{function}: an error is negative, or a cosine beyond 1")
+    executed = [sorted(own) if own is not None else None for own in (block.accuracy, block.activations)]
+    if executed[0] != executed[1]:
+        raise ValueError(f"{where}: accuracy is of functions {executed[0]}, but activations of {executed[1]}")
     for function, ranges in (block.activations or {}).items():
         _check_function(f"{where}.activations", block, function)
         if ranges.low > ranges.high:

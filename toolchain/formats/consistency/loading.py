@@ -5,9 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from typing import Final
 
 from toolchain.formats.loading import WholeRunData, loads_of
 from toolchain.formats.manifest import Manifest
+
+SAME: Final = 1e-6
+"""Sums of seconds may differ so far, in the order of adding."""
 
 
 def check_loading(manifest: Manifest) -> None:
@@ -29,8 +33,14 @@ def check_loading(manifest: Manifest) -> None:
         _check_run(manifest, loading.made_from.run, weights)
     if (loading.made_from is None) != (loading.prediction is None):
         raise ValueError("loading: there is one of prediction and made_from, and not the other")
-    if loading.prediction is not None:
+    if loading.prediction is not None and loading.made_from is not None:
         said, loads = loading.prediction, loads_of(loading.plan)
+        load_s = {b["name"]: b["load_s"] for b in loading.made_from.run["blocks"]}
+        if unknown := loads.keys() - load_s.keys():
+            raise ValueError(f"loading.plan: it loads '{min(unknown)}', which made_from.run does not know")
+        _check_seconds("load_s", said.load_s, sum(load_s[block] * n for block, n in loads.items()))
+        if not max(said.compute_s, said.stalls_s, said.bound_s) <= said.total_s * (1 + SAME):
+            raise ValueError(f"loading.prediction.total_s: {said.total_s} is less than compute_s, stalls_s or bound_s")
         expected = sum(weights[block] * n for block, n in loads.items())
         if said.loads_bytes != expected:
             raise ValueError(
@@ -66,9 +76,13 @@ def _check_run(manifest: Manifest, run: WholeRunData, weights: dict[str, int]) -
                     f"{where}.phases: a call of '{call['block']}' holds {held} bytes, over the plan's budget"
                 )
             predicted += phase["times"] * call["compute_s"]
-    said = manifest.loading.prediction
-    if said is not None and not math.isclose(said.compute_s, predicted, rel_tol=1e-6, abs_tol=1e-9):
-        raise ValueError(f"loading.prediction.compute_s: {said.compute_s}, but the run's calls take {predicted}")
+    if manifest.loading.prediction is not None:
+        _check_seconds("compute_s", manifest.loading.prediction.compute_s, predicted)
+
+
+def _check_seconds(key: str, said: float, expected: float) -> None:
+    if not math.isclose(said, expected, rel_tol=SAME, abs_tol=SAME):
+        raise ValueError(f"loading.prediction.{key}: {said}, but by made_from.run it is {expected}")
 
 
 def _calls(run: WholeRunData) -> Iterator[tuple[str, str]]:
