@@ -6,6 +6,7 @@ import math
 
 from toolchain.formats.consistency.names import check_names
 from toolchain.formats.consistency.numbers import check_shape
+from toolchain.formats.consistency.shapes import result
 from toolchain.formats.manifest import BlockEntry, Component, Manifest
 from toolchain.ir.dtypes import DTYPES
 
@@ -19,8 +20,9 @@ def check_blocks(manifest: Manifest) -> None:
     check_names("components", manifest.components, "/.")
     for name, component in manifest.components.items():
         where = f"components.{name}"
+        check_names(f"{where}.blocks", (b.name for b in component.blocks))
+        check_names(f"{where}.blocks: outputs", (f"{b.name}.{o.name}" for b in component.blocks for o in b.outputs))
         _check_component(where, component)
-        check_names(f"{where}.blocks", (b.name for b in component.blocks), "/.")
         for block in component.blocks:
             own = f"{where}.blocks.{block.name}"
             check_names(f"{own}.functions", block.functions)
@@ -38,9 +40,8 @@ def _check_component(where: str, component: Component) -> None:
     for name, size in component.dims.items():
         if size < 1:
             raise ValueError(f"{where}.dims.{name}: {size} is below 1")
-    rates = {b.name: b.rate for b in component.blocks}
     for output in component.outputs:
-        if rates[output.source.partition(".")[0]] != output.rate:
+        if result(component, output.source)[0].rate != output.rate:
             raise ValueError(f"{where}.outputs: '{output.source}' does not come at rate '{output.rate}'")
     bytes_ = 0
     for table in component.tables:

@@ -35,9 +35,7 @@ def asked_functions(manifest: Manifest, name: str) -> dict[str, list[str]]:
 
 def result(component: Component, source: str) -> tuple[BlockEntry, TensorSpec]:
     """The block and the port of a ``BLOCK.OUTPUT`` that there is."""
-    name, _, port = source.partition(".")
-    block = next(b for b in component.blocks if b.name == name)
-    return block, next(o for o in block.outputs if o.name == port)
+    return next((b, o) for b in component.blocks for o in b.outputs if f"{b.name}.{o.name}" == source)
 
 
 def rate_order(component: Component, rate: str) -> list[str]:
