@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from toolchain.formats.bundle import Bundle, describe_file, load_bundle
+from toolchain.formats.loading import loads_of
 from toolchain.ir.target import Engine
 from toolchain.player.following import followed
 from toolchain.player.loader import Loader
@@ -60,8 +61,8 @@ def renamed(value: Any, old: str, new: str) -> Any:
     return new + value.removeprefix(old) if value == old or str(value).startswith(f"{old}.") else value
 
 
-def streamed(loading: dict[str, Any]) -> dict[str, Any]:
-    """The loading of a bundle in which nothing stays: each run loads first."""
+def streamed(loading: dict[str, Any], budget: int) -> dict[str, Any]:
+    """The loading of a bundle in which nothing stays: each run loads first; its budget is said to be kept."""
     sections = [
         {
             "times": section["times"],
@@ -74,7 +75,11 @@ def streamed(loading: dict[str, Any]) -> dict[str, Any]:
         }
         for section in loading["plan"]["sections"]
     ]
-    return loading | {"plan": loading["plan"] | {"sections": sections}}
+    plan = loading["plan"] | {"sections": sections, "budget_bytes": budget}
+    blocks = {b["name"]: b for b in loading["made_from"]["run"]["blocks"]}
+    loads_bytes, load_s = (sum(blocks[b][k] * n for b, n in loads_of(plan).items()) for k in ("weight_bytes", "load_s"))
+    said = {"loads_bytes": loads_bytes, "load_s": load_s, "peak_bytes": budget}
+    return loading | {"plan": plan, "prediction": loading["prediction"] | said}
 
 
 def moving_square() -> torch.Tensor:
@@ -91,8 +96,9 @@ def make_hostile(data: dict[str, Any], folder: Path) -> None:
     data["name"] = data["model"] = HOSTILE
     data["tools"][HOSTILE] = HOSTILE
     component = data["components"]["transformer"]
-    data["loading"] = renamed(streamed(data["loading"]), "pair_0", f"{HOSTILE}pair")
-    data["memory_budget_bytes"] = sum(sum(b["weight_bytes"].values()) for b in component["blocks"]) // 2
+    budget = sum(sum(b["weight_bytes"].values()) for b in component["blocks"]) // 2
+    data["loading"] = renamed(streamed(data["loading"], budget), "pair_0", f"{HOSTILE}pair")
+    data["memory_budget_bytes"] = budget
     recipe = folder / data["recipe"]["path"]
     recipe.write_text(recipe.read_text() + f"# {HOSTILE}\n")
     data["recipe"] = describe_file(recipe, folder).model_dump(mode="json")
