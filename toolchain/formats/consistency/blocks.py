@@ -32,7 +32,7 @@ def check_blocks(manifest: Manifest) -> None:
 
 
 def _check_component(where: str, component: Component) -> None:
-    check_names(f"{where}.inputs", (i.name for i in component.inputs))
+    check_names(f"{where}.inputs", (f"{i.rate} {i.name}" for i in component.inputs))
     check_names(f"{where}.tables", (t.name for t in component.tables))
     check_names(f"{where}.outputs", (f"{o.rate} {o.gives}" for o in component.outputs))
     for given in component.inputs:

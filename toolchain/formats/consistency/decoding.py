@@ -50,7 +50,8 @@ class _Followed:
         outputs = [o for o in vae.results(gives) if o.rate == stage.rate]
         if len(inputs) != 1 or len(outputs) != 1:
             raise ValueError(f"{where}: the blocks of rate '{stage.rate}' do not take frames and give {gives}")
-        takers = [(b, p) for b in vae.blocks for p in b.inputs if p.source == f"inputs.{inputs[0].name}"]
+        own = [b for b in vae.blocks if b.rate == stage.rate]
+        takers = [(b, p) for b in own for p in b.inputs if p.source == f"inputs.{inputs[0].name}"]
         if not takers:
             raise ValueError(f"{where}: no block takes '{inputs[0].name}'")
         taken = self._frames(shape_in(vae, *takers[0], piece.function), where)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import cast
 
 from toolchain.formats.calls import Rate
-from toolchain.formats.manifest import BlockEntry, Component, Manifest, TensorSpec
+from toolchain.formats.manifest import BlockEntry, Component, ComponentInput, Manifest, TensorSpec
 
 
 def shape_in(component: Component, block: BlockEntry, port: TensorSpec, asked: str) -> list[int]:
@@ -36,6 +36,12 @@ def asked_functions(manifest: Manifest, name: str) -> dict[str, list[str]]:
 def result(component: Component, source: str) -> tuple[BlockEntry, TensorSpec]:
     """The block and the port of a ``BLOCK.OUTPUT`` that there is."""
     return next((b, o) for b in component.blocks for o in b.outputs if f"{b.name}.{o.name}" == source)
+
+
+def input_of(component: Component, name: str, rate: str) -> ComponentInput:
+    """What a block of a rate takes as ``inputs.NAME``: the input of its own rate, if there are several."""
+    named = [i for i in component.inputs if i.name == name]
+    return next((i for i in named if i.rate == rate), named[0])
 
 
 def rate_order(component: Component, rate: str) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from toolchain.formats.consistency.shapes import asked_functions, rate_order, result, shape_in
+from toolchain.formats.consistency.shapes import asked_functions, input_of, rate_order, result, shape_in
 from toolchain.formats.manifest import BlockEntry, Component, InputSpec, Manifest
 from toolchain.ir.dtypes import DTYPES
 
@@ -44,9 +44,14 @@ class _Wire:
             self._check_block()
 
     def _check_input(self, name: str) -> None:
-        given = next(i for i in self.component.inputs if i.name == name)
+        given = input_of(self.component, name, self.block.rate)
         self._comes_before(given.rate)
-        takers = [(b, p) for b in self.component.blocks for p in b.inputs if p.source == self.port.source]
+        takers = [
+            (b, p)
+            for b in self.component.blocks
+            for p in b.inputs
+            if p.source == self.port.source and input_of(self.component, name, b.rate) is given
+        ]
         for function in self.asked[self.block.rate]:
             # it is made in the shape that the first block which takes it has then
             fed = function if given.rate == self.block.rate else self.component.default_function
