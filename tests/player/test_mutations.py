@@ -25,11 +25,11 @@ HARMLESS = {
     "what is for people": r"name|model|tools.*|gate\..*|components\.\w+\.(config|dims|passes).*"
     r"|.*\.(structure|parameters|int8_inputs|weight_bytes\.\w+|activations.*|accuracy.*|quantiz.*)"
     r"|loading\.(prediction|made_from)\..*|.*\.memory(\..*)?|golden.*",
-    "what the target or the files' check refuses": r"target.*|.*\.(sha256|bytes|path)|.*\.precision",
+    "what the target or the files' check refuses": r"target.*|.*\.(sha256|bytes|path|precision)|.*\.blocks\.\*\.(in|out)puts\.\*\.name",
     "what is said once": r"geometry\.fps|sampler\.(guidance|leap.*|steps\.\*\.timestep)|text\.suffixes.*|text\.cleaning"
     r"|.*\.feed(\.value)?|memory_budget_bytes|loading\.plan\.budget_bytes|.*\.function",
     "what is the same in another order": r".*\.(blocks|inputs|outputs|tables|functions|files|events)(\.\*)?",
-    "what has a default": r".*\.(kind|noise|once|each|time_scale|rate|default_function|other_shapes|blending)",
+    "what has a default": r".*\.(kind|noise|once|each|time_scale|rate|default_function|other_shapes|blending|tiles)",
 }
 """Keys whose values may be others in a manifest that opens, and why."""
 
@@ -103,7 +103,7 @@ CONTRADICTIONS: dict[str, tuple[Change, str]] = {
     ),
     "an input that is wired elsewhere": (
         lambda m: block(m, "transformer", 2)["inputs"][4].update(source="caption.text"),
-        "components.transformer.blocks.pair_0.inputs.x: 'base' takes",
+        "components.transformer.blocks.pair_0.inputs.x: 'merged' takes",
     ),
     "a circle": (
         lambda m: block(m, "transformer", 2)["inputs"][4].update(source="pair_0.x_out"),
