@@ -25,11 +25,13 @@ HARMLESS = {
     "what is for people": r"name|model|tools.*|gate\..*|components\.\w+\.(config|dims|passes).*"
     r"|.*\.(structure|parameters|int8_inputs|weight_bytes\.\w+|activations.*|accuracy.*|quantiz.*)"
     r"|loading\.(prediction|made_from)\..*|.*\.memory(\..*)?|golden.*",
-    "what the target or the files' check refuses": r"target.*|.*\.(sha256|bytes|path|precision)|.*\.blocks\.\*\.(in|out)puts\.\*\.name",
+    "what the target or the files' check refuses": r"target.*|.*\.(sha256|bytes|path|precision)"
+    r"|.*\.blocks\.\*\.(in|out)puts\.\*\.name",
     "what is said once": r"geometry\.fps|sampler\.(guidance|leap.*|steps\.\*\.timestep)|text\.suffixes.*|text\.cleaning"
-    r"|.*\.feed(\.value)?|memory_budget_bytes|loading\.plan\.budget_bytes|.*\.function",
+    r"|.*\.feed(\.value)?|memory_budget_bytes|loading\.plan\.budget_bytes",
     "what is the same in another order": r".*\.(blocks|inputs|outputs|tables|functions|files|events)(\.\*)?",
-    "what has a default": r".*\.(kind|noise|once|each|time_scale|rate|default_function|other_shapes|blending|tiles)",
+    "what has a default": r".*\.(kind|noise|once|each|time_scale|rate|default_function|other_shapes|blending"
+    r"|tiles|dtype)",
 }
 """Keys whose values may be others in a manifest that opens, and why."""
 
