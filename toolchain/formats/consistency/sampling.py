@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Final
 
 from toolchain.formats.consistency.inputs import HALVES
@@ -44,10 +43,10 @@ def _check_predictions(manifest: Manifest) -> None:
             f"components.transformer.outputs: {len(outputs)} predictions at rate '{sampler.each}'; needs 1"
         )
     block, port = result(denoiser, outputs[0].source)
-    for step, channels in itertools.product(sampler.steps, [g.latent_channels]):
+    channels, sizes = g.latent_channels, [g.latent_frames, g.latent_height, g.latent_width]
+    for step in sampler.steps:
         shape = shape_in(denoiser, block, port, step.function)
         rows = 1 if step.guidance == "conditional" else HALVES
-        sizes = [g.latent_frames, g.latent_height, g.latent_width]
         if shape not in ([rows, channels, *sizes], [rows, 2 * channels, *sizes]):
             raise ValueError(
                 f"components.transformer.outputs: '{step.function}' predicts {shape}, but by geometry latents are "
