@@ -16,6 +16,9 @@ from safetensors.torch import save_file
 from toolchain.formats.bundle import Bundle, describe_file, load_bundle
 from toolchain.formats.loading import loads_of
 from toolchain.ir.target import Engine
+from toolchain.planning.loading.events import LoadingPlan
+from toolchain.planning.loading.jobs import jobs_of
+from toolchain.planning.loading.run import Run
 from toolchain.player.following import followed
 from toolchain.player.loader import Loader
 from toolchain.player.opening import load_engine, target_of
@@ -61,8 +64,8 @@ def renamed(value: Any, old: str, new: str) -> Any:
     return new + value.removeprefix(old) if value == old or str(value).startswith(f"{old}.") else value
 
 
-def streamed(loading: dict[str, Any], budget: int) -> dict[str, Any]:
-    """The loading of a bundle in which nothing stays: each run loads first; its budget is said to be kept."""
+def streamed(loading: dict[str, Any]) -> dict[str, Any]:
+    """The loading of a bundle in which nothing stays: each run loads first; its budget is its peak."""
     sections = [
         {
             "times": section["times"],
@@ -75,11 +78,12 @@ def streamed(loading: dict[str, Any], budget: int) -> dict[str, Any]:
         }
         for section in loading["plan"]["sections"]
     ]
-    plan = loading["plan"] | {"sections": sections, "budget_bytes": budget}
-    blocks = {b["name"]: b for b in loading["made_from"]["run"]["blocks"]}
+    plan, run = loading["plan"] | {"sections": sections}, loading["made_from"]["run"]
+    budget = jobs_of(Run.from_data(run), LoadingPlan.from_data(plan)).peak_bytes
+    blocks = {b["name"]: b for b in run["blocks"]}
     loads_bytes, load_s = (sum(blocks[b][k] * n for b, n in loads_of(plan).items()) for k in ("weight_bytes", "load_s"))
     said = {"loads_bytes": loads_bytes, "load_s": load_s, "peak_bytes": budget}
-    return loading | {"plan": plan, "prediction": loading["prediction"] | said}
+    return loading | {"plan": plan | {"budget_bytes": budget}, "prediction": loading["prediction"] | said}
 
 
 def moving_square() -> torch.Tensor:
@@ -91,14 +95,12 @@ def moving_square() -> torch.Tensor:
 
 
 def make_hostile(data: dict[str, Any], folder: Path) -> None:
-    """Texts that would run as scripts if they were not escaped; a golden video; a budget that one block exceeds."""
+    """Texts that would run as scripts if they were not escaped; a golden video; a budget with nothing to spare."""
     data["components"] = renamed(data["components"], "pair_0", f"{HOSTILE}pair")
     data["name"] = data["model"] = HOSTILE
     data["tools"][HOSTILE] = HOSTILE
-    component = data["components"]["transformer"]
-    budget = sum(sum(b["weight_bytes"].values()) for b in component["blocks"]) // 2
-    data["loading"] = renamed(streamed(data["loading"], budget), "pair_0", f"{HOSTILE}pair")
-    data["memory_budget_bytes"] = budget
+    data["loading"] = renamed(streamed(data["loading"]), "pair_0", f"{HOSTILE}pair")
+    data["memory_budget_bytes"] = data["loading"]["plan"]["budget_bytes"]
     recipe = folder / data["recipe"]["path"]
     recipe.write_text(recipe.read_text() + f"# {HOSTILE}\n")
     data["recipe"] = describe_file(recipe, folder).model_dump(mode="json")

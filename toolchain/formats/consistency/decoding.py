@@ -38,14 +38,14 @@ class _Followed:
         taken = sum(p.takes for p in stage.pieces)
         if not stage.pieces or not taken - stage.pieces[-1].takes < there <= taken:
             raise ValueError(f"{self.where}.pieces: they take {taken} frames in all, but there are {there}")
-        rest = [self._piece(f"{self.where}.pieces.{i}", piece, gives) for i, piece in enumerate(stage.pieces)]
+        rest = [self._piece(i, piece, gives) for i, piece in enumerate(stage.pieces)]
         if any(sizes != rest[0] for sizes in rest):
             raise ValueError(f"{self.where}.pieces: their frames differ in size")
         return [sum(p.gives for p in stage.pieces), *rest[0]]
 
-    def _piece(self, where: str, piece: Piece, gives: Given) -> list[int]:
+    def _piece(self, place: int, piece: Piece, gives: Given) -> list[int]:
         """Channels, rows and columns of what a piece gives."""
-        stage, vae, tiles = self.stage, self.vae, self.stage.tiles
+        stage, vae, tiles, where = self.stage, self.vae, self.stage.tiles, f"{self.where}.pieces.{place}"
         inputs = [i for i in vae.inputs if i.rate == stage.rate and i.feed.kind == "frames"]
         outputs = [o for o in vae.results(gives) if o.rate == stage.rate]
         if len(inputs) != 1 or len(outputs) != 1:
@@ -62,7 +62,8 @@ class _Followed:
                 f"{where}: '{piece.function}' takes {taken} as frames, channels, rows, columns, but is given "
                 f"{[piece.takes, self.frames[1], *size]}"
             )
-        if piece.gives > given[0]:
+        # only the last one takes frames that are filled up, and gives fewer than its function does
+        if piece.gives > given[0] or (piece.gives < given[0] and place < len(stage.pieces) - 1):
             raise ValueError(f"{where}.gives: {piece.gives}, but '{piece.function}' gives {given[0]} frames")
         return given[1:] if tiles is None else [given[1], *(n * tiles.scale for n in self.frames[2:])]
 

@@ -18,12 +18,9 @@ def check_feeds(manifest: Manifest) -> None:
     Raises:
         ValueError: names the input.
     """
-    for what, own, component in (
-        ("text", manifest.text, "text_encoder"),
-        ("decoding", manifest.decoding, "vae"),
-    ):
-        if (own is not None) != (component in manifest.components):
-            raise ValueError(f"{what}: there is one of {what} and the component '{component}', and not the other")
+    for what, own, needed in (("text", manifest.text, "text_encoder"), ("decoding", manifest.decoding, "vae")):
+        if (own is not None) != (needed in manifest.components):
+            raise ValueError(f"{what}: there is one of {what} and the component '{needed}', and not the other")
     for name, component in manifest.components.items():
         asked = asked_functions(manifest, name)
         # whatever is one number everywhere is no larger than the values that it goes with
