@@ -4,7 +4,8 @@
 
 Every bundle's manifest is changed ``--count`` times and opened. What opens is played, as far as ``--play`` goes, in a
 process of its own with limited memory and time; files are checked as players check them. Prints how many ended how. An
-outcome other than ``refused`` and ``played`` is a bug.
+outcome other than ``refused`` and ``played`` is a bug; so is a video of another shape than the geometry's, and one that
+took more than twice the memory of the unchanged bundle's.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from toolchain.errors import BundleError, SoraCompileError
-from toolchain.formats.bundle import Bundle, read_manifest
+from toolchain.formats.bundle import Bundle, load_bundle, read_manifest
 from toolchain.formats.manifest import FILE_NAME, Manifest
 
 VALUES: list[Any] = [0, 1, -1, -7, 1 << 31, 1 << 40, 1 << 63, 1 << 200, 0.5, -0.5, 1e-30, 1e308]
@@ -169,8 +170,16 @@ def opened(mutant: Mutant, file: Path) -> Manifest | str:
         return str(e)
 
 
-def played(bundle: Bundle) -> str:
-    """How playing ends: ``played``, ``refused``, or what went wrong."""
+@dataclass(frozen=True)
+class Play:
+    """How playing ended, and the bytes that it took beyond what the process had before."""
+
+    outcome: str
+    taken: int = 0
+
+
+def played(bundle: Bundle) -> Play:
+    """``played``, ``refused by the player``, or what went wrong."""
     context = multiprocessing.get_context("fork")
     outcomes: Any = context.Queue()
     process = context.Process(target=_play, args=(bundle, outcomes))
@@ -179,8 +188,11 @@ def played(bundle: Bundle) -> str:
         process.join(SECONDS)
         if process.is_alive():
             process.kill()
-            return f"not done after {SECONDS} s"
-        return str(outcomes.get(timeout=1)) if process.exitcode == 0 else f"died with {process.exitcode}"
+            return Play(f"not done after {SECONDS} s")
+        if process.exitcode != 0:
+            return Play(f"died with {process.exitcode}")
+        found: Play = outcomes.get(timeout=1)
+        return found
     finally:
         process.join()
 
@@ -188,15 +200,18 @@ def played(bundle: Bundle) -> str:
 def _play(bundle: Bundle, outcomes: Any) -> None:
     from toolchain.player import Player
 
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    used, resident = (int(n) * resource.getpagesize() for n in Path("/proc/self/statm").read_text().split()[:2])
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_BYTES, resource.RLIM_INFINITY))
+    g = bundle.manifest.geometry
     try:
-        Player(bundle, warn=lambda _: None).video("a red fox", seed=1)
-        outcomes.put("played")
+        video = Player(bundle, warn=lambda _: None).video("a red fox", seed=1)
+        agrees = list(video.shape) == [g.frames, 3, g.height, g.width] and bool(video.isfinite().all())
+        outcome = "played" if agrees else f"played {list(video.shape)}, which is not the geometry's, or not finite"
     except SoraCompileError as e:
-        outcomes.put("refused by the player" if "\n" not in str(e) else "several lines")
+        outcome = "refused by the player" if "\n" not in str(e) else "several lines"
     except BaseException as e:  # whatever it is, it is counted
-        outcomes.put(f"{type(e).__name__}: {str(e)[:200]}")
+        outcome = f"{type(e).__name__}: {str(e)[:200]}"
+    outcomes.put(Play(outcome, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - resident))
 
 
 def main() -> None:
@@ -214,13 +229,16 @@ def main() -> None:
         outcomes: Counter[str] = Counter()
         survivors: list[tuple[Mutant, Manifest]] = []
         for mutant in mutants(json.loads(file.read_text()), args.count, args.seed):
-            found = opened(mutant, file)
-            if isinstance(found, Manifest):
-                survivors.append((mutant, found))
+            manifest = opened(mutant, file)
+            if isinstance(manifest, Manifest):
+                survivors.append((mutant, manifest))
             else:
                 outcomes["refused when opened"] += 1
+        usual = played(load_bundle(path))
+        assert usual.outcome == "played", usual
         for mutant, manifest in survivors[: args.play]:
-            outcome = played(Bundle(path, manifest))
+            found = played(Bundle(path, manifest))
+            outcome = found.outcome if found.taken <= 2 * usual.taken else f"{found.outcome}, in twice the memory"
             outcomes[outcome] += 1
             if outcome not in ("played", "refused by the player"):
                 print(f"{path}: {mutant.key} {mutant.change}: {outcome}", flush=True)
