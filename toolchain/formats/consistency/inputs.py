@@ -8,6 +8,8 @@ from toolchain.formats.consistency.shapes import asked_functions, result
 from toolchain.formats.manifest import Component, ComponentInput, Manifest
 from toolchain.ir.feeds import TextEmbedding
 
+FED = {"text_encoder": "token_ids", "transformer": "latents"}
+"""What a component has to be fed; without it, it would give the same whatever it is asked."""
 HALVES = 2
 """Of guidance: with the prompt and without it."""
 
@@ -22,6 +24,8 @@ def check_feeds(manifest: Manifest) -> None:
         if (own is not None) != (needed in manifest.components):
             raise ValueError(f"{what}: there is one of {what} and the component '{needed}', and not the other")
     for name, component in manifest.components.items():
+        if name in FED and all(i.feed.kind != FED[name] for i in component.inputs):
+            raise ValueError(f"components.{name}.inputs: none is fed {FED[name]}")
         asked = asked_functions(manifest, name)
         # whatever is one number everywhere is no larger than the values that it goes with
         others = [math.prod(i.shape) for i in component.inputs if i.feed.kind not in ("constant", "timestep")]

@@ -66,18 +66,31 @@ def _check_run(manifest: Manifest, run: WholeRunData, weights: dict[str, int]) -
             raise ValueError(f"{where}.phases: call {place} is {mine}, but the video's is {asked}")
     if missing := {block for block, _ in manifest.calls()} - set(own):
         raise ValueError(f"{where}.blocks: '{min(missing)}' is called, and not there")
+    _check_held(manifest, run)
+    predicted = sum(phase["times"] * call["compute_s"] for phase in run["phases"] for call in phase["calls"])
+    if manifest.loading.prediction is not None:
+        _check_seconds("compute_s", manifest.loading.prediction.compute_s, predicted)
+
+
+def _check_held(manifest: Manifest, run: WholeRunData) -> None:
+    """What calls hold, against the budget and against what blocks say that they need."""
     budget = manifest.loading.plan["budget_bytes"]
-    predicted = 0.0
+    needs = {
+        (f"{name}/{b.name}", function): memory.activations + memory.waiting
+        for name, c in manifest.components.items()
+        for b in c.blocks
+        for function, memory in (b.memory or {}).items()
+    }
     for phase in run["phases"]:
         for call in phase["calls"]:
             held = call["activation_bytes"] + call["live_bytes"]
+            where = f"loading.made_from.run.phases: a call of '{call['block']}' holds"
             if held > budget:
-                raise ValueError(
-                    f"{where}.phases: a call of '{call['block']}' holds {held} bytes, over the plan's budget"
-                )
-            predicted += phase["times"] * call["compute_s"]
-    if manifest.loading.prediction is not None:
-        _check_seconds("compute_s", manifest.loading.prediction.compute_s, predicted)
+                raise ValueError(f"{where} {held} bytes, over the plan's budget")
+            need = needs.get((call["block"], call["function"]), held)
+            # a part of what it needs is left to others, and so live beside it; more may be live
+            if not call["activation_bytes"] <= need <= held:
+                raise ValueError(f"{where} {call['activation_bytes']} to {held} bytes, but its memory is {need}")
 
 
 def _check_seconds(key: str, said: float, expected: float) -> None:
