@@ -28,7 +28,7 @@ from toolchain.ui.card import model_card
 def _fill(part: Any, root: Path) -> None:
     """Make the files that a manifest names, and correct what it says of them."""
     if isinstance(part, dict) and part.keys() >= {"path", "bytes", "sha256"}:
-        content = part["path"].encode()
+        content = part["path"].encode().ljust(part["bytes"])
         (root / part["path"]).parent.mkdir(parents=True, exist_ok=True)
         (root / part["path"]).write_bytes(content)
         part |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}

@@ -14,45 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hollow import hollow_bundle
 
 import toolchain
-from toolchain.build import entries as describe
-from toolchain.build.tables import component_tables, write_tables
 from toolchain.cli import app
 from toolchain.errors import BundleError
-from toolchain.formats.bundle import Bundle, describe_file
-from toolchain.formats.recipe_file import parse_recipe
-from toolchain.ir.target import EngineUnavailableError, distinct_functions
-from toolchain.planning.plan import plan_resolved
-from toolchain.planning.resolve import resolve
+from toolchain.formats.bundle import Bundle
+from toolchain.ir.target import EngineUnavailableError
 from toolchain.player import Player
-
-
-def hollow_bundle(data: dict[str, Any], source: Path, folder: Path) -> Path:
-    """A recipe's bundle with a few bytes for every artifact."""
-    planned = plan_resolved(resolve(parse_recipe(data), source, checkpoints=True))
-    folder.mkdir()
-    (folder / "recipe.yaml").write_text("hollow")
-    shutil.copy(source / "text_encoder/spiece.model", folder)
-    components = {}
-    for name, part in planned.components.items():
-        entries = []
-        for block in part.blocks:
-            path = folder / name / f"{block.name}{part.target.suffix}"
-            path.parent.mkdir(exist_ok=True)
-            path.write_bytes(f"not a program, but {block.name}".encode())
-            files = [describe_file(path, folder)]
-            memory = part.memory[block.name]
-            entries.append(
-                describe.block(block, files, distinct_functions(block), None, None, part.target, name, memory)
-            )
-        tables = component_tables(part)
-        file = write_tables(tables, folder / name / "tables.safetensors", folder)
-        components[name] = describe.component(part, entries, file, tables)
-    files = [describe_file(folder / name, folder) for name in ("spiece.model", "recipe.yaml")]
-    manifest = describe.manifest(planned, components, *files)
-    (folder / "manifest.json").write_text(describe.manifest_text(manifest))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +167,7 @@ def test_no_component_but_the_transformer(hollow: Path, play: Callable[..., Fail
         for section in sections:
             section["events"] = [e for e in section["events"] if next(iter(e.values())).startswith("transformer/")]
         manifest["loading"]["plan"]["sections"] = [s for s in sections if s["events"]]
+        manifest["loading"].update(made_from=None, prediction=None)  # they are of all components
 
     change(hollow, remove)
     failed = play(hollow)

@@ -14,7 +14,11 @@ import torch
 from safetensors.torch import save_file
 
 from toolchain.formats.bundle import Bundle, describe_file, load_bundle
+from toolchain.formats.loading import loads_of
 from toolchain.ir.target import Engine
+from toolchain.planning.loading.events import LoadingPlan
+from toolchain.planning.loading.jobs import jobs_of
+from toolchain.planning.loading.run import Run
 from toolchain.player.following import followed
 from toolchain.player.loader import Loader
 from toolchain.player.opening import load_engine, target_of
@@ -61,7 +65,7 @@ def renamed(value: Any, old: str, new: str) -> Any:
 
 
 def streamed(loading: dict[str, Any]) -> dict[str, Any]:
-    """The loading of a bundle in which nothing stays: each run loads first."""
+    """The loading of a bundle in which nothing stays: each run loads first; its budget is its peak."""
     sections = [
         {
             "times": section["times"],
@@ -74,7 +78,12 @@ def streamed(loading: dict[str, Any]) -> dict[str, Any]:
         }
         for section in loading["plan"]["sections"]
     ]
-    return loading | {"plan": loading["plan"] | {"sections": sections}}
+    plan, run = loading["plan"] | {"sections": sections}, loading["made_from"]["run"]
+    budget = jobs_of(Run.from_data(run), LoadingPlan.from_data(plan)).peak_bytes
+    blocks = {b["name"]: b for b in run["blocks"]}
+    loads_bytes, load_s = (sum(blocks[b][k] * n for b, n in loads_of(plan).items()) for k in ("weight_bytes", "load_s"))
+    said = {"loads_bytes": loads_bytes, "load_s": load_s, "peak_bytes": budget}
+    return loading | {"plan": plan | {"budget_bytes": budget}, "prediction": loading["prediction"] | said}
 
 
 def moving_square() -> torch.Tensor:
@@ -86,13 +95,12 @@ def moving_square() -> torch.Tensor:
 
 
 def make_hostile(data: dict[str, Any], folder: Path) -> None:
-    """Texts that would run as scripts if they were not escaped; a golden video; a budget that one block exceeds."""
+    """Texts that would run as scripts if they were not escaped; a golden video; a budget with nothing to spare."""
     data["components"] = renamed(data["components"], "pair_0", f"{HOSTILE}pair")
     data["name"] = data["model"] = HOSTILE
     data["tools"][HOSTILE] = HOSTILE
-    component = data["components"]["transformer"]
     data["loading"] = renamed(streamed(data["loading"]), "pair_0", f"{HOSTILE}pair")
-    data["memory_budget_bytes"] = sum(sum(b["weight_bytes"].values()) for b in component["blocks"]) // 2
+    data["memory_budget_bytes"] = data["loading"]["plan"]["budget_bytes"]
     recipe = folder / data["recipe"]["path"]
     recipe.write_text(recipe.read_text() + f"# {HOSTILE}\n")
     data["recipe"] = describe_file(recipe, folder).model_dump(mode="json")

@@ -20,6 +20,7 @@ import pytest
 from toolchain.errors import BundleError
 from toolchain.formats.bundle import Bundle, describe_file
 from toolchain.formats.loading import loads_of
+from toolchain.formats.manifest import Manifest
 from toolchain.formats.recipe_file import load_recipe
 from toolchain.planning.plan import plan
 from toolchain.ui.report import words
@@ -97,17 +98,18 @@ def test_facts_are_those_of_the_manifest(shown: Any, facts: Facts) -> None:
 
 
 def test_a_number_that_is_none_is_the_largest_error(edited: Callable[..., Bundle]) -> None:
-    def spoil(data: dict[str, Any], folder: Path) -> None:
-        data["components"]["transformer"]["blocks"][1]["accuracy"]["base"]["relative_error"] = math.nan
-
-    found = bundle_facts(edited(spoil))
+    """Files have none: one that has is refused when it is opened."""
+    bundle = edited(lambda data, folder: None)
+    data = bundle.manifest.model_dump()
+    data["components"]["transformer"]["blocks"][1]["accuracy"]["base"]["relative_error"] = math.nan
+    found = bundle_facts(dataclasses.replace(bundle, manifest=Manifest.model_validate(data)))
     name, _ = found.worst("lowering") or pytest.fail("nothing was measured")
     assert name == f"transformer/{found.components[0].blocks[1].name}"
     page = render(found)
     assert "NaN or infinite" in page
-    data = re.search(r'<script type="application/json" id="charts">(.*?)</script>', page)
-    assert data is not None
-    json.loads(data[1], parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    charts = re.search(r'<script type="application/json" id="charts">(.*?)</script>', page)
+    assert charts is not None
+    json.loads(charts[1], parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
 
 def test_a_plan_has_the_same_facts_as_its_bundle(onnx_bundle: Any, edited: Callable[..., Bundle]) -> None:

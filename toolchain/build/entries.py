@@ -12,6 +12,7 @@ import torch
 from toolchain.build.gate import Passed
 from toolchain.formats import manifest as m
 from toolchain.formats.calls import Rate
+from toolchain.formats.consistency import check_manifest
 from toolchain.formats.manifest import GateMode
 from toolchain.formats.recipe import Recipe
 from toolchain.formats.sampling import SamplerEntry, StepEntry
@@ -29,7 +30,15 @@ from toolchain.version import VERSION
 
 
 def manifest_text(manifest: m.Manifest) -> str:
-    """The manifest as it is written."""
+    """The manifest as it is written.
+
+    Raises:
+        RuntimeError: it contradicts itself, so players would refuse it: an error of this program.
+    """
+    try:
+        check_manifest(manifest)
+    except ValueError as e:
+        raise RuntimeError(f"the manifest of what was built contradicts itself: {e}") from e
     return json.dumps(manifest.model_dump(mode="json"), indent=1, allow_nan=False) + "\n"
 
 
@@ -177,6 +186,7 @@ def manifest(
         mode = "interface"
     precisions = {plan.target.arithmetic(b) for plan in planned.components.values() for b in plan.blocks}
     return m.Manifest(
+        format_version=m.FORMAT_VERSION,
         name=recipe.name,
         model=recipe.model,
         target=m.TargetEntry(name=target.name, options=target.config.model_dump(mode="json")),

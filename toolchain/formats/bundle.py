@@ -9,10 +9,13 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
 from toolchain.errors import BundleError, RecipeError, ResourceError
+from toolchain.formats.consistency import check_manifest
+from toolchain.formats.consistency.numbers import check_finite
 from toolchain.formats.manifest import FILE_NAME, FORMAT_VERSION, File, Manifest
 from toolchain.formats.migrations import migrated
 from toolchain.system.claims import claimed_folder, remove_abandoned
@@ -66,7 +69,8 @@ def load_bundle(path: str | Path) -> Bundle:
     """Read a bundle's manifest, an older one too. Files are checked by :meth:`Bundle.check_files`.
 
     Raises:
-        BundleError: it is not a bundle, of a version that this program does not know, or has a link that leaves it.
+        BundleError: it is not a bundle, its manifest contradicts itself or is of a version that this program does not
+            know, or a link in it leaves it.
     """
     path = Path(path)
     file = path / FILE_NAME
@@ -75,21 +79,64 @@ def load_bundle(path: str | Path) -> Bundle:
     except (OSError, UnicodeDecodeError) as e:
         raise BundleError(f"'{path}' is not a bundle: no readable {FILE_NAME} in it") from e
     try:
-        data = json.loads(text)
-        version = data.get("format_version", 1)
+        data = json.loads(text, object_pairs_hook=_said_once)
+    except (ValueError, RecursionError) as e:
+        raise BundleError(_damaged(file, e)) from e
+    bundle = Bundle(path, read_manifest(data, file))
+    _refuse_links(path)
+    return bundle
+
+
+def read_manifest(data: Any, file: Path) -> Manifest:
+    """A manifest of any known format from plain data, held against itself; the data may be changed in place.
+
+    Args:
+        file: what messages say it is from; it is not read.
+
+    Raises:
+        BundleError: it is none, contradicts itself, or is of a version that this program does not know.
+    """
+    try:
+        version = data["format_version"]
         if type(version) is not int or version < 1:
             raise ValueError(f"format_version {version!r}")
         if version > FORMAT_VERSION:
             raise BundleError(
-                f"'{path}' has manifest version {version}, this program knows {FORMAT_VERSION}; update sora-compile"
+                f"'{file.parent}' has manifest version {version}, this program knows {FORMAT_VERSION}; "
+                "update sora-compile"
             )
-        bundle = Bundle(path, Manifest.model_validate(migrated(data)))
+        check_finite(data)
+        manifest = Manifest.model_validate(migrated(data), strict=True)
     except ValidationError as e:
-        raise BundleError(f"'{file}' is damaged: {explain(e, Manifest)}") from e
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise BundleError(f"'{file}' is damaged: {type(e).__name__}: {' '.join(str(e).split())}") from e
-    _refuse_links(path)
-    return bundle
+        raise BundleError(f"'{file}' is damaged: {_one_line(explain(e, Manifest))}") from e
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OverflowError) as e:
+        raise BundleError(_damaged(file, e)) from e
+    try:
+        check_manifest(manifest)
+    except ValueError as e:
+        raise BundleError(f"'{file}' contradicts itself: {_one_line(str(e))}; build the bundle again") from e
+    return manifest
+
+
+def _damaged(file: Path, error: Exception) -> str:
+    return f"'{file}' is damaged: {type(error).__name__}: {_one_line(str(error))}"
+
+
+LONGEST = 500
+"""Characters of what a message shows of a manifest; a stranger may have put a book into it."""
+
+
+def _one_line(text: str) -> str:
+    shown = "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
+    return shown if len(shown) <= LONGEST else f"{shown[:LONGEST]} …"
+
+
+def _said_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys differ: of two alike, other readers may take the other one."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key is there twice in one object")
+    return found
 
 
 def _refuse_links(root: Path) -> None:

@@ -163,8 +163,12 @@ def check_plan(plan: PlanData, calls: Iterable[tuple[str, str]]) -> None:
     """Hold a plan against the calls that it has to make, blocks and functions in order.
 
     Raises:
-        ValueError: it makes others, or a block is not loaded when it is needed, twice, or freed without; says where.
+        ValueError: it makes others, repeats a section that makes none, or a block is not loaded when it is needed,
+            twice, or freed without; says where.
     """
+    for i, section in enumerate(plan["sections"]):
+        if section["times"] > 1 and not any("run" in event for event in section["events"]):
+            raise ValueError(f"loading.plan.sections.{i}: it is followed {section['times']} times, and runs nothing")
     expected = iter(calls)
     held: set[str] = set()
     for place, event in enumerate(events_of(plan)):

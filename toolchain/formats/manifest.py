@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Final, Literal, cast
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -21,7 +21,7 @@ from toolchain.formats.tiles import Tiles
 from toolchain.ir.dtypes import PortType
 from toolchain.ir.feeds import Feed, Given
 
-FORMAT_VERSION = 7
+FORMAT_VERSION: Final = 7
 FILE_NAME = "manifest.json"
 
 
@@ -327,7 +327,7 @@ class TargetEntry(Entry):
 class Manifest(Entry):
     """The whole bundle."""
 
-    format_version: Literal[7] = 7
+    format_version: Literal[7]
     name: str
     model: str
     target: TargetEntry

@@ -19,7 +19,7 @@ def migrated(data: Data) -> Data:
     Raises:
         KeyError, TypeError, ValueError: the data is not what its version says.
     """
-    for version in range(int(data.get("format_version", 1)), FORMAT_VERSION):
+    for version in range(int(data["format_version"]), FORMAT_VERSION):
         data = _STEPS[version](data)
     return data
 
@@ -139,6 +139,9 @@ def _loaded_when_needed(name: str, component: Data, group: Iterable[Round]) -> I
 def _stages(decoding: Data, frames: int) -> list[Data]:
     """Chunks of latents, then groups of frames."""
     together = int(decoding["frames_per_call"])
+    given = sum(c["frames"] for c in decoding["chunks"])
+    if frames != given:  # before frames are counted out, which takes long if they are absurdly many
+        raise ValueError(f"geometry.frames: {frames}, but decoding.chunks give {given}")
     chunks = [{"takes": c["latents"], "gives": c["frames"], "function": c["function"]} for c in decoding["chunks"]]
     groups = [
         {"takes": together, "gives": min(together, frames - start), "function": "base"}
