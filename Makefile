@@ -1,13 +1,14 @@
 # Two commands do all the set-up on a fresh machine:
 #   make demo   environment, install, compile a shipped recipe for two targets, play it, show where the video is
 #   make test   environment, install, lint, types, tests
+# make docs writes the documentation site into build/site.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= build
 PROMPT ?= a red circle moves left to right on a blue background
 
-.PHONY: demo test lint unit clean
+.PHONY: demo test lint unit docs clean
 
 # plain pip: other installers resolve torch to builds with gigabytes of CUDA
 $(VENV)/installed: pyproject.toml
@@ -34,6 +35,9 @@ lint: $(VENV)/installed
 
 unit: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+docs: $(VENV)/installed
+	$(BIN)/mkdocs build
 
 clean:
 	rm -rf $(VENV) build
