@@ -44,7 +44,10 @@ def _command(name: str, command: Any) -> str:
     arguments = [p for p in command.params if p.param_type_name == "argument"]
     options = [p for p in command.params if p.param_type_name == "option"]
     words = " ".join(f"{p.metavar}" if p.required else f"[{p.metavar}]" for p in arguments)
-    text = f"\n## `{name}`\n\n{_plain(command.help)}\n\n```text\nsora-compile {name} {words}".rstrip() + " [OPTIONS]\n```\n"
+    text = (
+        f"\n## `{name}`\n\n{_plain(command.help)}\n\n```text\nsora-compile {name} {words}".rstrip()
+        + " [OPTIONS]\n```\n"
+    )
     if arguments:
         text += "\n" + table(("argument", "meaning", "default"), [_row(p, f"`{p.metavar}`") for p in arguments])
     return text + "\n" + table(("option", "meaning", "default"), [_row(p, _names(p)) for p in options])

@@ -40,16 +40,34 @@ SHIPPED = {
     "targets": ("coreml", "executorch", "onnx"),
 }
 INTRODUCTIONS = {
-    "recipe": "# Recipe\n\nEvery key of a recipe. [The recipe](../recipe.md) explains them; `sora-compile schema recipe` prints "
-    "this as JSON Schema, for editors.",
-    "matrix": "# Matrix of builds\n\nEvery key of a file that `sora-compile build-all` takes. "
-    "[Building again](../building.md#many-builds) has an example; `sora-compile schema matrix` prints this as JSON Schema.",
-    "device": "# Device profile\n\nEvery key of a profile, which the recipe's `device` names. Bytes and seconds are plain numbers. "
-    "[Planning](../planning.md) says what is made of them; `sora-compile devices` lists those that are shipped.",
-    "manifest": "# Manifest\n\nEvery key of `manifest.json`. [The manifest](../manifest.md) says what a player does with them, and "
-    "what is promised of the format; `sora-compile schema manifest` prints this as JSON Schema.",
-    "passes": "# Options of passes\n\nEvery option of the passes that are shipped. [Passes](../passes.md) says what they do.",
-    "targets": "# Options of targets\n\nEvery option of the targets that are shipped. [Targets](../targets.md) says what they write.",
+    "recipe": """# Recipe
+
+Every key of a recipe. [The recipe](../recipe.md) explains them; `sora-compile schema recipe` prints this as JSON Schema, for
+editors.
+""",
+    "matrix": """# Matrix of builds
+
+Every key of a file that `sora-compile build-all` takes. [Building again](../building.md#many-builds) has an example;
+`sora-compile schema matrix` prints this as JSON Schema.
+""",
+    "device": """# Device profile
+
+Every key of a profile, which the recipe's `device` names. Bytes and seconds are plain numbers. [Planning](../planning.md) says
+what is made of them; `sora-compile devices` lists those that are shipped.
+""",
+    "manifest": """# Manifest
+
+Every key of `manifest.json`. [The manifest](../manifest.md) says what a player does with them, and what is promised of the
+format; `sora-compile schema manifest` prints this as JSON Schema.
+""",
+    "passes": """# Options of passes
+
+Every option of the passes that are shipped. [Passes](../passes.md) says what they do.
+""",
+    "targets": """# Options of targets
+
+Every option of the targets that are shipped. [Targets](../targets.md) says what they write.
+""",
 }
 
 
@@ -62,7 +80,7 @@ def _page(introduction: str, models: list[Any], names: tuple[str, ...] = ()) -> 
     tops = [_section(n or s["title"], s, parts) for n, s in zip(names or [""] * len(schemas), schemas, strict=True)]
     listed = {s["title"] for s in schemas}
     inner = [_section(n, s, parts) for n, s in parts.items() if n not in listed and "properties" in s]
-    return introduction + "\n" + "".join([*tops, *inner])
+    return introduction + "".join([*tops, *inner])
 
 
 def _section(name: str, schema: Schema, parts: dict[str, Schema]) -> str:
@@ -70,8 +88,9 @@ def _section(name: str, schema: Schema, parts: dict[str, Schema]) -> str:
     if "description" in schema:
         text += prose(schema["description"]) + "\n\n"
     needed = schema.get("required", ())
-    rows = [_row(key, own, key in needed, parts) for key, own in schema.get("properties", {}).items()]
-    return text + (table(("key", "type", "default", "meaning"), rows) if rows else "It has no options.\n")
+    keys = {key: own for key, own in schema["properties"].items() if key != "version" or "const" in own}
+    rows = [_row(key, own, key in needed, parts) for key, own in keys.items()]
+    return text + table(("key", "type", "default", "meaning"), rows) if rows else f"\n## {name}\n\nIt has no options.\n"
 
 
 def _row(key: str, schema: Schema, needed: bool, parts: dict[str, Schema]) -> tuple[str, str, str, str]:
@@ -79,10 +98,11 @@ def _row(key: str, schema: Schema, needed: bool, parts: dict[str, Schema]) -> tu
 
 
 def _meaning(schema: Schema, parts: dict[str, Schema]) -> str:
-    """What the key itself says, or else the first line of the one object that it takes."""
+    """What the key itself says, or else the first line of the one object that it takes, alone or in a list."""
     if "description" in schema:
         return cell(schema["description"])
-    inner = [own for own in schema.get("anyOf", [schema]) if "$ref" in own]
+    held = [schema.get("items"), schema.get("additionalProperties"), *schema.get("anyOf", [schema])]
+    inner = [own for own in held if isinstance(own, dict) and "$ref" in own]
     own = parts[_target(inner[0])].get("description", "") if len(inner) == 1 else ""
     return cell(own.partition("\n\n")[0])
 
@@ -131,7 +151,7 @@ def _grouped(schema: Schema) -> str:
 
 
 def _limits(schema: Schema) -> str:
-    """Bounds, such as ``, 1 or more``."""
+    """Bounds, such as `` (1 or more)``."""
     said = []
     low, high = schema.get("minimum"), schema.get("maximum")
     if low is not None and high is not None:
@@ -149,4 +169,4 @@ def _limits(schema: Schema) -> str:
         said.append(f"{schema['minItems']} of them")
     if "pattern" in schema:
         said.append(f"matching `{schema['pattern']}`")
-    return "".join(f", {words}" for words in said)
+    return f" ({', '.join(said)})" if said else ""
