@@ -42,8 +42,8 @@ SHIPPED = {
 INTRODUCTIONS = {
     "recipe": """# Recipe
 
-Every key of a recipe. [The recipe](../recipe.md) explains them; `sora-compile schema recipe` prints this as JSON Schema, for
-editors.
+Every key of a recipe. [The recipe](../recipe.md) explains them; `sora-compile schema recipe` prints this as JSON
+Schema, for editors.
 """,
     "matrix": """# Matrix of builds
 
@@ -52,13 +52,13 @@ Every key of a file that `sora-compile build-all` takes. [Building again](../bui
 """,
     "device": """# Device profile
 
-Every key of a profile, which the recipe's `device` names. Bytes and seconds are plain numbers. [Planning](../planning.md) says
-what is made of them; `sora-compile devices` lists those that are shipped.
+Every key of a profile, which the recipe's `device` names. Bytes and seconds are plain numbers.
+[Planning](../planning.md) says what is made of them; `sora-compile devices` lists those that are shipped.
 """,
     "manifest": """# Manifest
 
-Every key of `manifest.json`. [The manifest](../manifest.md) says what a player does with them, and what is promised of the
-format; `sora-compile schema manifest` prints this as JSON Schema.
+Every key of `manifest.json`. [The manifest](../manifest.md) says what a player does with them, and what is promised of
+the format; `sora-compile schema manifest` prints this as JSON Schema.
 """,
     "passes": """# Options of passes
 

@@ -16,13 +16,13 @@ from documents import ROOT, Command, blocks, commands, documents, name_of
 from toolchain.cli import app
 
 NOT_RUN = {
-    "open-sora-v1.2-iphone-15-pro": "needs the official checkpoints",
+    "open-sora-v1.2-iphone-15-pro": "needs the official checkpoints, or seconds to plan, as tests/planning does",
     "build-all": "builds four bundles, which tests/test_build_all.py does",
     "quantize": "measures for minutes, as tests/test_quantize_command.py does",
     "tune": "measures for minutes, as tests/planning does",
     "schema": "prints a schema, as tests/docs/test_site.py does",
 }
-"""First words that are left out of what is run, and why."""
+"""Commands with one of these words are not run, and why."""
 RUN = ("README.md", "docs/report.md")
 """Files whose commands are run, in order, after the first build of docs/index.md."""
 
@@ -62,7 +62,7 @@ def test_commands_run(run_cli: RunCli, tmp_path: Path, monkeypatch: pytest.Monke
     first, *rest = commands(ROOT / "docs/index.md")
     _run(run_cli, first, tmp_path)
     shutil.copytree(tmp_path / "build/tiny", tmp_path / "build/yesterday")
-    lines = [*rest, *(c for name in RUN for c in commands(ROOT / name) if c.words[1] not in NOT_RUN)]
+    lines = [*rest, *(c for name in RUN for c in commands(ROOT / name) if not NOT_RUN.keys() & set(c.words))]
     for command in lines:
         _run(run_cli, command, tmp_path)
     monkeypatch.chdir(tmp_path)
