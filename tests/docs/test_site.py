@@ -36,6 +36,7 @@ def test_the_site_builds(tmp_path: Path) -> None:
     for name, page in pages.items():
         loaded = re.findall(r"<(?:script|img|source)[^>]* src=\"?(?:https?:)?//|<link[^>]*stylesheet[^>]*//", page)
         assert not loaded, name
+        assert not re.search(r"<p>[^<]*\n(?:- |\d+\. |\|)", page), f"{name}: a list that was not read as one"
         assert "|---" not in page and "```" not in page, f"{name}: a table or a block that was not read as one"
 
 
