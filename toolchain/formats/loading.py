@@ -23,7 +23,7 @@ _strict = with_config(ConfigDict(extra="forbid"))
 @final
 @_strict
 class LoadData(TypedDict):
-    """Begin to load a block."""
+    """Load a block, once the load before it is done."""
 
     load: str
 
