@@ -22,6 +22,7 @@ TYPES = {
 def schema_pages() -> dict[str, str]:
     """Pages by their path in the site: recipe, matrix, device profile, manifest, and options of passes and targets."""
     from toolchain import plugins
+    from toolchain.formats.budget import Budget
     from toolchain.formats.device import Device
     from toolchain.formats.manifest import Manifest
     from toolchain.formats.matrix import Matrix
@@ -31,7 +32,9 @@ def schema_pages() -> dict[str, str]:
     pages = {f"reference/{name}.md": _page(INTRODUCTIONS[name], [model]) for name, model in files.items()}
     for name, group in (("passes", plugins.PASSES), ("targets", plugins.TARGETS)):
         classes = [plugins.find(group, own, name, name) for own in SHIPPED[name]]
-        pages[f"reference/{name}.md"] = _page(INTRODUCTIONS[name], [c.Config for c in classes], SHIPPED[name])
+        more = {"budget of quantize": Budget} if name == "passes" else {}
+        models = [*(c.Config for c in classes), *more.values()]
+        pages[f"reference/{name}.md"] = _page(INTRODUCTIONS[name], models, (*SHIPPED[name], *more))
     return pages
 
 
@@ -73,7 +76,7 @@ Every option of the targets that are shipped. [Targets](../targets.md) says what
 
 def _page(introduction: str, models: list[Any], names: tuple[str, ...] = ()) -> str:
     """Keys of models, and after them the objects that they are made of, each once."""
-    schemas = [model.model_json_schema(by_alias=True) for model in models]
+    schemas = [model.model_json_schema() for model in models]
     parts: dict[str, Schema] = {}
     for schema in schemas:
         parts |= schema.get("$defs", {})
