@@ -1,6 +1,7 @@
 # Two commands do all the set-up on a fresh machine:
 #   make demo   environment, install, compile a shipped recipe for two targets, play it, show where the video is
 #   make test   environment, install, lint, types, tests
+# make docs writes the documentation site into build/site.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +10,7 @@ EXAMPLES ?= 500
 SEED ?= 1
 PROMPT ?= a red circle moves left to right on a blue background
 
-.PHONY: demo test lint unit fuzz clean
+.PHONY: demo test lint unit docs fuzz clean
 
 # plain pip: other installers resolve torch to builds with gigabytes of CUDA
 $(VENV)/installed: pyproject.toml
@@ -40,6 +41,9 @@ unit: $(VENV)/installed
 # changed files of every kind that others may have written; prints how reading each ended
 fuzz: $(VENV)/installed
 	SORA_COMPILE_FUZZ_EXAMPLES=$(EXAMPLES) SORA_COMPILE_FUZZ_SEED=$(SEED) $(BIN)/python -m pytest tests/fuzz -s
+
+docs: $(VENV)/installed
+	$(BIN)/mkdocs build
 
 clean:
 	rm -rf $(VENV) build

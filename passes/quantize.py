@@ -161,7 +161,7 @@ class QuantizeConfig(SchemeConfig):
     calibration: Calibration | None = Field(
         default=None, description="Inputs that the model is run on, so that options can go by what comes into a layer."
     )
-    rules: tuple[Rule, ...] = ()
+    rules: tuple[Rule, ...] = Field(default=(), description="Other schemes for weights that patterns name.")
 
     @model_validator(mode="after")
     def _calibrated(self) -> QuantizeConfig:

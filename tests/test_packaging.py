@@ -93,7 +93,9 @@ def light(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ins
 def test_extras_name_what_the_base_leaves_out(wheel: Path) -> None:
     found = PathDistribution(zipfile.Path(wheel, f"{'-'.join(wheel.name.split('-')[:2])}.dist-info/")).metadata
     needed = [Requirement(r) for r in found.get_all("Requires-Dist") or []]
-    assert {"coreml", "executorch", "onnx", "all", "dask", "report"} <= set(found.get_all("Provides-Extra") or [])
+    assert {"coreml", "executorch", "onnx", "all", "dask", "docs", "report"} <= set(
+        found.get_all("Provides-Extra") or []
+    )
     assert not {r.name for r in needed if r.marker is None} & set(CONVERTERS)
 
 

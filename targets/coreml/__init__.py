@@ -9,6 +9,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import Field
+
 from targets.coreml.optional import hide_unused
 from targets.streams import quiet
 from toolchain.ir.affine import Affine
@@ -43,7 +45,9 @@ AFFINE_BITS = (8, 4)
 
 
 class CoreMLConfig(TargetConfig):
-    precision: Literal["float16", "float32"] = "float16"
+    precision: Literal["float16", "float32"] = Field(
+        default="float16", description="What weights are stored and computed in, where nothing else is asked for."
+    )
 
 
 class CoreMLTarget(Target):

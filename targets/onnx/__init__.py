@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from pydantic import Field
+
 from targets.streams import quiet
 from toolchain.ir.memory import Peak, peak
 from toolchain.ir.storage import Storage
@@ -24,7 +26,9 @@ EXTRA = "sora-compile[onnx]"
 
 
 class OnnxConfig(TargetConfig):
-    precision: Literal["float32"] = "float32"
+    precision: Literal["float32"] = Field(
+        default="float32", description="What weights are stored and computed in, where nothing else is asked for."
+    )
 
 
 class OnnxTarget(Target):

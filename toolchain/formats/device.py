@@ -25,9 +25,9 @@ class _Entry(BaseModel):
 class Figure(_Entry):
     """A number and where it is from."""
 
-    value: float = Field(ge=0)
+    value: float = Field(ge=0, description="In the unit that the key's name says.")
     source: str = Field(min_length=1, description="Who says so; of an estimate, how it was made.")
-    estimate: bool = False
+    estimate: bool = Field(default=False, description="Nobody published or measured it.")
 
 
 class Throughput(_Entry):
@@ -35,21 +35,23 @@ class Throughput(_Entry):
 
     engine: str = Field(description="Such as gpu, neural-engine or cpu.")
     precision: str = Field(description="Such as float32, float16 or int8.")
-    flops_per_s: Figure
+    flops_per_s: Figure = Field(
+        description="Floating-point operations per second; a multiplication and an addition are two."
+    )
 
 
 class Device(_Entry):
     """A profile. Bytes and seconds; a gigabyte is 1e9 bytes."""
 
     version: Literal[1] = 1
-    name: str
+    name: str = Field(description="The device, for people.")
     memory_bytes: Figure = Field(description="What an app may use of memory, for weights and activations together.")
     load_bytes_per_s: Figure = Field(description="From storage until a block can run.")
     load_overhead_s: Figure = Field(description="Of every load, however small.")
     memory_bytes_per_s: Figure = Field(description="What computing reads from and writes to memory.")
     call_overhead_s: Figure = Field(description="Of every call, however small.")
     overlap_loss: Figure = Field(description="Share of hidden load time that is lost because both are slower, 0 … 1.")
-    throughput: list[Throughput] = Field(min_length=1)
+    throughput: list[Throughput] = Field(min_length=1, description="By engine and precision; the fastest is taken.")
 
     @model_validator(mode="after")
     def _possible(self) -> Device:

@@ -23,12 +23,16 @@ _strict = with_config(ConfigDict(extra="forbid"))
 @final
 @_strict
 class LoadData(TypedDict):
+    """Load a block, once the load before it is done."""
+
     load: str
 
 
 @final
 @_strict
 class RunData(TypedDict):
+    """Run a function of a block, which is loaded by then."""
+
     run: str
     function: str
 
@@ -36,6 +40,8 @@ class RunData(TypedDict):
 @final
 @_strict
 class FreeData(TypedDict):
+    """Free a block's memory."""
+
     free: str
 
 
@@ -64,6 +70,8 @@ class PlanData(TypedDict):
 @final
 @_strict
 class BlockData(TypedDict):
+    """A block: bytes of its weights, and seconds until it can run."""
+
     name: str
     weight_bytes: Bytes
     load_s: Seconds
@@ -72,6 +80,8 @@ class BlockData(TypedDict):
 @final
 @_strict
 class CallData(TypedDict):
+    """A call of a block: its seconds, and bytes of activations and of what waits meanwhile."""
+
     block: str
     function: str
     compute_s: Seconds

@@ -38,38 +38,38 @@ BundlePath = Annotated[str, AfterValidator(_inside)]
 class File(Entry):
     """A file of the bundle, by its path, size and digest."""
 
-    path: BundlePath
-    bytes: int = Field(ge=0)
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    path: BundlePath = Field(description="Relative to the bundle.")
+    bytes: int = Field(ge=0, description="Its size.")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="Of its bytes.")
 
 
 class TensorSpec(Entry):
     """A tensor that crosses a border: of a component, or of a block."""
 
-    name: str
-    dtype: PortType
-    shape: list[int]
+    name: str = Field(description="Means nothing by itself.")
+    dtype: PortType = Field(description="Type of its numbers.")
+    shape: list[int] = Field(description="Concrete sizes.")
 
 
 class InputSpec(TensorSpec):
     """An input of a block. ``source`` is ``inputs.NAME``, ``tables.NAME`` or ``BLOCK.OUTPUT``."""
 
-    source: str
+    source: str = Field(description="What it is given.")
 
 
 class ComponentInput(TensorSpec):
     """An input of a component, what feeds it, and how often it changes."""
 
-    rate: Rate
-    feed: Feed
+    rate: Rate = Field(description="How often it changes.")
+    feed: Feed = Field(description="What it is given.")
 
 
 class ComponentOutput(Entry):
     """A result of a component: ``source`` is ``BLOCK.OUTPUT``; ``gives`` says what it is."""
 
-    source: str
-    rate: Rate
-    gives: Given
+    source: str = Field(description="BLOCK.OUTPUT.")
+    rate: Rate = Field(description="How often it is computed.")
+    gives: Given = Field(description="What it is.")
 
 
 class Accuracy(Entry):
@@ -80,11 +80,11 @@ class Accuracy(Entry):
     signal-to-noise ratio, 200 where there is no difference; ``max_abs`` the largest difference of a number.
     """
 
-    relative_error: float
-    cosine: float
-    sqnr_db: float
-    max_abs: float
-    limit: float
+    relative_error: float = Field(description="Norm of the difference over norm of the reference.")
+    cosine: float = Field(description="Between result and reference.")
+    sqnr_db: float = Field(description="Signal to noise, in dB.")
+    max_abs: float = Field(description="Largest difference of a number.")
+    limit: float = Field(description="What relative_error may be.")
 
 
 class Activations(Entry):
@@ -93,9 +93,9 @@ class Activations(Entry):
     ``step`` is the step of the block's graph that gave the number farthest from zero. Over 65504 float16 overflows.
     """
 
-    low: float
-    high: float
-    step: str
+    low: float = Field(description="The least number.")
+    high: float = Field(description="The greatest number.")
+    step: str = Field(description="Which step of the graph gave the extreme.")
 
 
 class Memory(Entry):
@@ -105,27 +105,27 @@ class Memory(Entry):
     stay meanwhile, because they are needed later.
     """
 
-    weights: int = Field(ge=0)
-    activations: int = Field(ge=0)
-    ports: int = Field(ge=0)
-    waiting: int = Field(ge=0)
+    weights: int = Field(ge=0, description="Bytes of weights.")
+    activations: int = Field(ge=0, description="Bytes beside them, ports included.")
+    ports: int = Field(ge=0, description="Bytes that it takes and gives.")
+    waiting: int = Field(ge=0, description="Bytes that other blocks' values take meanwhile.")
 
 
 class BlockEntry(Entry):
     """One block. ``artifact`` is what an engine opens: a file, or a folder whose files are ``files``."""
 
-    name: str
-    artifact: BundlePath
-    files: list[File]
-    rate: Rate
-    functions: list[str]
-    inputs: list[InputSpec]
-    outputs: list[TensorSpec]
+    name: str = Field(description="Means nothing by itself.")
+    artifact: BundlePath = Field(description="What an engine opens.")
+    files: list[File] = Field(description="All files of the artifact.")
+    rate: Rate = Field(description="How often it runs.")
+    functions: list[str] = Field(description="What it can be asked for.")
+    inputs: list[InputSpec] = Field(description="In order.")
+    outputs: list[TensorSpec] = Field(description="In order.")
     other_shapes: dict[str, dict[str, list[int]]] = Field(
         default_factory=dict,
         description="Shapes of ports, by function and port, where they differ from the default function's.",
     )
-    parameters: int
+    parameters: int = Field(description="How many numbers its weights have.")
     weight_bytes: dict[str, int] = Field(description="Bytes of its weights by how they are stored, such as float16.")
     quantized: dict[str, str] = Field(description="How weights are stored that are no plain numbers, by their names.")
     int8_inputs: list[str] = Field(
@@ -168,16 +168,16 @@ class Table(Entry):
 class Component(Entry):
     """A component of the model: run the blocks of a rate in their order, wiring inputs by ``source``."""
 
-    precision: PortType
-    dims: dict[str, int]
-    config: dict[str, Any]
+    precision: PortType = Field(description="What it is computed in.")
+    dims: dict[str, int] = Field(description="Sizes by the letters of its shapes.")
+    config: dict[str, Any] = Field(description="The model's configuration.")
     passes: str = Field(description="The graph passes that ran, as text that a recipe accepts.")
-    inputs: list[ComponentInput]
-    outputs: list[ComponentOutput]
+    inputs: list[ComponentInput] = Field(description="What it takes.")
+    outputs: list[ComponentOutput] = Field(description="What it gives.")
     default_function: str = Field(default=BASE, description="What a block runs that lacks the function asked for.")
-    tables_file: File | None
-    tables: list[Table]
-    blocks: list[BlockEntry]
+    tables_file: File | None = Field(description="Where tables are; null: there are none.")
+    tables: list[Table] = Field(description="Values that are known beforehand.")
+    blocks: list[BlockEntry] = Field(description="What it consists of.")
     load_order: dict[Rate, list[str]] = Field(description="By rate, blocks in the order in which they run.")
 
     def own_function(self, block: BlockEntry, function: str) -> str:
@@ -226,14 +226,14 @@ class Component(Entry):
 class Geometry(Entry):
     """The video, in frames and pixels, and its latents."""
 
-    frames: int
-    height: int
-    width: int
-    fps: int
-    latent_channels: int
-    latent_frames: int
-    latent_height: int
-    latent_width: int
+    frames: int = Field(description="Frames of the video.")
+    height: int = Field(description="Rows of a frame.")
+    width: int = Field(description="Columns of a frame.")
+    fps: int = Field(description="Frames per second.")
+    latent_channels: int = Field(description="Channels of latents.")
+    latent_frames: int = Field(description="Frames of latents.")
+    latent_height: int = Field(description="Rows of latents.")
+    latent_width: int = Field(description="Columns of latents.")
 
 
 class Suffix(Entry):
@@ -294,11 +294,11 @@ class GoldenVideo(Entry):
     ``psnr_db`` is what the bundle's own video had against it when it was built; ``limit_db`` what it must have.
     """
 
-    file: File
-    prompt: str
-    seed: int
-    psnr_db: float
-    limit_db: float
+    file: File = Field(description="Its pixels.")
+    prompt: str = Field(description="What it shows.")
+    seed: int = Field(description="Decides its noise.")
+    psnr_db: float = Field(description="Of the bundle's own video against it.")
+    limit_db: float = Field(description="The least that it may be.")
 
 
 class Gate(Entry):
@@ -313,24 +313,26 @@ class Gate(Entry):
     - ``interface``: artifacts were read back; this machine could not execute them.
     """
 
-    mode: GateMode
-    seed: int
+    mode: GateMode = Field(description="What was executed.")
+    seed: int = Field(description="Of the inputs.")
     inputs: int = Field(description="Number of inputs that a function was executed on, at most.")
-    limits: dict[str, float]
+    limits: dict[str, float] = Field(description="Largest relative error, by precision.")
 
 
 class TargetEntry(Entry):
-    name: str
-    options: dict[str, Any]
+    """The target and its options."""
+
+    name: str = Field(description="Such as coreml.")
+    options: dict[str, Any] = Field(description="Its options, as a recipe has them.")
 
 
 class Manifest(Entry):
     """The whole bundle."""
 
     format_version: Literal[7]
-    name: str
-    model: str
-    target: TargetEntry
+    name: str = Field(description="The bundle's name, for people.")
+    model: str = Field(description="The model family.")
+    target: TargetEntry = Field(description="What artifacts are for.")
     geometry: Geometry
     memory_budget_bytes: int | None = Field(
         description="Memory for weights and activations that loading was planned for; null: everything is kept."
@@ -338,11 +340,11 @@ class Manifest(Entry):
     text: TextEntry | None
     sampler: SamplerEntry
     decoding: DecodingEntry | None
-    components: dict[str, Component]
+    components: dict[str, Component] = Field(description="By name, such as transformer.")
     gate: Gate
     golden: GoldenVideo | None = Field(description="Of the whole pipeline; null where none was made.")
-    tools: dict[str, str]
-    recipe: File
+    tools: dict[str, str] = Field(description="Versions that built it, by package.")
+    recipe: File = Field(description="The recipe that gives the same bundle again.")
     loading: Loading = Field(
         description="What to load, run and free, in order, for a whole video; blocks are COMPONENT/BLOCK."
     )

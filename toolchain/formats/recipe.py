@@ -74,9 +74,9 @@ class Video(Strict):
     """The video to make. Sizes are pixels; one geometry a bundle, since blocks have fixed shapes."""
 
     frames: int = Field(ge=1, description="Number of frames; which there can be is up to the model.")
-    height: int = Field(ge=16, le=4096)
-    width: int = Field(ge=16, le=4096)
-    fps: int = Field(default=24, ge=1, le=240)
+    height: int = Field(ge=16, le=4096, description="Rows of a frame.")
+    width: int = Field(ge=16, le=4096, description="Columns of a frame.")
+    fps: int = Field(default=24, ge=1, le=240, description="Frames per second; the model is told, too.")
 
 
 def _leap(value: Any) -> Any:
@@ -107,7 +107,7 @@ def _listed(value: Any) -> Any:
 class SamplerRecipe(Strict):
     """How the video is denoised: rectified flow, with the ways to do it in less time."""
 
-    steps: int = Field(default=30, ge=1, le=1000)
+    steps: int = Field(default=30, ge=1, le=1000, description="Denoising steps of the full schedule.")
     guidance: float = Field(default=7.0, ge=0, description="Scale of classifier-free guidance.")
     leap: Annotated[Leap | None, BeforeValidator(_leap), _LeapShorthands()] = Field(
         default=None,
@@ -115,7 +115,7 @@ class SamplerRecipe(Strict):
     )
     merged_steps: int = Field(default=0, ge=0, description="How many of the first steps run with merged tokens.")
     reuse: Annotated[list[Reuse], BeforeValidator(_listed)] = Field(
-        default_factory=list, description="Steps that leave out blocks, and take what these added at an earlier step."
+        default=[], description="Steps that leave out blocks, and take what these added at an earlier step."
     )
     conditional: Conditional | None = Field(
         default=None, description="Steps that compute the conditional half of guidance alone."
@@ -192,7 +192,7 @@ class ComponentRecipe(Strict):
     )
     sha256: str | None = Field(default=None, description="Digest of a local checkpoint; refuse any other content.")
     loras: list[Annotated[LoraRecipe, BeforeValidator(_lora)]] = Field(
-        default_factory=list, description="LoRA adapters to merge into the weights, in order; a location alone will do."
+        default=[], description="LoRA adapters to merge into the weights, in order; a location alone will do."
     )
     config: dict[str, Any] | None = Field(
         default=None, description="The model's configuration; read beside the weights if absent."
@@ -204,10 +204,12 @@ class ComponentRecipe(Strict):
         max_length=200,
         description="SPDX expression of the weights' licence, for artifacts.",
     )
-    passes: PassSpecs = Field(default_factory=list, description="Graph passes, in order; the one that partitions last.")
+    passes: PassSpecs = Field(default=[], description="Graph passes, in order; the one that partitions last.")
 
 
 class TextEncoderRecipe(ComponentRecipe):
+    """The text encoder: a component, and how prompts become its tokens."""
+
     tokenizer: str = Field(
         default="spiece.model", description="The sentencepiece model: a file beside the weights, or a path."
     )
@@ -219,12 +221,14 @@ class TextEncoderRecipe(ComponentRecipe):
 class TilesRecipe(Strict):
     """Tiles in space, in pixels: multiples of what one latent stands for, at most a frame."""
 
-    height: int = Field(ge=1)
-    width: int = Field(ge=1)
+    height: int = Field(ge=1, description="Rows of a tile.")
+    width: int = Field(ge=1, description="Columns of a tile.")
     overlap: int = Field(ge=0, description="Of neighbouring tiles, over which one fades into the other.")
 
 
 class VaeRecipe(ComponentRecipe):
+    """The VAE: a component, and how much of a video it takes at once."""
+
     frames_per_call: int | None = Field(
         default=None,
         ge=1,
@@ -237,14 +241,16 @@ class VaeRecipe(ComponentRecipe):
 
 
 class TransformerRecipe(ComponentRecipe):
+    """The denoiser: a component, and what it takes beside latents and a prompt."""
+
     frame_conditions: bool = Field(default=False, description="Accept frames given as condition (input x_mask).")
 
 
 class GoldenRecipe(Strict):
     """A prompt whose video is made eagerly in float32, held against the bundle's, and stored with it."""
 
-    prompt: str = Field(min_length=1)
-    seed: int = Field(default=0, ge=0, lt=1 << 64)
+    prompt: str = Field(min_length=1, description="What the video shows.")
+    seed: int = Field(default=0, ge=0, lt=1 << 64, description="Decides the initial noise.")
     min_psnr_db: float = Field(default=40.0, description="Least peak signal-to-noise ratio of the bundle's video.")
 
 
@@ -252,10 +258,10 @@ class GateRecipe(Strict):
     """The accuracy gate: every artifact is executed and held against eager float32."""
 
     max_relative_error: dict[str, float] = Field(
-        default_factory=lambda: dict(GATE_DEFAULTS), description="Largest relative error of a block, by precision."
+        default=dict(GATE_DEFAULTS), description="Largest relative error of a block, by precision."
     )
     max_quantization_error: dict[str, float] = Field(
-        default_factory=dict,
+        default={},
         description=f"Largest relative error that quantized weights may cost a block, by component; "
         f"{QUANTIZATION_DEFAULT} if absent.",
     )
@@ -309,7 +315,7 @@ class Recipe(Strict):
     text_encoder: TextEncoderRecipe | None = None
     transformer: TransformerRecipe
     vae: VaeRecipe | None = None
-    target: Target
+    target: Target = Field(description="By name, or a mapping with its name and its options, such as precision.")
     device: str | None = Field(
         default=None,
         min_length=1,

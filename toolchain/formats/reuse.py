@@ -49,9 +49,9 @@ class Accumulated(_Strict):
     """
 
     kind: Literal["accumulated"] = "accumulated"
-    threshold: float = Field(gt=0)
+    threshold: float = Field(gt=0, description="The sum of changes from which on the range is computed.")
     polynomial: list[float] = Field(
-        default_factory=lambda: [1.0, 0.0], min_length=1, description="Coefficients, of the highest power first."
+        default=[1.0, 0.0], min_length=1, description="Coefficients, of the highest power first."
     )
     first: int = Field(default=1, ge=1, description="How many of the first steps compute the range always.")
     last: int = Field(default=1, ge=0, description="How many of the last ones do.")
@@ -119,7 +119,7 @@ class Conditional(_Strict):
     """
 
     steps: Places = Field(description="The steps, which count from 0.")
-    difference: Difference = "none"
+    difference: Difference = Field(default="none", description="What stands for the difference of the halves.")
 
 
 class Reusing(Protocol):

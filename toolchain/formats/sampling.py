@@ -24,12 +24,12 @@ class StepEntry(Entry):
     ``guidance`` says which halves go in. ``reuse`` names a range of blocks that are left out.
     """
 
-    timestep: float
-    dt: float
-    function: str
-    leap: bool
-    guidance: Guidance
-    reuse: str | None
+    timestep: float = Field(description="From ``time_scale`` (noise) down to 0 (video).")
+    dt: float = Field(description="What the velocity is multiplied with.")
+    function: str = Field(description="The function that is asked for.")
+    leap: bool = Field(description="Whether it leaps to the end.")
+    guidance: Guidance = Field(description="Both halves, or the conditional one alone.")
+    reuse: str | None = Field(description="The range that is left out; null: none.")
 
 
 class RangeEntry(Entry):
@@ -39,7 +39,7 @@ class RangeEntry(Entry):
     own ``input`` and the residual of the last step that computed them. It is kept in the type of ``output``.
     """
 
-    blocks: list[str] = Field(min_length=1)
+    blocks: list[str] = Field(min_length=1, description="In the order in which they run.")
     input: str = Field(description="What goes in: BLOCK.OUTPUT.")
     output: str = Field(description="What comes out: BLOCK.OUTPUT.")
     bytes: int = Field(ge=0, description="The most that is kept of it between steps.")
@@ -51,7 +51,7 @@ class RuleEntry(Accumulated):
     In the manifest's plan they compute it; a step that leaves it out makes none of its blocks' calls.
     """
 
-    range: str
+    range: str = Field(description="The range that it leaves out.")
     observes: str = Field(description="What the rule observes: BLOCK.OUTPUT, of a block before the range.")
     bytes: int = Field(ge=0, description="Of what it observes, which is kept from step to step.")
 
@@ -73,12 +73,12 @@ class SamplerEntry(Entry):
     once: Rate = Field(default="prompt", description="Rate of the blocks that run before the first step.")
     each: Rate = Field(default="step", description="Rate of the blocks that run at every step.")
     time_scale: int = Field(default=1000, ge=1, description="The timestep that is pure noise.")
-    guidance: float
-    difference: Difference
-    leap: Leap | None
+    guidance: float = Field(description="Scale of classifier-free guidance.")
+    difference: Difference = Field(description="What stands for c - u at a conditional step.")
+    leap: Leap | None = Field(description="The leap's rule; null: no leap.")
     ranges: dict[str, RangeEntry] = Field(description="What steps reuse, by name.")
-    rule: RuleEntry | None
-    steps: list[StepEntry]
+    rule: RuleEntry | None = Field(description="What chooses the steps that reuse; null: the steps say it.")
+    steps: list[StepEntry] = Field(description="Every call of the denoiser, in order.")
 
     def plan(self) -> tuple[Step, ...]:
         """The calls of the denoiser."""

@@ -40,7 +40,7 @@ class StaticLeap(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     kind: Literal["static"] = "static"
-    after: int = Field(ge=1)
+    after: int = Field(ge=1, description="Ordinary steps before the leap.")
 
     def check(self, steps: int) -> None:
         """Raises RecipeError unless the leap comes before the last of ``steps``."""
@@ -70,15 +70,16 @@ class DynamicLeap(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     kind: Literal["dynamic"] = "dynamic"
-    start: int = Field(default=0, ge=0)
-    start_fraction: float = Field(default=0.0, ge=0.0, le=1.0)
-    patience: int = Field(ge=1)
-    min_gain: float = Field(ge=0.0)
-    reset_on_gain: bool
-    initial_best: float
-    region: Literal["first_frame_rows", "whole"]
-    """``first_frame_rows``: channel 0, frame 0; mean over H of the cosines along W. ``whole``: all of v, flat."""
-    eps: float = Field(default=1e-8, gt=0.0)
+    start: int = Field(default=0, ge=0, description="No step before this index is judged.")
+    start_fraction: float = Field(default=0.0, ge=0.0, le=1.0, description="The same as a share of the steps.")
+    patience: int = Field(ge=1, description="The failure at which a step leaps.")
+    min_gain: float = Field(ge=0.0, description="By how much a cosine must be over the best to be a gain.")
+    reset_on_gain: bool = Field(description="Whether a gain clears the failures.")
+    initial_best: float = Field(description="The best cosine before the first.")
+    region: Literal["first_frame_rows", "whole"] = Field(
+        description="first_frame_rows: channel 0, frame 0, mean over H of the cosines along W; whole: all of v, flat."
+    )
+    eps: float = Field(default=1e-8, gt=0.0, description="Least norm that a cosine divides by.")
 
     def first_judged(self, steps: int) -> int:
         """Index of the first step that rule 2 lets judge; ``steps`` or more if none."""
