@@ -64,7 +64,7 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") ->
 
     A misspelt key comes before the missing one that it was meant to be.
     """
-    first, *more = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    first, *more = _by_importance(error)
     path, parent = _written_path(model, list(first["loc"]))
     key = ".".join(str(p) for p in ([prefix] if prefix else []) + path)
     if first["type"] == "extra_forbidden":
@@ -77,6 +77,16 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") ->
     else:
         text = _message(first)  # a check of several keys names them itself
     return text + (f" (and {len(more)} more problem{'s' if len(more) > 1 else ''})" if more else "")
+
+
+def explained_key(error: ValidationError, model: type[BaseModel]) -> list[str]:
+    """The path of the key that :func:`explain` is about; empty where it is about several."""
+    path, _ = _written_path(model, list(_by_importance(error)[0]["loc"]))
+    return [str(part) for part in path]
+
+
+def _by_importance(error: ValidationError) -> list[Any]:
+    return sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
 
 
 def _message(error: Any) -> str:
@@ -98,11 +108,17 @@ def _written_path(model: type[BaseModel], parts: list[Any]) -> tuple[list[Any], 
             continue  # pydantic's tag of a union's member, or the name of a validator
         written.append(part)
         if not last and current is not None and isinstance(part, str):
-            current = _model_in(current.model_fields[part].annotation)
+            current = model_in(current.model_fields[part].annotation)
     return written, current
 
 
-def _model_in(annotation: Any) -> type[BaseModel] | None:
+def model_in(annotation: Any) -> type[BaseModel] | None:
+    """The first model in a field's type; None if there is none."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next((m for a in get_args(annotation) if (m := _model_in(a)) is not None), None)
+    return next((m for a in get_args(annotation) if (m := model_in(a)) is not None), None)
+
+
+def takes_none(annotation: Any) -> bool:
+    """Whether a field of this type may be null."""
+    return type(None) in get_args(annotation)
