@@ -10,6 +10,7 @@ import typer
 from toolchain.cli.options import (
     BuildTraceOption,
     CalibrationOption,
+    DepfileOption,
     EventsOption,
     ExecutorOption,
     GateOption,
@@ -44,6 +45,7 @@ def compile_(
     calibration: CalibrationOption = None,
     events: EventsOption = None,
     trace: BuildTraceOption = None,
+    depfile: DepfileOption = None,
 ) -> None:
     """Build a recipe into a bundle. (The default command.)"""
     from toolchain.ui.console import Console
@@ -51,16 +53,20 @@ def compile_(
     with Console(as_json, verbose) as console:
         import toolchain
         from toolchain.errors import RecipeError
-        from toolchain.formats.recipe_file import find_recipe
+        from toolchain.formats.recipe_file import find_recipe, parse_source, recipe_source
+        from toolchain.system.files import check_file
         from toolchain.ui.spent import watched
         from toolchain.validation import read_bytes
 
         if gate is not None and no_gate:
             raise RecipeError("--gate and --no-gate: choose one")
+        if depfile is not None:
+            check_file("--depfile", depfile)
         mode = "none" if no_gate else gate
         with watched(console, events, trace) as watch, console.progress(print_after, watch.listeners) as listener:
             path = find_recipe(recipe)
-            loaded = toolchain.load_recipe(path, [*overrides, *([f"gate.mode={mode}"] if mode is not None else [])])
+            source = recipe_source(path)
+            loaded = parse_source(source, [*overrides, *([f"gate.mode={mode}"] if mode is not None else [])])
             listener.check_print_after(loaded)
             bundle = toolchain.compile_recipe(
                 loaded,
@@ -73,6 +79,11 @@ def compile_(
                 memory_bytes=None if memory is None else read_bytes(memory, "--memory"),
                 calibration=calibration,
             )
+        if depfile is not None:
+            from toolchain.build.inputs import write_depfile
+
+            others = [*source.files, *([] if calibration is None else [calibration])]
+            write_depfile(depfile, bundle, loaded, path.parent, others)
         from toolchain.ui.bundles import bundle_json, bundle_summary
 
         watch.say(console)

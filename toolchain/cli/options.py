@@ -46,4 +46,8 @@ EventsOption = Annotated[
 BuildTraceOption = Annotated[
     Path | None, typer.Option("--trace", metavar="FILE", help="Also write a Chrome trace of the build.")
 ]
+DepfileOption = Annotated[
+    Path | None,
+    typer.Option("--depfile", metavar="FILE", help="Write the files that the bundle depends on, for Make and Ninja."),
+]
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")]
