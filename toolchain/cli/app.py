@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 from toolchain.cli.building import compile_, plan
 from toolchain.cli.bundles import diff, inspect, report, verify
 from toolchain.cli.cache import cache
+from toolchain.cli.locking import lock
 from toolchain.cli.matrix import build_all
 from toolchain.cli.playing import calibrate, play, replan
 from toolchain.cli.schema import schema
@@ -51,7 +52,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 app.command("compile")(compile_)
 app.command("build-all")(build_all)
 built = inspect, verify, diff, report, calibrate, replan, play
-for command in (plan, quantize, tune, *built, cache, recipes, devices, schema):
+for command in (plan, lock, quantize, tune, *built, cache, recipes, devices, schema):
     app.command()(command)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,7 @@ from toolchain.cli.options import (
     DepfileOption,
     EventsOption,
     ExecutorOption,
+    FrozenOption,
     GateOption,
     JobsOption,
     JsonOption,
@@ -46,6 +48,7 @@ def compile_(
     events: EventsOption = None,
     trace: BuildTraceOption = None,
     depfile: DepfileOption = None,
+    freeze: FrozenOption = False,
 ) -> None:
     """Build a recipe into a bundle. (The default command.)"""
     from toolchain.ui.console import Console
@@ -55,19 +58,30 @@ def compile_(
         from toolchain.errors import RecipeError
         from toolchain.formats.recipe_file import find_recipe, parse_source, recipe_source
         from toolchain.system.files import check_file
+        from toolchain.ui.bundles import bundle_json, bundle_summary
         from toolchain.ui.spent import watched
         from toolchain.validation import read_bytes
 
         if gate is not None and no_gate:
             raise RecipeError("--gate and --no-gate: choose one")
+        if freeze and calibration is not None:
+            raise RecipeError("--frozen and --calibration: measured times have no place in a lock; choose one")
         if depfile is not None:
             check_file("--depfile", depfile)
         mode = "none" if no_gate else gate
-        with watched(console, events, trace) as watch, console.progress(print_after, watch.listeners) as listener:
+        with (
+            watched(console, events, trace) as watch,
+            console.progress(print_after, watch.listeners) as listener,
+            contextlib.ExitStack() as held,
+        ):
             path = find_recipe(recipe)
             source = recipe_source(path)
             loaded = parse_source(source, [*overrides, *([f"gate.mode={mode}"] if mode is not None else [])])
             listener.check_print_after(loaded)
+            if freeze:
+                from toolchain.build.locking import frozen
+
+                held.enter_context(frozen(source, loaded))
             bundle = toolchain.compile_recipe(
                 loaded,
                 output,
@@ -79,13 +93,11 @@ def compile_(
                 memory_bytes=None if memory is None else read_bytes(memory, "--memory"),
                 calibration=calibration,
             )
-        if depfile is not None:
-            from toolchain.build.inputs import write_depfile
+            if depfile is not None:
+                from toolchain.build.inputs import write_depfile
 
-            others = [*source.files, *([] if calibration is None else [calibration])]
-            write_depfile(depfile, bundle, loaded, path.parent, others)
-        from toolchain.ui.bundles import bundle_json, bundle_summary
-
+                others = [*source.files, *([] if calibration is None else [calibration])]
+                write_depfile(depfile, bundle, loaded, path.parent, others)
         watch.say(console)
         console.answer(bundle_json(bundle) | watch.summary_json(), bundle_summary(bundle))
 

@@ -50,4 +50,7 @@ DepfileOption = Annotated[
     Path | None,
     typer.Option("--depfile", metavar="FILE", help="Write the files that the bundle depends on, for Make and Ninja."),
 ]
+FrozenOption = Annotated[
+    bool, typer.Option("--frozen", help="Fetch nothing, and refuse what is not as the recipe's lock has it; see lock.")
+]
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")]
