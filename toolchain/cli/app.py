@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 from toolchain.cli.building import compile_, plan
 from toolchain.cli.bundles import diff, inspect, report, verify
 from toolchain.cli.cache import cache
+from toolchain.cli.init import init
 from toolchain.cli.locking import lock
 from toolchain.cli.matrix import build_all
 from toolchain.cli.playing import calibrate, play, replan
@@ -33,7 +34,6 @@ class _CompileByDefault(TyperGroup):
 app = typer.Typer(
     cls=_CompileByDefault,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Compile Open-Sora text-to-video models into bundles for phones: [bold]sora-compile RECIPE -o BUNDLE[/bold].",
     rich_markup_mode="rich",
@@ -52,7 +52,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 app.command("compile")(compile_)
 app.command("build-all")(build_all)
 built = inspect, verify, diff, report, calibrate, replan, play
-for command in (plan, lock, quantize, tune, *built, cache, recipes, devices, schema):
+for command in (init, plan, lock, quantize, tune, *built, cache, recipes, devices, schema):
     app.command()(command)
 
 
