@@ -12,6 +12,7 @@ from toolchain.cli.options import (
     BuildTraceOption,
     CalibrationOption,
     DepfileOption,
+    DryRunOption,
     EventsOption,
     ExecutorOption,
     FrozenOption,
@@ -49,6 +50,7 @@ def compile_(
     trace: BuildTraceOption = None,
     depfile: DepfileOption = None,
     freeze: FrozenOption = False,
+    dry_run: DryRunOption = False,
 ) -> None:
     """Build a recipe into a bundle. (The default command.)"""
     from toolchain.ui.console import Console
@@ -58,6 +60,7 @@ def compile_(
         from toolchain.errors import RecipeError
         from toolchain.formats.recipe_file import find_recipe, parse_source, recipe_source
         from toolchain.system.files import check_file
+        from toolchain.system.read_only import ReadOnlyStore
         from toolchain.ui.bundles import bundle_json, bundle_summary
         from toolchain.ui.spent import watched
         from toolchain.validation import read_bytes
@@ -66,6 +69,9 @@ def compile_(
             raise RecipeError("--gate and --no-gate: choose one")
         if freeze and calibration is not None:
             raise RecipeError("--frozen and --calibration: measured times have no place in a lock; choose one")
+        written = {"--events": events, "--trace": trace, "--depfile": depfile}
+        if dry_run and (option := next((o for o, path in written.items() if path is not None), None)):
+            raise RecipeError(f"--dry-run and {option}: nothing is built and nothing written; choose one")
         if depfile is not None:
             check_file("--depfile", depfile)
         mode = "none" if no_gate else gate
@@ -81,7 +87,16 @@ def compile_(
             if freeze:
                 from toolchain.build.locking import frozen
 
-                held.enter_context(frozen(source, loaded))
+                held.enter_context(frozen(source, loaded, ReadOnlyStore() if dry_run else None))
+            if dry_run:
+                from toolchain.build.forecast import forecast
+                from toolchain.ui.forecast import forecast_json, forecast_table
+
+                found = forecast(
+                    loaded, output, base=path.parent, listener=listener, direct=direct, calibration=calibration
+                )
+                console.answer(forecast_json(found), forecast_table(found))
+                return
             bundle = toolchain.compile_recipe(
                 loaded,
                 output,

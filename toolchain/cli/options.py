@@ -53,4 +53,7 @@ DepfileOption = Annotated[
 FrozenOption = Annotated[
     bool, typer.Option("--frozen", help="Fetch nothing, and refuse what is not as the recipe's lock has it; see lock.")
 ]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Say what would be done and what it needs; write nothing, fetch nothing.")
+]
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")]
