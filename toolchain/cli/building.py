@@ -110,8 +110,13 @@ def compile_(
             )
             if depfile is not None:
                 from toolchain.build.inputs import write_depfile
+                from toolchain.formats.lock import lock_path
 
-                others = [*source.files, *([] if calibration is None else [calibration])]
+                others = [
+                    *source.files,
+                    *([lock_path(path)] if freeze else []),
+                    *([calibration] if calibration else []),
+                ]
                 write_depfile(depfile, bundle, loaded, path.parent, others)
         watch.say(console)
         console.answer(bundle_json(bundle) | watch.summary_json(), bundle_summary(bundle))
