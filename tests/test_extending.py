@@ -68,6 +68,17 @@ def test_null_is_a_value_where_it_is_one(tmp_path: Path, recipe_data: dict[str, 
     assert found is not None and found.aesthetic_score is None
 
 
+def test_null_in_a_models_configuration_is_the_models(tmp_path: Path, recipe_data: dict[str, Any]) -> None:
+    recipe_data["transformer"]["config"] = {"a": None, "b": {"c": None, "d": 1}}
+    written(tmp_path / "base.yaml", recipe_data)
+    child = written(tmp_path / "child.yaml", {"extends": "base.yaml", "transformer": {"config": {"b": {"d": None}}}})
+    assert load_recipe(child).transformer.config == {"a": None, "b": {"c": None, "d": None}}
+    target = {"target": {"name": "onnx", "precision": "float32"}}
+    written(tmp_path / "base.yaml", recipe_data | target)
+    child = written(tmp_path / "child.yaml", {"extends": "base.yaml", "target": {"precision": None}})
+    assert load_recipe(child).target.options == {}
+
+
 def test_a_component_can_be_taken_away(tmp_path: Path, recipe_data: dict[str, Any]) -> None:
     written(tmp_path / "base.yaml", recipe_data | {"vae": {"checkpoint": "vae"}})
     child = written(tmp_path / "child.yaml", {"extends": "base.yaml", "vae": None})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -108,17 +108,26 @@ def _written_path(model: type[BaseModel], parts: list[Any]) -> tuple[list[Any], 
             continue  # pydantic's tag of a union's member, or the name of a validator
         written.append(part)
         if not last and current is not None and isinstance(part, str):
-            current = model_in(current.model_fields[part].annotation)
+            current = _model_in(current.model_fields[part].annotation)
     return written, current
 
 
-def model_in(annotation: Any) -> type[BaseModel] | None:
+def _model_in(annotation: Any) -> type[BaseModel] | None:
     """The first model in a field's type; None if there is none."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next((m for a in get_args(annotation) if (m := model_in(a)) is not None), None)
+    return next((m for a in get_args(annotation) if (m := _model_in(a)) is not None), None)
+
+
+def type_within(annotation: Any, key: str) -> Any:
+    """The type of the value that a key has in mappings of a type; None where nothing is known of it."""
+    model = _model_in(annotation)
+    if model is not None:
+        return model.model_fields[key].annotation if key in model.model_fields else None
+    mapping = next((a for a in (annotation, *get_args(annotation)) if get_origin(a) is dict), None)
+    return Any if annotation is Any else get_args(mapping)[1] if mapping is not None else None
 
 
 def takes_none(annotation: Any) -> bool:
-    """Whether a field of this type may be null."""
-    return type(None) in get_args(annotation)
+    """Whether null is a value of a type."""
+    return annotation is Any or type(None) in get_args(annotation)

@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
 from toolchain.errors import RecipeError
 from toolchain.formats.environment import ENV, Variables, declared
 from toolchain.formats.recipe import COMPONENTS, Recipe
 from toolchain.formats.yaml_text import read_yaml
-from toolchain.validation import model_in, takes_none
+from toolchain.validation import takes_none, type_within
 
 EXTENDS = "extends"
 MAX_FILES = 8
@@ -132,19 +130,21 @@ def _extended(name: Any, path: Path, folder: Path, shipped: Mapping[str, Path]) 
     raise RecipeError(f"{path}: {EXTENDS}: '{name}' is neither a file beside it nor a shipped recipe; {hint}")
 
 
-def _laid(over: Mapping[str, Any], under: Mapping[str, Any], model: type[BaseModel] | None) -> dict[str, Any]:
+def _laid(over: Mapping[str, Any], under: Mapping[str, Any], kind: Any) -> dict[str, Any]:
     """One mapping laid over another: mappings key by key, anything else replaced, null takes a key away.
 
     Where null is one of a key's values, it is that.
+
+    Args:
+        kind: the type of what they are, as far as it is known.
     """
     merged = dict(under)
     for key, value in over.items():
-        field = model.model_fields.get(key) if model is not None else None
-        if value is None and not (field is not None and takes_none(field.annotation)):
+        inner = type_within(kind, key)
+        if value is None and not takes_none(inner):
             merged.pop(key, None)
         elif isinstance(value, dict):
             below = merged.get(key)
-            inner = model_in(field.annotation) if field is not None else None
             merged[key] = _laid(value, below if isinstance(below, dict) else {}, inner)
         else:
             merged[key] = value
