@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,20 @@ def test_what_is_not_pinned_is_refused(team: Path, key: str, location: str) -> N
     assert text.startswith(f"{key}: '{location}' is not pinned to a commit")
 
 
+def test_pinned_and_in_the_cache(team: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    snapshot = tmp_path / "hub" / "models--me--it" / "snapshots" / COMMIT
+    shutil.copytree(team.parents[1] / "checkpoint", snapshot)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    source = recipe_source(team)
+    recipe = parse_source(source, [f"transformer.checkpoint=hf://me/it@{COMMIT}"])
+    with frozen(source, recipe):  # the same weights as were locked
+        pass
+    save_file({k: v + 1 for k, v in load_file(snapshot / "model.safetensors").items()}, snapshot / "model.safetensors")
+    assert "transformer.checkpoint (locked " in refused(team, f"transformer.checkpoint=hf://me/it@{COMMIT}")
+
+
 def test_pinned_and_not_in_the_cache(team: Path, run_cli: Any) -> None:
     override = f"transformer.checkpoint=hf://me/no-such@{COMMIT}"
     ran = run_cli("r.yaml", "-o", "b", "--frozen", "--set", override, cwd=team.parent)
@@ -155,7 +170,8 @@ def test_the_command(team: Path, run_cli: Any) -> None:
 
 @pytest.mark.slow
 def test_a_frozen_build_gives_the_same_bytes(team: Path, run_cli: Any) -> None:
-    for out, more in (("a", ()), ("b", ("--frozen",))):
+    for out, more in (("a", ()), ("b", ("--frozen", "--depfile", "d"))):
         ran = run_cli("r.yaml", "-o", out, "--gate", "structure", *more, cwd=team.parent)
         assert ran.code == 0, ran.err
     assert contents(team.parent / "a") == contents(team.parent / "b")
+    assert f"{lock_path(team)}" in (team.parent / "d").read_text()
