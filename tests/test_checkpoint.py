@@ -19,6 +19,7 @@ from toolchain.errors import CheckpointError
 from toolchain.system.store import Store
 from toolchain.weights.checkpoint import Checkpoint, local_path, match, open_checkpoint, read_config
 from toolchain.weights.digests import checkpoint_digest, tensor_digests
+from toolchain.weights.hub import OFFLINE_VARIABLE, offline
 
 WEIGHTS = {
     "a.weight": torch.arange(6.0).reshape(2, 3),
@@ -391,6 +392,29 @@ def test_hub_locations_are_pinned_to_a_commit(hub: Path, location: str, commit: 
     assert read_config(checkpoint.root) == {"commit": commit, "folder": folder}
     assert same(checkpoint, WEIGHTS if commit == COMMIT else {"other": torch.zeros(2)})
     assert open_checkpoint(pinned, hub).location == pinned
+
+
+def test_offline_asks_nobody(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants, file_download
+
+    asked: list[Any] = []
+
+    def ask(*args: Any, **_: Any) -> Any:
+        asked.append(args)
+        raise OSError("no network")
+
+    monkeypatch.delenv(OFFLINE_VARIABLE)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(file_download, "get_hf_file_metadata", ask)
+    with offline():
+        assert same(open_checkpoint(f"hf://owner/name@{COMMIT}", hub))
+        for location in (f"hf://owner/other@{COMMIT}", f"hf://owner/name@{COMMIT}/no-such"):
+            with pytest.raises(CheckpointError, match="nothing in the cache"):
+                open_checkpoint(location, hub)
+    assert not asked
+    with pytest.raises(CheckpointError):
+        open_checkpoint("hf://owner/other", hub)
+    assert asked
 
 
 def test_hub_shards(hub: Path) -> None:

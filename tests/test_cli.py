@@ -43,6 +43,22 @@ def test_others_can_read_a_bundle(request: pytest.FixtureRequest, target: str) -
     assert folder.stat().st_mode & 0o777 == 0o755
 
 
+# --- completion in a shell ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("sora-compile in", ["init", "inspect"]),
+        ("sora-compile plan --se", ["--set"]),
+        ("sora-compile tiny --gat", ["--gate"]),  # the default command's
+    ],
+)
+def test_completion(run_cli: Any, tmp_path: Path, line: str, found: list[str]) -> None:
+    env = {"_SORA_COMPILE_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(line.split()) - 1)}
+    assert run_cli(cwd=tmp_path, env=env).out.split() == found
+
+
 # --- plan --------------------------------------------------------------------------------------------
 
 

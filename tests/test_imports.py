@@ -38,7 +38,9 @@ def test_nothing_heavy_is_imported(code: str, tmp_path: Path) -> None:
 def test_commands_that_need_nothing_load_nothing(tmp_path: Path) -> None:
     named = (
         "compile",
+        "init",
         "plan",
+        "lock",
         "quantize",
         "tune",
         "inspect",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -64,7 +64,7 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") ->
 
     A misspelt key comes before the missing one that it was meant to be.
     """
-    first, *more = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    first, *more = _by_importance(error)
     path, parent = _written_path(model, list(first["loc"]))
     key = ".".join(str(p) for p in ([prefix] if prefix else []) + path)
     if first["type"] == "extra_forbidden":
@@ -77,6 +77,16 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") ->
     else:
         text = _message(first)  # a check of several keys names them itself
     return text + (f" (and {len(more)} more problem{'s' if len(more) > 1 else ''})" if more else "")
+
+
+def explained_key(error: ValidationError, model: type[BaseModel]) -> list[str]:
+    """The path of the key that :func:`explain` is about; empty where it is about several."""
+    path, _ = _written_path(model, list(_by_importance(error)[0]["loc"]))
+    return [str(part) for part in path]
+
+
+def _by_importance(error: ValidationError) -> list[Any]:
+    return sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
 
 
 def _message(error: Any) -> str:
@@ -103,6 +113,21 @@ def _written_path(model: type[BaseModel], parts: list[Any]) -> tuple[list[Any], 
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The first model in a field's type; None if there is none."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((m for a in get_args(annotation) if (m := _model_in(a)) is not None), None)
+
+
+def type_within(annotation: Any, key: str) -> Any:
+    """The type of the value that a key has in mappings of a type; None where nothing is known of it."""
+    model = _model_in(annotation)
+    if model is not None:
+        return model.model_fields[key].annotation if key in model.model_fields else None
+    mapping = next((a for a in (annotation, *get_args(annotation)) if get_origin(a) is dict), None)
+    return Any if annotation is Any else get_args(mapping)[1] if mapping is not None else None
+
+
+def takes_none(annotation: Any) -> bool:
+    """Whether null is a value of a type."""
+    return annotation is Any or type(None) in get_args(annotation)

@@ -12,6 +12,8 @@ from typer.core import TyperGroup
 from toolchain.cli.building import compile_, plan
 from toolchain.cli.bundles import diff, inspect, report, verify
 from toolchain.cli.cache import cache
+from toolchain.cli.init import init
+from toolchain.cli.locking import lock
 from toolchain.cli.matrix import build_all
 from toolchain.cli.playing import calibrate, play, replan
 from toolchain.cli.provenance import bom, card, sign, verify_signature
@@ -33,7 +35,6 @@ class _CompileByDefault(TyperGroup):
 app = typer.Typer(
     cls=_CompileByDefault,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Compile Open-Sora text-to-video models into bundles for phones: [bold]sora-compile RECIPE -o BUNDLE[/bold].",
     rich_markup_mode="rich",
@@ -53,11 +54,11 @@ app.command("compile")(compile_)
 app.command("build-all")(build_all)
 built = inspect, verify, diff, report, calibrate, replan, play
 given_away = sign, verify_signature, bom, card
-for command in (plan, quantize, tune, *built, *given_away, cache, recipes, devices, schema):
+for command in (init, plan, lock, quantize, tune, *built, *given_away, cache, recipes, devices, schema):
     app.command()(command)
 
 
 def main() -> None:
     """Entry point of the command."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # unwinds, so nothing half-written stays
-    app()
+    app(prog_name="sora-compile")  # also as a module: completion goes by it

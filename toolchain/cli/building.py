@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Annotated
 
@@ -10,8 +11,11 @@ import typer
 from toolchain.cli.options import (
     BuildTraceOption,
     CalibrationOption,
+    DepfileOption,
+    DryRunOption,
     EventsOption,
     ExecutorOption,
+    FrozenOption,
     GateOption,
     JobsOption,
     JsonOption,
@@ -44,6 +48,9 @@ def compile_(
     calibration: CalibrationOption = None,
     events: EventsOption = None,
     trace: BuildTraceOption = None,
+    depfile: DepfileOption = None,
+    freeze: FrozenOption = False,
+    dry_run: DryRunOption = False,
 ) -> None:
     """Build a recipe into a bundle. (The default command.)"""
     from toolchain.ui.console import Console
@@ -51,17 +58,45 @@ def compile_(
     with Console(as_json, verbose) as console:
         import toolchain
         from toolchain.errors import RecipeError
-        from toolchain.formats.recipe_file import find_recipe
+        from toolchain.formats.recipe_file import find_recipe, parse_source, recipe_source
+        from toolchain.system.files import check_file
+        from toolchain.system.read_only import ReadOnlyStore
+        from toolchain.ui.bundles import bundle_json, bundle_summary
         from toolchain.ui.spent import watched
         from toolchain.validation import read_bytes
 
         if gate is not None and no_gate:
             raise RecipeError("--gate and --no-gate: choose one")
+        if freeze and calibration is not None:
+            raise RecipeError("--frozen and --calibration: measured times have no place in a lock; choose one")
+        written = {"--events": events, "--trace": trace, "--depfile": depfile}
+        if dry_run and (option := next((o for o, path in written.items() if path is not None), None)):
+            raise RecipeError(f"--dry-run and {option}: nothing is built and nothing written; choose one")
+        if depfile is not None:
+            check_file("--depfile", depfile)
         mode = "none" if no_gate else gate
-        with watched(console, events, trace) as watch, console.progress(print_after, watch.listeners) as listener:
+        with (
+            watched(console, events, trace) as watch,
+            console.progress(print_after, watch.listeners) as listener,
+            contextlib.ExitStack() as held,
+        ):
             path = find_recipe(recipe)
-            loaded = toolchain.load_recipe(path, [*overrides, *([f"gate.mode={mode}"] if mode is not None else [])])
+            source = recipe_source(path)
+            loaded = parse_source(source, [*overrides, *([f"gate.mode={mode}"] if mode is not None else [])])
             listener.check_print_after(loaded)
+            if freeze:
+                from toolchain.build.locking import frozen
+
+                held.enter_context(frozen(source, loaded, ReadOnlyStore() if dry_run else None))
+            if dry_run:
+                from toolchain.build.forecast import forecast
+                from toolchain.ui.forecast import forecast_json, forecast_table
+
+                found = forecast(
+                    loaded, output, base=path.parent, listener=listener, direct=direct, calibration=calibration
+                )
+                console.answer(forecast_json(found), forecast_table(found))
+                return
             bundle = toolchain.compile_recipe(
                 loaded,
                 output,
@@ -73,8 +108,16 @@ def compile_(
                 memory_bytes=None if memory is None else read_bytes(memory, "--memory"),
                 calibration=calibration,
             )
-        from toolchain.ui.bundles import bundle_json, bundle_summary
+            if depfile is not None:
+                from toolchain.build.inputs import write_depfile
+                from toolchain.formats.lock import lock_path
 
+                others = [
+                    *source.files,
+                    *([lock_path(path)] if freeze else []),
+                    *([calibration] if calibration else []),
+                ]
+                write_depfile(depfile, bundle, loaded, path.parent, others)
         watch.say(console)
         console.answer(bundle_json(bundle) | watch.summary_json(), bundle_summary(bundle))
 

@@ -46,4 +46,14 @@ EventsOption = Annotated[
 BuildTraceOption = Annotated[
     Path | None, typer.Option("--trace", metavar="FILE", help="Also write a Chrome trace of the build.")
 ]
+DepfileOption = Annotated[
+    Path | None,
+    typer.Option("--depfile", metavar="FILE", help="Write the files that the bundle depends on, for Make and Ninja."),
+]
+FrozenOption = Annotated[
+    bool, typer.Option("--frozen", help="Fetch nothing, and refuse what is not as the recipe's lock has it; see lock.")
+]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Say what would be done and what it needs; write nothing, fetch nothing.")
+]
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")]

@@ -162,8 +162,8 @@ def describe_file(path: Path, root: Path) -> File:
     return File(path=path.relative_to(root).as_posix(), bytes=path.stat().st_size, sha256=digest(path))
 
 
-def prepare(out: Path) -> Path:
-    """Refuse a place that holds something else, and remove what killed runs left beside it; its absolute path.
+def check_place(out: Path) -> None:
+    """Refuse a place that holds something else than a bundle.
 
     Raises:
         RecipeError: ``out`` exists and is not a bundle.
@@ -171,6 +171,16 @@ def prepare(out: Path) -> Path:
     out = Path(os.path.abspath(out))
     if out.exists() and not (out / FILE_NAME).is_file() and not (out.is_dir() and not any(out.iterdir())):
         raise RecipeError(f"-o {out}: exists and is not a bundle; choose another folder or remove it")
+
+
+def prepare(out: Path) -> Path:
+    """Refuse a place that holds something else, and remove what killed runs left beside it; its absolute path.
+
+    Raises:
+        RecipeError: ``out`` exists and is not a bundle.
+    """
+    check_place(out)
+    out = Path(os.path.abspath(out))
     for prefix in (_partial(out), f".{out.name}.old-"):  # earlier versions put what they replaced into the second
         remove_abandoned(out.parent, prefix)
     return out

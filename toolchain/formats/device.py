@@ -94,21 +94,31 @@ UNSPECIFIED = "unspecified"
 """The profile for recipes that name no device: all of it is estimated."""
 
 
-def load_device(name: str | Path, base: Path = Path()) -> Device:
-    """A profile by shipped name, or by the path of a file, looked for in ``base`` first.
+def find_device(name: str | Path, base: Path = Path()) -> Path:
+    """The file of a profile: a path, looked for in ``base`` first, or a shipped one's name.
 
     Raises:
-        RecipeError: there is none of that name, with those that are near; or the file is wrong, with the key.
+        RecipeError: there is none of that name, with those that are near.
     """
     path, known = base / name, shipped_devices()
     if not path.is_file():
         path = Path(name)
-    if not path.is_file():
-        if str(name) not in known:
-            near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4)
-            hint = f"near ones are {', '.join(near)}" if near else f"known ones are {', '.join(known)}"
-            raise RecipeError(f"unknown device '{name}'; {hint}")
-        path = known[str(name)]
+    if path.is_file():
+        return path
+    if str(name) in known:
+        return known[str(name)]
+    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4)
+    hint = f"near ones are {', '.join(near)}" if near else f"known ones are {', '.join(known)}"
+    raise RecipeError(f"unknown device '{name}'; {hint}")
+
+
+def load_device(name: str | Path, base: Path = Path()) -> Device:
+    """A profile, found by :func:`find_device`.
+
+    Raises:
+        RecipeError: there is none; or the file is wrong, with the key.
+    """
+    path = find_device(name, base)
     data = read_yaml(path)
     try:
         return Device.model_validate(data)

@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from toolchain.errors import RecipeError
 from toolchain.formats.recipe import Recipe, Strict
-from toolchain.formats.recipe_file import find_recipe, parse_recipe, recipe_data, set_key
+from toolchain.formats.recipe_file import find_recipe, parse_recipe, recipe_source, set_key
 from toolchain.formats.yaml_text import read_yaml
 from toolchain.validation import explain
 
@@ -140,7 +140,7 @@ def _recipe(name: str, matrix: Path) -> tuple[Path, dict[str, Any]]:
     try:
         found = find_recipe(beside if beside.is_file() else name)
         shipped = found not in (beside, Path(name))
-        return matrix.parent if shipped else found.parent, recipe_data(found)
+        return matrix.parent if shipped else found.parent, recipe_source(found).data
     except RecipeError as e:
         raise RecipeError(f"{matrix}: recipes: {e}") from e
 

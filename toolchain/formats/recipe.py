@@ -20,6 +20,7 @@ from pydantic import (
 
 from toolchain import plugins
 from toolchain.errors import RecipeError
+from toolchain.formats.environment import escaped
 from toolchain.formats.pass_specs import Named, PassSpecs
 from toolchain.formats.reuse import Conditional, Difference, Reuse, check_reuse
 from toolchain.formats.schedule import PRESETS, Leap, plan_steps
@@ -355,7 +356,7 @@ class Recipe(Strict):
         return Recipe.model_validate(data)
 
     def to_yaml(self) -> str:
-        """The recipe with every default written out."""
-        data = self.model_dump(mode="json")
+        """The recipe with every default written out, as a file that reads nothing from the environment."""
+        data = escaped(self.model_dump(mode="json"))
         text: str = yaml.dump(data, Dumper=QuotingDumper, sort_keys=False, allow_unicode=True, width=100)
         return text

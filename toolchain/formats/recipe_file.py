@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import yaml
 from pydantic import ValidationError
 
 from toolchain.errors import RecipeError
+from toolchain.formats.extending import RecipeSource, read_source
 from toolchain.formats.recipe import Recipe
-from toolchain.formats.yaml_text import load_yaml, read_yaml
-from toolchain.validation import explain
+from toolchain.formats.yaml_text import load_yaml
+from toolchain.validation import explain, explained_key
 
 
 def shipped() -> dict[str, Path]:
@@ -48,26 +50,36 @@ def load_recipe(name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     Raises:
         RecipeError: names the key, what is wrong with it, and the key that was meant where one is close.
     """
-    data = recipe_data(find_recipe(name))
-    for override in overrides:
-        _override(data, override)
-    return parse_recipe(data)
+    return parse_source(recipe_source(find_recipe(name)), overrides)
 
 
-def recipe_data(path: Path) -> dict[str, Any]:
-    """What a recipe's file says, as plain data.
+def recipe_source(path: Path) -> RecipeSource:
+    """What a recipe's file says, together with those that it extends. Raises as :func:`read_source`."""
+    return read_source(path, shipped())
+
+
+def parse_source(source: RecipeSource, overrides: Iterable[str] = ()) -> Recipe:
+    """The recipe that files say, with ``a.b=value`` overrides applied.
 
     Raises:
-        RecipeError: it cannot be read, or holds no keys.
+        RecipeError: as :func:`load_recipe`; of several files it names the one at fault.
     """
-    data = read_yaml(path)
-    if not isinstance(data, dict):
-        raise RecipeError(f"{path}: expected keys and values; see 'sora-compile schema recipe'")
-    return data
+    data, overrides = copy.deepcopy(source.data), list(overrides)
+    for override in overrides:
+        _override(data, override)
+    overridden = [override.partition("=")[0].split(".") for override in overrides]
+
+    def file_of(key: list[str]) -> Path | None:
+        return None if any(key[: len(own)] == own for own in overridden) else source.file_of(key)
+
+    return parse_recipe(data, file_of)
 
 
-def parse_recipe(data: Mapping[str, Any]) -> Recipe:
+def parse_recipe(data: Mapping[str, Any], file_of: Callable[[list[str]], Path | None] = lambda _: None) -> Recipe:
     """A recipe from plain data, as YAML gives it.
+
+    Args:
+        file_of: the file that a key is from, to be named in errors.
 
     Raises:
         RecipeError: as :func:`load_recipe`.
@@ -75,7 +87,8 @@ def parse_recipe(data: Mapping[str, Any]) -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as e:
-        raise RecipeError(explain(e, Recipe)) from e
+        file = file_of(explained_key(e, Recipe))
+        raise RecipeError((f"{file}: " if file is not None else "") + explain(e, Recipe)) from e
 
 
 def _names_passes(key: str, text: str) -> bool:

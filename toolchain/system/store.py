@@ -125,15 +125,18 @@ class Store:
 
     def get(self, kind: str, key: str) -> Entry | None:
         """An entry that is there and intact; marks it as used. A damaged one is removed."""
-        folder = self._folder(kind, key)
-        entry = _read(folder, kind, key)
-        if entry is not None and entry.intact():
+        entry, folder = self.peek(kind, key), self._folder(kind, key)
+        if entry is not None:
             with contextlib.suppress(OSError):
                 os.utime(folder / ENTRY_FILE)
-            return entry
-        if folder.exists():
+        elif folder.exists():
             _remove(folder)
-        return None
+        return entry
+
+    def peek(self, kind: str, key: str) -> Entry | None:
+        """An entry that is there and intact; the store stays as it is."""
+        entry = _read(self._folder(kind, key), kind, key)
+        return entry if entry is not None and entry.intact() else None
 
     def get_or_make(self, kind: str, key: str, make: Callable[[Path], NewEntry], what: What | None = None) -> Entry:
         """The entry, made now if need be: ``make`` fills the folder that it is given.

@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from toolchain.errors import CheckpointError
 
 _LOCATION = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?(/(?P<folder>.+?))?/?")
+OFFLINE_VARIABLE = "HF_HUB_OFFLINE"
+"""What the hub's own library goes by, and processes that this one starts."""
+
+
+@contextlib.contextmanager
+def offline() -> Iterator[None]:
+    """Nothing is fetched in the body, nor by processes started in it: what is not in the hub's cache is not there."""
+    before = os.environ.get(OFFLINE_VARIABLE)
+    os.environ[OFFLINE_VARIABLE] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[OFFLINE_VARIABLE]
+        else:
+            os.environ[OFFLINE_VARIABLE] = before
+
+
+def is_offline() -> bool:
+    """Whether only the hub's cache is to be looked at, as its own library reads the variable."""
+    return os.environ.get(OFFLINE_VARIABLE, "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 def fetch(location: str, probes: Sequence[str] = ("config.json",)) -> tuple[str, Path, Callable[[str], Path | None]]:
@@ -34,7 +57,7 @@ def fetch(location: str, probes: Sequence[str] = ("config.json",)) -> tuple[str,
 
     def download(name: str) -> Path | None:
         try:
-            return Path(hf_hub_download(repo, name, revision=revision, subfolder=folder))
+            return Path(hf_hub_download(repo, name, revision=revision, subfolder=folder, local_files_only=is_offline()))
         except LocalEntryNotFoundError:  # no network, and the file is not in the cache
             return None
         except EntryNotFoundError:
