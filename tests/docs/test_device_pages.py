@@ -43,7 +43,16 @@ def structs(page: str) -> Iterator[tuple[str, dict[str, str]]]:
 @pytest.mark.parametrize("page", STRUCTS)
 def test_structs_read_what_the_manifest_has(page: str) -> None:
     read = dict(structs(page))
-    assert {"Manifest", "Component", "BlockEntry", "SamplerEntry", "StepEntry", "PlanData", "Feed", "Leap"} <= read.keys()
+    assert {
+        "Manifest",
+        "Component",
+        "BlockEntry",
+        "SamplerEntry",
+        "StepEntry",
+        "PlanData",
+        "Feed",
+        "Leap",
+    } <= read.keys()
     for name, keys in read.items():
         own = entries(name)
         assert keys, name
