@@ -18,6 +18,9 @@ from toolchain.cli import app
 NOT_RUN = {
     "open-sora-v1.2-iphone-15-pro": "needs the official checkpoints, or seconds to plan, as tests/planning does",
     "build-all": "builds four bundles, which tests/test_build_all.py does",
+    "init": "asks in a terminal; with flags, as tests/test_init.py does",
+    "mine.yaml": "is a recipe of one's own, as in tests/test_locking.py",
+    "sign": "needs a key, as tests/test_provenance.py makes one",
     "quantize": "measures for minutes, as tests/test_quantize_command.py does",
     "tune": "measures for minutes, as tests/planning does",
     "schema": "prints a schema, as tests/docs/test_site.py does",
