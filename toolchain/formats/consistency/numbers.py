@@ -17,13 +17,13 @@ SEEDS: Final = 1 << 64
 
 
 def check_finite(data: Any, where: str = "") -> None:
-    """Refuse plain data with a number that is infinite, or none.
+    """Refuse plain data with a number that is NaN or infinite.
 
     Raises:
         ValueError: names its key.
     """
     if isinstance(data, float) and not math.isfinite(data):
-        raise ValueError(f"{where}: {data} is no number to go by")
+        raise ValueError(f"{where}: {data} is NaN or infinite")
     items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
     for key, value in items:
         check_finite(value, f"{where}.{key}" if where else str(key))
