@@ -17,6 +17,7 @@ from toolchain.accuracy.references import sample_inputs
 from toolchain.accuracy.statistics import Watch, Watched
 from toolchain.build.calibration import ComponentCalibration, calibrate, calibrate_recipe
 from toolchain.build.calibration_chain import KIND
+from toolchain.build.placing import labels_of, place_artifact
 from toolchain.build.sweep import Sweep
 from toolchain.build.tasks import builders
 from toolchain.errors import BundleError, LoweringError, RecipeError, SoraCompileError
@@ -235,9 +236,12 @@ def test_bytes_are_the_same_whatever_the_way(project: Path, tmp_path: Path) -> N
     blocks = {b.name: b for b in bundle.manifest.components["transformer"].blocks}
     kept = {name for block in blocks.values() for name in block.quantized.values()}
     assert kept == {"int4-block32-clip-output-f32", "int4-block32-compensated-f32"}
-    direct = builders(planned(project, *overrides[1:]), store, direct=True)["transformer"]
+    direct_plan = planned(project, *overrides[1:])
+    direct = builders(direct_plan, store, direct=True)["transformer"]
     (pair,) = (b for b in direct.plan.blocks if b.name == "pair_0")
-    assert {f.sha256 for f in direct.artifact(pair).files} == {f.sha256 for f in blocks["pair_0"].files}
+    labels = labels_of(direct_plan, "transformer", pair)
+    placed = place_artifact(direct.artifact(pair), tmp_path / "direct/pair_0", tmp_path, direct.plan.target, labels)
+    assert {f.sha256 for f in placed} == {f.sha256 for f in blocks["pair_0"].files}
     unchecked = load_recipe(project / "recipe.yaml", [*overrides, "gate.mode=none"])
     other = Store(tmp_path / "other")  # with templates, whose lowering is not what this is about
     shutil.copytree(store.root / "templates", other.root / "templates")

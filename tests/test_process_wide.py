@@ -164,23 +164,6 @@ def test_a_full_disk_is_named_whoever_wrapped_it(tmp_path: Path) -> None:
     assert caught.value.errno == errno.ENOSPC
 
 
-def test_what_failed_on_a_full_disk_holds_no_file(tmp_path: Path) -> None:
-    """One that is closed when the error is forgotten would complain of the disk again, to stderr."""
-    closed: list[bool] = []
-
-    class Held:
-        def __del__(self) -> None:
-            closed.append(True)
-
-    def write() -> None:
-        held = Held()
-        raise OSError(errno.ENOSPC, f"of {held}")
-
-    with pytest.raises(OSError) as error, full_disk_named(tmp_path):
-        write()
-    assert error.value.errno == errno.ENOSPC and closed
-
-
 def test_a_full_disk_is_named_if_nothing_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("toolchain.system.disk.FULL_BYTES", 1 << 62)
     with pytest.raises(OSError) as caught, full_disk_named(tmp_path):

@@ -26,6 +26,7 @@ HARMLESS = {
     "what is for people": r"name|model|tools.*|gate\..*|components\.\w+\.(config|dims|passes).*"
     r"|.*\.(structure|parameters|int8_inputs|weight_bytes|activations|accuracy|quantiz\w+)(\..*)?"
     r"|loading\.(prediction|made_from)\..*|.*\.memory(\..*)?|golden.*",
+    "what nobody asks for": r".*\.blocks\.\*\.functions(\.\*)?",
     "what the target or the files' check refuses": r"target.*|.*\.(sha256|bytes|path|precision)"
     r"|.*\.blocks\.\*\.(in|out)puts\.\*\.name",
     "what is said once": r"geometry\.fps|sampler\.(guidance|leap.*|steps\.\*\.timestep)|text\.(suffixes.*|cleaning)"

@@ -58,7 +58,14 @@ for command in (init, plan, lock, quantize, tune, *built, *given_away, cache, re
     app.command()(command)
 
 
+def _said_already(unraisable: sys.UnraisableHookArgs) -> None:
+    """Converters leave temporary files open when the disk is full; closing them at the end fails once more."""
+    if not isinstance(unraisable.exc_value, OSError):
+        sys.__unraisablehook__(unraisable)
+
+
 def main() -> None:
     """Entry point of the command."""
+    sys.unraisablehook = _said_already
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # unwinds, so nothing half-written stays
     app(prog_name="sora-compile")  # also as a module: completion goes by it

@@ -7,7 +7,6 @@ import errno
 import os
 import shutil
 import tempfile
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,22 +33,9 @@ def full_disk_named(*folders: Path, next_bytes: int = 0) -> Iterator[None]:
         yield
     except Exception as e:
         written = (*folders, Path(tempfile.gettempdir()))
-        full = _says_full(e) or (not isinstance(e, OSError) and _full(*written, room=max(FULL_BYTES, next_bytes)))
-        if full:
-            _close_files(e)
-        if full and not isinstance(e, OSError):
+        if not isinstance(e, OSError) and (_says_full(e) or _full(*written, room=max(FULL_BYTES, next_bytes))):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from e
         raise
-
-
-def _close_files(error: BaseException | None) -> None:
-    """Let go of what the calls that failed hold.
-
-    A file that is open still would fail once more when it is closed at last, and say so where nobody keeps it quiet.
-    """
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
 
 
 def _says_full(error: BaseException | None) -> bool:
