@@ -188,7 +188,7 @@ CONTRADICTIONS: dict[str, tuple[Change, str]] = {
         "loading.made_from.run.phases: call",
     ),
     "bytes of loads": (lambda m: m["loading"]["prediction"].update(loads_bytes=7), "loading.prediction.loads_bytes: 7"),
-    "not a number": (lambda m: m["sampler"].update(guidance=float("nan")), "sampler.guidance: nan is no number"),
+    "not a number": (lambda m: m["sampler"].update(guidance=float("nan")), "sampler.guidance: nan is NaN or infinite"),
     "a number as text": (lambda m: m["geometry"].update(fps="8"), "geometry.fps: input should be a valid integer"),
 }
 
