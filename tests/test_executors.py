@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
-from support import write_project
+from support import CHEAP, write_project
 
 import toolchain
 from toolchain.build.admission import Admission
@@ -27,9 +27,6 @@ from toolchain.planning.resolve import resolve
 from toolchain.system.store import Store
 
 pytestmark = pytest.mark.slow
-
-CHEAP = ("target=onnx", "gate.mode=none", "sampler.merged_steps=0", "transformer.passes=[partition]")
-"""What takes the least time: one function, which nothing executes."""
 
 
 def contents(folder: Path) -> dict[str, str]:

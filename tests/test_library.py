@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import contents, write_project
+from support import CHEAP, contents, write_project
 
 import toolchain
 from toolchain.system.store import Store
 
 ROOT = Path(__file__).parents[1]
-CHEAP = ("target=onnx", "gate.mode=none", "sampler.merged_steps=0", "transformer.passes=[partition]")
 slow = pytest.mark.slow
 
 

@@ -19,6 +19,7 @@ from toolchain.ir.palette import BITS, Palette
 from toolchain.ir.residual import LowRank
 from toolchain.ir.storage import Narrow, Storage
 from toolchain.ir.target import (
+    PRECISION,
     Artifact,
     Engine,
     Target,
@@ -45,9 +46,7 @@ AFFINE_BITS = (8, 4)
 
 
 class CoreMLConfig(TargetConfig):
-    precision: Literal["float16", "float32"] = Field(
-        default="float16", description="What weights are stored and computed in, where nothing else is asked for."
-    )
+    precision: Literal["float16", "float32"] = Field(default="float16", description=PRECISION)
 
 
 class CoreMLTarget(Target):

@@ -12,7 +12,7 @@ from targets.streams import quiet
 from toolchain.ir.dtypes import INT8_ACTIVATIONS
 from toolchain.ir.memory import Peak
 from toolchain.ir.storage import Storage
-from toolchain.ir.target import Artifact, Engine, Target, TargetConfig, Template, package_versions
+from toolchain.ir.target import PRECISION, Artifact, Engine, Target, TargetConfig, Template, package_versions
 
 if TYPE_CHECKING:
     import torch
@@ -27,9 +27,7 @@ EXTRA = "sora-compile[executorch]"
 
 
 class ExecuTorchConfig(TargetConfig):
-    precision: Literal["float32"] = Field(
-        default="float32", description="What weights are stored and computed in, where nothing else is asked for."
-    )
+    precision: Literal["float32"] = Field(default="float32", description=PRECISION)
 
 
 class ExecuTorchTarget(Target):

@@ -11,7 +11,7 @@ from pydantic import Field
 from targets.streams import quiet
 from toolchain.ir.memory import Peak, peak
 from toolchain.ir.storage import Storage
-from toolchain.ir.target import Artifact, Engine, Target, TargetConfig, Template, package_versions
+from toolchain.ir.target import PRECISION, Artifact, Engine, Target, TargetConfig, Template, package_versions
 
 if TYPE_CHECKING:
     import torch
@@ -26,9 +26,7 @@ EXTRA = "sora-compile[onnx]"
 
 
 class OnnxConfig(TargetConfig):
-    precision: Literal["float32"] = Field(
-        default="float32", description="What weights are stored and computed in, where nothing else is asked for."
-    )
+    precision: Literal["float32"] = Field(default="float32", description=PRECISION)
 
 
 class OnnxTarget(Target):

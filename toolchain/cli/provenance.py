@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from toolchain.cli.options import BundleArgument, JsonOption, VerboseOption
+
+if TYPE_CHECKING:
+    from toolchain.formats.bundle import Bundle
 
 LicenseOption = Annotated[
     list[str],
@@ -80,10 +84,9 @@ def bom(
     from toolchain.ui.console import Console
 
     with Console(False, verbose):
-        import toolchain
         from toolchain.formats.bom import bill_of_materials
 
-        _give(bill_of_materials(toolchain.load_bundle(bundle), _licenses(licenses)), output)
+        _give(bill_of_materials, bundle, licenses, output)
 
 
 def card(
@@ -96,10 +99,9 @@ def card(
     from toolchain.ui.console import Console
 
     with Console(False, verbose):
-        import toolchain
         from toolchain.ui.card import model_card
 
-        _give(model_card(toolchain.load_bundle(bundle), _licenses(licenses)), output)
+        _give(model_card, bundle, licenses, output)
 
 
 def _licenses(given: list[str]) -> dict[str, str]:
@@ -112,10 +114,14 @@ def _licenses(given: list[str]) -> dict[str, str]:
     return {component: license_ for _, component, _, license_ in pairs}
 
 
-def _give(text: str, output: Path | None) -> None:
-    """To a file, whole or not at all, or to stdout."""
+def _give(
+    text_of: Callable[[Bundle, Mapping[str, str]], str], bundle: Path, licenses: list[str], output: Path | None
+) -> None:
+    """A text about a bundle, to a file, whole or not at all, or to stdout."""
+    import toolchain
     from toolchain.system.files import check_file, whole_file
 
+    text = text_of(toolchain.load_bundle(bundle), _licenses(licenses))
     if output is None:
         typer.echo(text, nl=False)
         return

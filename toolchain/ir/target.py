@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
 
 STEP = "__"
 """Between the name of a step of a block's graph and an operator's, in the names of an artifact's values."""
+
+
+PRECISION = "What weights are stored and computed in, where nothing else is asked for."
+"""Describes the option of that name in a target's own ``Config``."""
 
 
 class TargetConfig(BaseModel):
@@ -338,12 +343,19 @@ def package_versions(*names: str, extra: str = "") -> dict[str, str]:
     Raises:
         ResourceError: one is not installed; says how to install it.
     """
-    from importlib.metadata import PackageNotFoundError, version
+    from importlib.metadata import PackageNotFoundError
 
     try:
-        return {name: version(name) for name in names}
+        return {name: _version(name) for name in names}
     except PackageNotFoundError as e:
         raise ResourceError(f"the package '{e.name}' is needed: pip install '{extra or e.name}'") from e
+
+
+@functools.cache  # looked up in folders, and asked for whenever a player loads a block
+def _version(name: str) -> str:
+    from importlib.metadata import version
+
+    return version(name)
 
 
 def distinct_functions(block: Block) -> tuple[str, ...]:
